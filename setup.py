@@ -6,7 +6,7 @@ The code of `nnunet_fedharm.harmonizers` and `nnunet_fedharm.trainers` lives in 
 
 from __future__ import annotations
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 
 MAPPED = ("harmonizers", "trainers")
 """Top-level folders that are installed below `nnunet_fedharm`; committed symlinks stand in their place there."""
@@ -17,7 +17,9 @@ NNUNET_VARIANTS = "nnunetv2/training/nnUNetTrainer/variants"
 
 def packages() -> list[str]:
     """Names of all packages; the mapped ones are found in their real folders, not through the symlinks."""
-    own = [name for name in find_packages(include=["nnunet_fedharm*"]) if name.split(".")[1:2] not in ([m] for m in MAPPED)]
+    own = [
+        name for name in find_packages(include=["nnunet_fedharm*"]) if name.split(".")[1:2] not in ([m] for m in MAPPED)
+    ]
     mapped = [
         f"nnunet_fedharm.{name}{suffix}"
         for name in MAPPED
@@ -26,8 +28,20 @@ def packages() -> list[str]:
     return sorted({*own, *mapped})
 
 
+class DistributionWithData(Distribution):
+    """Has `data_files` installed by editable builds too.
+
+    setuptools' `editable_wheel` means to do that, but it asks for `has_data`, while `Distribution` spells it
+    `has_data_files` (seen with setuptools 84).
+    """
+
+    def has_data(self) -> bool:
+        return bool(self.has_data_files())
+
+
 if __name__ == "__main__":
     setup(
+        distclass=DistributionWithData,
         packages=packages(),
         package_dir={f"nnunet_fedharm.{name}": name for name in MAPPED},
         # `data_files` land in the wheel's `.data/data` folder, for regular and for editable installs alike. One step
