@@ -1,0 +1,95 @@
+"""`sites.json`: which site each case comes from, and what is known about each site's scanner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.sites.files import read_json, write_json
+
+SITES_FILE = "sites.json"
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """Scanner of a site; everything is optional.
+
+    Attributes:
+        vendor: manufacturer's name.
+        field: field strength in tesla.
+        sequence: free text, such as "T1w MPRAGE".
+    """
+
+    vendor: str | None = None
+    field: float | None = None
+    sequence: str | None = None
+
+
+@dataclass(frozen=True)
+class SitesFile:
+    """Parsed `sites.json`.
+
+    Attributes:
+        sites: site -> scanner, in the file's order.
+        cases: case identifier -> site.
+    """
+
+    sites: dict[str, SiteInfo] = field(default_factory=dict)
+    cases: dict[str, str] = field(default_factory=dict)
+
+    def cases_of(self, site: str) -> list[str]:
+        """Sorted case identifiers of one site."""
+        return sorted(case for case, owner in self.cases.items() if owner == site)
+
+    def only(self, site: str) -> SitesFile:
+        """What one site may know: itself and its own cases."""
+        return SitesFile({site: self.sites[site]}, {case: site for case in self.cases_of(site)})
+
+    def to_dict(self) -> dict[str, Any]:
+        sites = {
+            name: {key: value for key, value in asdict(info).items() if value is not None}
+            for name, info in self.sites.items()
+        }
+        return {"sites": sites, "cases": dict(self.cases)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, source: str = SITES_FILE) -> SitesFile:
+        """Inverse of `to_dict`.
+
+        Raises:
+            DataError: a key is missing or unknown, or a case belongs to a site that is not listed.
+        """
+        for key in ("sites", "cases"):
+            if not isinstance(data.get(key), Mapping):
+                raise DataError(f"{source} has no object {key!r}. It needs `sites` (site -> scanner) and `cases` (case -> site).")
+        known = {item.name for item in fields(SiteInfo)}
+        sites = {}
+        for name, info in data["sites"].items():
+            unknown = sorted(set(info) - known)
+            if unknown:
+                raise DataError(f"{source}: site {name} has the unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}.")
+            sites[str(name)] = SiteInfo(**info)
+        cases = {str(case): str(site) for case, site in data["cases"].items()}
+        for case, site in cases.items():
+            if site not in sites:
+                raise DataError(
+                    f"{source}: case {case} belongs to site {site}, which is not listed under `sites` "
+                    f"({', '.join(sites) or 'none'}). Add the site or correct the case."
+                )
+        return cls(sites, cases)
+
+    @classmethod
+    def load(cls, path: Path) -> SitesFile:
+        """Read a file.
+
+        Raises:
+            DataError: the file is missing, is no JSON, or is not in this form; the message names it.
+        """
+        return cls.from_dict(read_json(path, what="The sites file"), source=str(path))
+
+    def save(self, path: Path) -> None:
+        """Write the file atomically."""
+        write_json(self.to_dict(), path)
