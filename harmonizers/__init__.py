@@ -1,0 +1,73 @@
+"""Harmonizers: pure torch (and diffusers), no nnU-Net and no Flower in here.
+
+`build_harmonizer` is the only door: kind and sizes come from the plans, so a checkpoint can be rebuilt from its plans alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.harmonizers.base import SITE_LOCAL, Harmonizer
+from nnunet_fedharm.harmonizers.curve import CurveConfig, CurveHarmonizer
+from nnunet_fedharm.harmonizers.none import IdentityHarmonizer
+from nnunet_fedharm.harmonizers.nyul import NyulHarmonizer
+from nnunet_fedharm.harmonizers.style import Style
+
+KINDS: tuple[str, ...] = ("none", "nyul", "curve")
+"""Harmonizers of this release, in the order of what they can do."""
+
+LEARNED: frozenset[str] = frozenset({"curve"})
+"""Kinds that have a harmonizer phase."""
+
+__all__ = ["KINDS", "LEARNED", "SITE_LOCAL", "Harmonizer", "build_harmonizer"]
+
+
+def build_harmonizer(
+    kind: str,
+    options: Mapping[str, Any],
+    *,
+    num_channels: int,
+    spatial_dims: int,
+    styles: list[Style],
+    reference: Style | None,
+) -> Harmonizer:
+    """Build a harmonizer without touching the global random state, so that the segmenter's start stays nnU-Net's own.
+
+    Args:
+        kind: one of KINDS.
+        options: sizes and loss weights of that kind; unknown keys are refused.
+        num_channels: MR channels C.
+        spatial_dims: 2 or 3.
+        styles: style bank.
+        reference: style to map to.
+
+    Raises:
+        PlanError: unknown kind or option.
+    """
+    shape = {"num_channels": num_channels, "spatial_dims": spatial_dims, "styles": styles, "reference": reference}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # all sites start from the same weights; the federation overwrites them anyway
+        if kind == "curve":
+            return CurveHarmonizer(**shape, config=CurveConfig(**_known(kind, options, CurveConfig)))
+        if kind == "nyul":
+            _known(kind, options, None)
+            return NyulHarmonizer(**shape)
+        if kind == "none":
+            _known(kind, options, None)
+            return IdentityHarmonizer(**shape)
+    raise PlanError(f"Unknown harmonizer {kind!r}. This release knows {', '.join(KINDS)}.")
+
+
+def _known(kind: str, options: Mapping[str, Any], config: type | None) -> dict[str, Any]:
+    allowed = {item.name for item in fields(config)} if config is not None else set()
+    for key in options:
+        if key not in allowed:
+            raise PlanError(
+                f"The harmonizer {kind!r} has no option {key!r}. It knows: {', '.join(sorted(allowed)) or 'none'}."
+            )
+    return dict(options)

@@ -1,0 +1,1 @@
+"""The Flower side: client app, server app, round loop, weight codec, launcher."""

@@ -1,0 +1,164 @@
+"""The `fedharm` section of an nnU-Net configuration: harmonizer, styles and schedule.
+
+nnU-Net keeps unknown keys of a configuration, copies them into each checkpoint's `init_args` and hands them to
+`build_network_architecture`, so this section alone rebuilds the harmonizer under the stock `nnUNetv2_predict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.harmonizers.style import Style, average_styles
+
+SECTION = "fedharm"
+SECTION_VERSION = 1
+CONSENSUS = "consensus"
+CONFIGURATIONS = ("2d", "3d_fullres")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long each phase trains. The defaults of the segmenter phase are nnU-Net's own."""
+
+    harmonizer_epochs: int = 0
+    """Epochs of the harmonizer phase, which needs no labels; 0 for harmonizers that have nothing to learn."""
+    segmenter_epochs: int = 1000
+    """Epochs of the segmenter phase: nnU-Net's num_epochs, and the length of its learning-rate clock."""
+    iterations_per_epoch: int = 250
+    """Optimizer steps in one epoch of either phase."""
+    val_iterations_per_epoch: int = 50
+    """Validation patches batches per segmenter epoch."""
+    initial_lr: float = 1e-2
+    """Start of nnU-Net's polynomial decay for the segmenter."""
+    harmonizer_lr: float = 1e-3
+    """AdamW learning rate of the harmonizer phase."""
+    finetune_harmonizer: bool = False
+    """Let the segmentation loss move the harmonizer too. Off where some sites have no labels."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("harmonizer_epochs", 0),
+            ("segmenter_epochs", 1),
+            ("iterations_per_epoch", 1),
+            ("val_iterations_per_epoch", 1),
+        ):
+            if getattr(self, name) < least:
+                raise PlanError(f"schedule.{name} must be >= {least}, got {getattr(self, name)}.")
+        for name in ("initial_lr", "harmonizer_lr"):
+            if not getattr(self, name) > 0:
+                raise PlanError(f"schedule.{name} must be > 0, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedHarmSection:
+    """Parsed form of `configurations[*]["fedharm"]`.
+
+    Attributes:
+        kind: name of the harmonizer, one of `nnunet_fedharm.harmonizers.KINDS`.
+        harmonizer: its sizes and loss weights; unknown keys are refused where it is built.
+        reference: "consensus" (barycentre of all sites, each weighing the same) or a site's name.
+        styles: site -> style, in the order of the style bank; may be empty before the bank is made.
+        schedule: lengths and learning rates of the phases.
+    """
+
+    kind: str
+    harmonizer: dict[str, Any] = field(default_factory=dict)
+    reference: str = CONSENSUS
+    styles: dict[str, Style] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=Schedule)
+
+    @property
+    def reference_style(self) -> Style | None:
+        """The style that the harmonizer maps to; None before the bank is made.
+
+        Raises:
+            PlanError: the reference site has no style in the bank.
+        """
+        if not self.styles:
+            return None
+        if self.reference == CONSENSUS:
+            return average_styles(list(self.styles.values()))
+        if self.reference not in self.styles:
+            raise PlanError(
+                f"The reference site {self.reference!r} has no style in the plans. "
+                f"Choose one of {sorted(self.styles)} or {CONSENSUS!r}."
+            )
+        return self.styles[self.reference]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": SECTION_VERSION,
+            "kind": self.kind,
+            "harmonizer": deepcopy(self.harmonizer),
+            "reference": self.reference,
+            "styles": {site: style.to_dict() for site, style in self.styles.items()},
+            "schedule": asdict(self.schedule),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FedHarmSection:
+        """Inverse of `to_dict`.
+
+        Raises:
+            PlanError: unknown version or key, missing kind, value out of range.
+        """
+        if data.get("version") != SECTION_VERSION:
+            raise PlanError(
+                f"The fedharm section has version {data.get('version')!r}; this release reads version {SECTION_VERSION}. "
+                "Make the plans again with `nnunet-fedharm plan`."
+            )
+        known = {"version", "kind", "harmonizer", "reference", "styles", "schedule"}
+        _refuse_unknown(set(data) - known, known, "fedharm section")
+        if "kind" not in data:
+            raise PlanError("The fedharm section has no harmonizer kind. Make the plans again with `nnunet-fedharm plan`.")
+        schedule_keys = {item.name for item in fields(Schedule)}
+        schedule = dict(data.get("schedule", {}))
+        _refuse_unknown(set(schedule) - schedule_keys, schedule_keys, "fedharm schedule")
+        return cls(
+            kind=str(data["kind"]),
+            harmonizer=dict(data.get("harmonizer", {})),
+            reference=str(data.get("reference", CONSENSUS)),
+            styles={site: Style.from_dict(style) for site, style in dict(data.get("styles", {})).items()},
+            schedule=Schedule(**schedule),
+        )
+
+
+def _refuse_unknown(unknown: set[str], known: set[str], where: str) -> None:
+    if unknown:
+        raise PlanError(f"Unknown key {sorted(unknown)[0]!r} in the {where}. Known keys: {', '.join(sorted(known))}.")
+
+
+def read_section(configuration: Mapping[str, Any], *, configuration_name: str = "this configuration") -> FedHarmSection:
+    """The section of one resolved configuration (`plans_manager.get_configuration(name).configuration`).
+
+    Raises:
+        PlanError: the section is missing.
+    """
+    if SECTION not in configuration:
+        raise PlanError(
+            f"The plans have no fedharm section for {configuration_name}. "
+            "Add one with `nnunet-fedharm plan -d DATASET -c CONFIGURATION` or train with a stock nnU-Net trainer."
+        )
+    return FedHarmSection.from_dict(configuration[SECTION])
+
+
+def with_section(plans: Mapping[str, Any], section: FedHarmSection, configuration_names: tuple[str, ...]) -> dict[str, Any]:
+    """A copy of the plans whose named configurations carry the section.
+
+    Raises:
+        PlanError: a configuration is missing from the plans, or is not supported (only 2d and 3d_fullres are).
+    """
+    changed = deepcopy(dict(plans))
+    for name in configuration_names:
+        if name not in CONFIGURATIONS:
+            raise PlanError(f"Configuration {name!r} is not supported; choose one of {', '.join(CONFIGURATIONS)}.")
+        if name not in changed["configurations"]:
+            raise PlanError(
+                f"The plans have no configuration {name!r}; they have {', '.join(sorted(changed['configurations']))}."
+            )
+        changed["configurations"][name][SECTION] = section.to_dict()
+    return changed

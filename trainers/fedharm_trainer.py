@@ -1,0 +1,254 @@
+"""nnU-Net trainer with a harmonizer in front: the hooks that differ from the stock trainer, and nothing else.
+
+Every override names the base behaviour it replaces and why. The schedule comes from the plans, so there is no class per
+number of epochs, and kind and sizes of the harmonizer too, so `nnUNetv2_predict` can rebuild the network.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunet_fedharm.errors import CheckpointError, PlanError
+from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
+from nnunet_fedharm.planning.section import CONFIGURATIONS, FedHarmSection, read_section
+from nnunet_fedharm.sites.registry import load_sites
+from nnunet_fedharm.trainers.checkpoints import save_atomically
+from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
+from nnunet_fedharm.trainers.harmonizer_phase import HarmonizerOptimizer, harmonizer_epoch, trainable
+from nnunet_fedharm.trainers.patches import PatchSampler, list_cases
+from nnunet_fedharm.trainers.seeds import derive_seed, torch_generator
+from nnunet_fedharm.trainers.weights import bare_module
+
+HARMONIZER_CHECKPOINT = "checkpoint_harmonizer.pth"
+
+
+class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainers by this spelling
+    """Trains S(H(x)); the kind of H is the plans'. Sub-classes insist on one kind, so that results folders tell them apart.
+
+    Raises:
+        PlanError: no `fedharm` section, a cascade or another configuration, or a kind that this class does not train.
+    """
+
+    kind: str | None = None
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
+    ) -> None:
+        # Checked before the base class creates folders and logs, so that a refused run leaves nothing behind.
+        self.section = self._checked_section(plans, configuration)
+        self._resume = bool(plans.get("continue_training", False))
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        schedule = self.section.schedule
+        self.num_epochs = schedule.segmenter_epochs
+        self.num_iterations_per_epoch = schedule.iterations_per_epoch
+        self.num_val_iterations_per_epoch = schedule.val_iterations_per_epoch
+        self.initial_lr = schedule.initial_lr
+        self.site_of_case: dict[str, str] = {}
+        self.bank = list(self.section.styles)
+
+    @classmethod
+    def _checked_section(cls, plans: dict[str, Any], configuration: str) -> FedHarmSection:
+        if configuration not in CONFIGURATIONS:
+            raise PlanError(
+                f"{cls.__name__} trains {' and '.join(CONFIGURATIONS)}; {configuration!r} (a cascade or a custom "
+                "configuration) is not supported. Use the stock nnU-Net trainer for it."
+            )
+        resolved = PlansManager(plans).get_configuration(configuration)
+        section = read_section(resolved.configuration, configuration_name=configuration)
+        if cls.kind is not None and section.kind != cls.kind:
+            raise PlanError(
+                f"{cls.__name__} trains the harmonizer {cls.kind!r}, but the plans ask for {section.kind!r}. "
+                f"Use -tr {trainer_name_for(section.kind)}, or make plans with `nnunet-fedharm plan --harmonizer {cls.kind}`."
+            )
+        if section.kind != "none" and not section.styles:
+            raise PlanError(
+                f"The plans hold no style bank, which the harmonizer {section.kind!r} needs. "
+                "Make the plans again with `nnunet-fedharm plan`."
+            )
+        return section
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Stock network first (same random draws as the stock trainer), then the harmonizer in front of it."""
+        section = read_section(configuration_manager.configuration)
+        segmenter = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        harmonizer = build_harmonizer(
+            section.kind,
+            section.harmonizer,
+            num_channels=num_input_channels,
+            spatial_dims=len(configuration_manager.patch_size),
+            styles=list(section.styles.values()),
+            reference=section.reference_style,
+        )
+        return HarmonizedSegmenter(harmonizer, segmenter)
+
+    @property
+    def harmonizer(self) -> Harmonizer:
+        """The harmonizer inside DDP and compile wrappers."""
+        harmonizer: Harmonizer = bare_module(self.network).harmonizer
+        return harmonizer
+
+    def initialize(self) -> None:
+        """As the base class; then the case -> site map, which needs the preprocessed folder."""
+        super().initialize()
+        self.site_of_case = self._read_sites()
+
+    def configure_optimizers(self) -> Any:
+        """As the base class, on the segmenter alone unless the plans let the segmentation loss move the harmonizer."""
+        for parameter in self.harmonizer.parameters():
+            parameter.requires_grad_(self.section.schedule.finetune_harmonizer)
+        return super().configure_optimizers()
+
+    def run_training(self) -> None:
+        """Harmonizer phase (if any is left to do), then the base class's training."""
+        if not self.was_initialized:
+            self.initialize()
+        self.run_harmonizer_phase()
+        self.harmonizer.open_gate()
+        super().run_training()
+
+    def run_harmonizer_phase(self) -> None:
+        """Train H without labels; resumes from its own checkpoint after `--c`."""
+        schedule = self.section.schedule
+        if not self.harmonizer.learned or self.current_epoch > 0 or schedule.harmonizer_epochs == 0:
+            return
+        training = HarmonizerOptimizer(self.harmonizer, schedule.harmonizer_lr, schedule.harmonizer_epochs)
+        self._resume_harmonizer(training)
+        # DDP ranks draw different patches, and a resumed phase does not repeat the draws it has seen.
+        stream = (f"fold_{self.fold}", f"rank_{self.local_rank}", f"epoch_{int(self.harmonizer.trained_epochs)}")
+        sampler = self.harmonizer_sampler(np.random.default_rng(derive_seed(0, *stream, "patches")))
+        generator = torch_generator(0, *stream, "harmonizer")
+        with trainable(self.harmonizer):
+            for epoch in range(int(self.harmonizer.trained_epochs), schedule.harmonizer_epochs):
+                training.set_epoch(epoch)
+                loss = harmonizer_epoch(
+                    training, sampler, steps=schedule.iterations_per_epoch, device=self.device, generator=generator
+                )
+                self.print_to_log_file(f"Harmonizer epoch {epoch}: self-paired loss {loss:.4f}")
+                self._save_harmonizer(training)
+
+    def harmonizer_sampler(self, rng: np.random.Generator) -> PatchSampler:
+        """Patches of the fold's training cases and of all unlabelled cases; validation cases take no part."""
+        train_names, _ = self.do_split()
+        labelled = Path(self.preprocessed_dataset_folder)
+        unlabelled = labelled.with_name(labelled.name + "_unlabelled")
+        cases = list_cases([labelled, unlabelled], list(train_names), self.site_of_case, self.bank)
+        return PatchSampler(cases, self.configuration_manager.patch_size, self.batch_size, rng)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Base step, with each sample's site told to the harmonizer."""
+        self._tell_sites(batch)
+        result: dict[str, Any] = super().train_step(batch)
+        self.harmonizer.set_batch_styles(None)
+        return result
+
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Base step, with each sample's site told to the harmonizer."""
+        self._tell_sites(batch)
+        result: dict[str, Any] = super().validation_step(batch)
+        self.harmonizer.set_batch_styles(None)
+        return result
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Base checkpoint, written beside and moved into place: a full disk leaves the former one whole."""
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            save_atomically(filename, super().save_checkpoint)
+        else:
+            super().save_checkpoint(filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+        """Base loading, after checking that the checkpoint is this trainer's.
+
+        Raises:
+            CheckpointError: another trainer wrote it.
+        """
+        if isinstance(filename_or_checkpoint, str):
+            # mmap: only the name is read here, the base class reads the weights.
+            checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", mmap=True, weights_only=False)
+            if checkpoint["trainer_name"] != self.__class__.__name__:
+                raise CheckpointError(
+                    f"{filename_or_checkpoint} was written by {checkpoint['trainer_name']}, not by "
+                    f"{self.__class__.__name__}. Train or predict with -tr {checkpoint['trainer_name']}."
+                )
+        super().load_checkpoint(filename_or_checkpoint)
+
+    def _tell_sites(self, batch: dict[str, Any]) -> None:
+        if self.section.kind == "none" or not self.site_of_case:
+            return
+        names = [str(name) for name in batch["keys"]]
+        unknown = [name for name in names if self.site_of_case.get(name) not in self.bank]
+        if unknown:
+            raise PlanError(
+                f"Case {unknown[0]} has no site with a style in the plans. List it in sites.json and run `nnunet-fedharm plan`."
+            )
+        self.harmonizer.set_batch_styles(torch.tensor([self.bank.index(self.site_of_case[name]) for name in names]))
+
+    def _read_sites(self) -> dict[str, str]:
+        if self.preprocessed_dataset_folder_base is None:
+            return {}
+        path = Path(self.preprocessed_dataset_folder_base) / "sites.json"
+        if path.is_file():
+            return dict(load_sites(path).cases)
+        if len(self.bank) == 1:  # a single-site dataset needs no sites.json
+            cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder) if self.dataset_class else []
+            return dict.fromkeys(cases, self.bank[0])
+        return {}
+
+    def _save_harmonizer(self, training: HarmonizerOptimizer) -> None:
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        state = {"harmonizer": self.harmonizer.state_dict(), "optimizer": training.optimizer.state_dict()}
+        save_atomically(os.path.join(self.output_folder, HARMONIZER_CHECKPOINT), lambda path: torch.save(state, path))
+
+    def _resume_harmonizer(self, training: HarmonizerOptimizer) -> None:
+        path = os.path.join(self.output_folder, HARMONIZER_CHECKPOINT)
+        if not (self._resume and os.path.isfile(path)):
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.harmonizer.load_state_dict(state["harmonizer"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        self.print_to_log_file(f"Harmonizer phase resumes at epoch {int(self.harmonizer.trained_epochs)}.")
+
+
+class nnUNetTrainerFedHarmNone(nnUNetTrainerFedHarm):  # noqa: N801
+    """The identity harmonizer: the control of every comparison."""
+
+    kind = "none"
+
+
+class nnUNetTrainerFedHarmNyul(nnUNetTrainerFedHarm):  # noqa: N801
+    """Federated Nyul landmarks."""
+
+    kind = "nyul"
+
+
+class nnUNetTrainerFedHarmCurve(nnUNetTrainerFedHarm):  # noqa: N801
+    """Learned tone curve and gain."""
+
+    kind = "curve"
+
+
+def trainer_name_for(kind: str) -> str:
+    """Name of the trainer class of a harmonizer kind."""
+    return f"nnUNetTrainerFedHarm{kind.capitalize()}"

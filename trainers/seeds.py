@@ -1,0 +1,28 @@
+"""Seeds derived from (run seed, site, round, purpose): a repeated or resumed round draws the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+
+def derive_seed(run_seed: int, *names: str) -> int:
+    """A 63-bit seed; different names give independent streams (SHA-256)."""
+    text = "/".join([str(run_seed), *names])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def torch_generator(run_seed: int, *names: str) -> torch.Generator:
+    """A CPU generator seeded with `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(run_seed, *names))
+
+
+def seed_everything(run_seed: int, *names: str) -> None:
+    """Seed the global generators that nnU-Net's augmentation draws from."""
+    seed = derive_seed(run_seed, *names)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
