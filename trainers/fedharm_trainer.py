@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
@@ -114,6 +115,38 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
         super().initialize()
         self.site_of_case = self._read_sites()
 
+    def assemble(self) -> None:
+        """Network and optimizer without data loaders or preprocessed labels: a server, or a site that has only images.
+
+        The part of the base class's `initialize` that needs no data; the rest of it is not needed to write a checkpoint.
+        """
+        self._set_batch_size_and_oversample()
+        channels = determine_num_input_channels(self.plans_manager, self.configuration_manager, self.dataset_json)
+        self.network = self.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            channels,
+            self.label_manager.num_segmentation_heads,
+            self.enable_deep_supervision,
+        ).to(self.device)
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()  # sets the mirroring axes of inference
+        self.site_of_case = self._read_sites()
+
+    def run_epochs(self, first_epoch: int, count: int) -> None:
+        """`count` epochs of the base class's `run_training` loop, starting at `first_epoch` of the shared clock."""
+        self.current_epoch = first_epoch
+        for _ in range(count):
+            self.on_epoch_start()
+            self.on_train_epoch_start()
+            steps = [self.train_step(next(self.dataloader_train)) for _ in range(self.num_iterations_per_epoch)]
+            self.on_train_epoch_end(steps)
+            with torch.no_grad():
+                self.on_validation_epoch_start()
+                checks = [self.validation_step(next(self.dataloader_val)) for _ in range(self.num_val_iterations_per_epoch)]
+                self.on_validation_epoch_end(checks)
+            self.on_epoch_end()
+
     def configure_optimizers(self) -> Any:
         """As the base class, on the segmenter alone unless the plans let the segmentation loss move the harmonizer."""
         for parameter in self.harmonizer.parameters():
@@ -150,10 +183,10 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
 
     def harmonizer_sampler(self, rng: np.random.Generator) -> PatchSampler:
         """Patches of the fold's training cases and of all unlabelled cases; validation cases take no part."""
-        train_names, _ = self.do_split()
         labelled = Path(self.preprocessed_dataset_folder)
         unlabelled = labelled.with_name(labelled.name + "_unlabelled")
-        cases = list_cases([labelled, unlabelled], list(train_names), self.site_of_case, self.bank)
+        train_names = list(self.do_split()[0]) if labelled.is_dir() else []  # a site may have no labels at all
+        cases = list_cases([labelled, unlabelled], train_names, self.site_of_case, self.bank)
         return PatchSampler(cases, self.configuration_manager.patch_size, self.batch_size, rng)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -210,8 +243,8 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
         path = Path(self.preprocessed_dataset_folder_base) / "sites.json"
         if path.is_file():
             return dict(load_sites(path).cases)
-        if len(self.bank) == 1:  # a single-site dataset needs no sites.json
-            cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder) if self.dataset_class else []
+        if len(self.bank) == 1 and self.dataset_class is not None:  # a single-site dataset needs no sites.json
+            cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
             return dict.fromkeys(cases, self.bank[0])
         return {}
 
