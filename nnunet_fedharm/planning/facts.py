@@ -102,7 +102,7 @@ def collect_facts(raw_dataset: Path, *, site: str) -> SiteFacts:
     return SiteFacts(
         site=site,
         dataset_name=raw_dataset.name,
-        channels={str(index): str(name) for index, name in dataset_json["channel_names"].items()},
+        channels={str(index): str(name) for index, name in sorted(dataset_json["channel_names"].items(), key=_as_int)},
         labels=dict(dataset_json["labels"]),
         regions_class_order=None if regions is None else [int(value) for value in regions],
         file_ending=str(dataset_json["file_ending"]),
@@ -151,6 +151,9 @@ def check_agreement(facts: Sequence[SiteFacts]) -> None:
         raise FederationError(f"Two sites call themselves {twice[0]}. Give every site its own name.")
     for name in _AGREED:
         _agree({fact.site: getattr(fact, name) for fact in facts}, what=name, remedy=_REMEDY[name])
+    if facts[0].regions_class_order is not None:
+        # With regions the order of `labels` is the order of the network's outputs.
+        _agree({fact.site: list(fact.labels) for fact in facts}, what="order of labels", remedy=_REMEDY["labels"])
     for package in sorted({package for fact in facts for package in fact.versions}):
         values = {fact.site: fact.versions.get(package, "not installed") for fact in facts}
         _agree(values, what=f"version of {package}", remedy=_REMEDY["versions"])
@@ -185,6 +188,10 @@ def federation_dataset_json(facts: Sequence[SiteFacts]) -> dict[str, Any]:
     return description
 
 
+def _as_int(item: tuple[str, Any]) -> int:
+    return int(item[0])
+
+
 def _agree(values: Mapping[str, Any], *, what: str, remedy: str) -> None:
     seen: list[Any] = []
     for value in values.values():
@@ -192,7 +199,5 @@ def _agree(values: Mapping[str, Any], *, what: str, remedy: str) -> None:
             seen.append(value)
     usual = max(seen, key=lambda candidate: sum(value == candidate for value in values.values()))
     for site, value in values.items():
-        # The order of labels and channels decides the network's outputs and inputs, so it has to agree as well.
-        same = value == usual and (not isinstance(value, dict) or list(value) == list(usual))
-        if not same:
+        if value != usual:
             raise SiteMismatchError(f"Site {site} disagrees on {what}: it has {value!r}, the others have {usual!r}. {remedy}")
