@@ -20,7 +20,7 @@ from torch import nn
 from nnunet_fedharm.errors import CheckpointError, PlanError
 from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
 from nnunet_fedharm.planning.section import CONFIGURATIONS, FedHarmSection, read_section
-from nnunet_fedharm.sites.registry import load_sites
+from nnunet_fedharm.sites.registry import SitesFile
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
 from nnunet_fedharm.trainers.harmonizer_phase import HarmonizerOptimizer, harmonizer_epoch, trainable
@@ -242,7 +242,7 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
             return {}
         path = Path(self.preprocessed_dataset_folder_base) / "sites.json"
         if path.is_file():
-            return dict(load_sites(path).cases)
+            return dict(SitesFile.load(path).cases)
         if len(self.bank) == 1 and self.dataset_class is not None:  # a single-site dataset needs no sites.json
             cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
             return dict.fromkeys(cases, self.bank[0])
