@@ -1,0 +1,106 @@
+"""Means over sites: pure functions.
+
+References:
+    McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, alg. 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunet_fedharm.errors import FederationError, ShapeError
+from nnunet_fedharm.federation.codec import Weights
+
+
+@dataclass(frozen=True)
+class SiteUpdate:
+    """What one site sends back in a round.
+
+    Attributes:
+        weights: name -> array after local training.
+        n_steps: optimizer steps taken in this round.
+        n_cases: training cases at the site.
+        metrics: train_loss, val_loss, dice (mean foreground pseudo Dice), seconds; absent where not measured.
+    """
+
+    weights: Weights
+    n_steps: int
+    n_cases: int
+    metrics: dict[str, float]
+
+
+def shares(updates: Mapping[str, SiteUpdate], weighting: str, *, batch_size: int = 1) -> dict[str, float]:
+    """Share of each site in the mean; they sum to 1.
+
+    Args:
+        updates: site -> update.
+        weighting: "steps" (optimizer steps x batch size), "cases" or "sites" (equal).
+        batch_size: of the plans, the same at every site.
+
+    Raises:
+        FederationError: unknown weighting, no update, or nobody did anything.
+    """
+    amounts: dict[str, float]
+    if weighting == "steps":
+        amounts = {site: float(update.n_steps * batch_size) for site, update in updates.items()}
+    elif weighting == "cases":
+        amounts = {site: float(update.n_cases) for site, update in updates.items()}
+    elif weighting == "sites":
+        amounts = {site: 1.0 for site in updates}
+    else:
+        raise FederationError(f"weighting is {weighting!r}; choose steps, cases or sites.")
+    total = math.fsum(amounts.values())
+    if not total > 0:
+        raise FederationError(f"No site did any work in this round (weighting {weighting!r}).")
+    return {site: amount / total for site, amount in amounts.items()}
+
+
+def weighted_mean(weights: Mapping[str, Weights], share: Mapping[str, float]) -> Weights:
+    """Mean of every tensor over sites, summed in float64 in the order of site names.
+
+    Floating tensors are cast back to their dtype; integer tensors are rounded; of boolean ones the larger share wins.
+
+    Args:
+        weights: site -> (name -> array); same names, shapes and dtypes everywhere.
+        share: site -> share, summing to 1.
+
+    Raises:
+        ShapeError: names or shapes differ; the message names the site.
+    """
+    sites = sorted(weights)
+    first = weights[sites[0]]
+    for site in sites[1:]:
+        if set(weights[site]) != set(first):
+            raise ShapeError(f"{site} and {sites[0]} sent tensors of different names.")
+    return {name: _mean_tensor(name, {site: weights[site][name] for site in sites}, share) for name in sorted(first)}
+
+
+def _mean_tensor(name: str, tensors: Mapping[str, npt.NDArray[Any]], share: Mapping[str, float]) -> npt.NDArray[Any]:
+    sites = sorted(tensors)
+    like = tensors[sites[0]]
+    total = np.zeros(like.shape, dtype=np.float64)
+    for site in sites:
+        if tensors[site].shape != like.shape:
+            raise ShapeError(f"{name}: {site} sent {tensors[site].shape}, {sites[0]} sent {like.shape}.")
+        total += share[site] * tensors[site].astype(np.float64)
+    if like.dtype == np.bool_:
+        return np.asarray(total > 0.5)
+    if like.dtype.kind in "iu":
+        return np.asarray(np.rint(total), dtype=like.dtype)
+    return np.asarray(total, dtype=like.dtype)
+
+
+def mean_metric(updates: Mapping[str, SiteUpdate], share: Mapping[str, float], name: str) -> float | None:
+    """Weighted mean of a metric over the sites that measured it; None where nobody did."""
+    measured = {site: update.metrics[name] for site, update in updates.items() if name in update.metrics}
+    finite = {site: value for site, value in measured.items() if math.isfinite(value)}
+    total = math.fsum(share[site] for site in finite)
+    if not total > 0:
+        return None
+    return math.fsum(share[site] * value for site, value in finite.items()) / total

@@ -1,0 +1,222 @@
+"""Everything a federated run can be told: one dataclass for Flower's run config, the command line and Python.
+
+A field `local_epochs` is the key `local-epochs` in `[tool.flwr.app.config]` and the option `--local-epochs`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any
+
+from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.harmonizers import KINDS, LEARNED
+from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule
+
+FOLDS = ("all", "0", "1", "2", "3", "4")
+WEIGHTINGS = ("steps", "cases", "sites")
+DEVICES = ("cpu", "cuda", "mps")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+UserValue = bool | int | float | str
+
+
+def _option(default: Any, text: str, *, identity: bool = True, launch: bool = False) -> Any:
+    """A field with its help text. `identity`: another value makes another run; `launch`: only the launcher reads it."""
+    return field(default=default, metadata={"help": text, "identity": identity, "launch": launch})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederateConfig:
+    """One federated run. Values are checked when it is made.
+
+    Raises:
+        FederationError: a value is out of range or contradicts another one.
+    """
+
+    root: str = _option("", "folder with sites/<SITE>/ and server/", identity=False)
+    server_root: str = _option("", "the server's nnU-Net root; default ROOT/server", identity=False)
+    sites: str = _option("", "names of the expected sites, comma separated; default: every folder in ROOT/sites")
+    dataset: str = _option("", "nnU-Net dataset id or name, for example 910 or Dataset910_Hippocampus")
+    configuration: str = _option("2d", "nnU-Net configuration: " + " or ".join(CONFIGURATIONS))
+    harmonizer: str = _option("none", "harmonizer kind: " + ", ".join(KINDS))
+    harmonizer_options: str = _option("", "sizes and loss weights of the harmonizer as a JSON object; default its own")
+    reference: str = _option(CONSENSUS, "reference style: a site's name, or consensus of all sites")
+    harmonizer_rounds: int = _option(0, "rounds of the harmonizer phase (all sites, no labels needed)")
+    segmenter_rounds: int = _option(10, "rounds of the segmenter phase (sites with labels)")
+    local_epochs: int = _option(1, "epochs at a site in one round")
+    iterations_per_epoch: int = _option(250, "optimizer steps in one epoch")
+    val_iterations: int = _option(50, "validation batches in one segmenter epoch")
+    initial_lr: float = _option(1e-2, "start of nnU-Net's polynomial learning-rate decay")
+    harmonizer_lr: float = _option(1e-3, "learning rate of the harmonizer phase")
+    finetune_harmonizer: bool = _option(False, "let the segmentation loss move the harmonizer too")
+    fold: str = _option("all", "fold of each site's own split: all, 0, 1, 2, 3 or 4")
+    plans_name: str = _option("nnUNetFedHarmPlans", "name of the plans; stock nnUNetPlans are never overwritten")
+    gpu_memory_gb: float = _option(8.0, "GPU memory that the planner plans for")
+    base_features: int = _option(32, "features of the first stage")
+    max_features: int = _option(0, "cap of the features of a stage; 0 = nnU-Net's own")
+    batch_size: int = _option(0, "batch size; 0 = nnU-Net's own")
+    patch_size: str = _option("", "largest patch, for example 64x64; empty = nnU-Net's own")
+    weighting: str = _option("steps", "weight of a site in the mean: steps (optimizer steps x batch), cases, or sites (equal)")
+    fp16: bool = _option(False, "send float32 weights as float16: half the bytes")
+    seed: int = _option(0, "seed of the run")
+    device: str = _option("cpu", "device of the sites: cpu, cuda or mps", identity=False)
+    num_processes: int = _option(1, "processes for fingerprint and preprocessing at each site", identity=False)
+    deadline_s: float = _option(3600.0, "seconds that a round waits for its sites", identity=False)
+    prepare_deadline_s: float = _option(86400.0, "seconds that fingerprints and preprocessing may take", identity=False)
+    join_wait_s: float = _option(300.0, "seconds to wait at the start until every expected site is there", identity=False)
+    quorum: int = _option(0, "replies that a round needs; 0 = more than half of its sites", identity=False)
+    max_retries: int = _option(2, "times that a round without quorum is repeated before the run stops", identity=False)
+    restart: bool = _option(False, "start anew even where an unfinished run of the same configuration exists", identity=False)
+    parallel_sites: int = _option(1, "sites that train at the same time in simulation", identity=False, launch=True)
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_ranges(self)
+        _check_names(self)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Expected sites, sorted."""
+        return tuple(sorted(name.strip() for name in self.sites.split(",") if name.strip()))
+
+    @property
+    def patch_shape(self) -> tuple[int, ...] | None:
+        """`patch_size` as numbers; None for nnU-Net's own."""
+        return tuple(int(part) for part in self.patch_size.split("x")) if self.patch_size else None
+
+    @property
+    def harmonizer_settings(self) -> dict[str, Any]:
+        """`harmonizer_options` parsed."""
+        return dict(json.loads(self.harmonizer_options)) if self.harmonizer_options else {}
+
+    @property
+    def schedule(self) -> Schedule:
+        """Lengths and learning rates as they stand in the plans; one global clock over all rounds."""
+        return Schedule(
+            harmonizer_epochs=self.harmonizer_rounds * self.local_epochs,
+            segmenter_epochs=max(1, self.segmenter_rounds * self.local_epochs),
+            iterations_per_epoch=self.iterations_per_epoch,
+            val_iterations_per_epoch=self.val_iterations,
+            initial_lr=self.initial_lr,
+            harmonizer_lr=self.harmonizer_lr,
+            finetune_harmonizer=self.finetune_harmonizer,
+        )
+
+    def identity(self) -> dict[str, UserValue]:
+        """The values that make this run this run: a stopped run resumes only with the same ones."""
+        names = {item.name for item in fields(self) if item.metadata["identity"]}
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits of the identity's SHA-256."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_run_config(self) -> dict[str, UserValue]:
+        """Keys and values for Flower's run config."""
+        return {key_of(item): getattr(self, item.name) for item in fields(self) if not item.metadata["launch"]}
+
+    @classmethod
+    def from_run_config(cls, values: Mapping[str, Any]) -> FederateConfig:
+        """Inverse of `to_run_config`; integers are accepted where a float is meant.
+
+        Raises:
+            FederationError: unknown key, wrong type or value.
+        """
+        known = {key_of(item): item for item in fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise FederationError(f"Unknown run config key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}.")
+        return cls(**{known[key].name: _typed(known[key], value) for key, value in values.items()})
+
+
+def key_of(item: Field[Any]) -> str:
+    """Flower's run config key of a field."""
+    return item.name.replace("_", "-")
+
+
+def _typed(item: Field[Any], value: Any) -> UserValue:
+    wanted = type(item.default)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if type(value) is not wanted:
+        raise FederationError(f"{key_of(item)} must be {wanted.__name__}, got {value!r}.")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_choices(config: FederateConfig) -> None:
+    choices: dict[str, tuple[str, ...]] = {
+        "configuration": CONFIGURATIONS,
+        "harmonizer": tuple(KINDS),
+        "fold": FOLDS,
+        "weighting": WEIGHTINGS,
+        "device": DEVICES,
+    }
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed and not (name == "device" and re.fullmatch(r"cuda:\d+", value)):
+            raise FederationError(f"{name} is {value!r}; choose one of {', '.join(allowed)}.")
+
+
+def _check_ranges(config: FederateConfig) -> None:
+    at_least = {"local_epochs": 1, "iterations_per_epoch": 1, "val_iterations": 1, "base_features": 1, "num_processes": 1}
+    at_least |= {"harmonizer_rounds": 0, "segmenter_rounds": 0, "quorum": 0, "max_retries": 0, "max_features": 0}
+    at_least |= {"batch_size": 0, "seed": 0, "parallel_sites": 1}
+    for name, least in at_least.items():
+        if getattr(config, name) < least:
+            raise FederationError(f"{name.replace('_', '-')} must be >= {least}, got {getattr(config, name)}.")
+    for name in ("initial_lr", "harmonizer_lr", "deadline_s", "prepare_deadline_s", "join_wait_s", "gpu_memory_gb"):
+        if not getattr(config, name) > 0:
+            raise FederationError(f"{name.replace('_', '-')} must be > 0, got {getattr(config, name)}.")
+    if config.harmonizer_rounds + config.segmenter_rounds == 0:
+        raise FederationError("Both harmonizer-rounds and segmenter-rounds are 0: there is nothing to train.")
+    if config.harmonizer_rounds and config.harmonizer not in LEARNED:
+        raise FederationError(
+            f"harmonizer-rounds is {config.harmonizer_rounds}, but the harmonizer {config.harmonizer!r} has nothing to "
+            f"learn. Use 0, or one of {', '.join(sorted(LEARNED))}."
+        )
+
+
+def _check_names(config: FederateConfig) -> None:
+    names = config.site_names
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise FederationError(f"The site name {name!r} is not usable; use letters, digits, '.', '_' and '-'.")
+    if len(set(names)) != len(names):
+        raise FederationError(f"A site is named twice in sites: {config.sites}.")
+    if names and config.quorum > len(names):
+        raise FederationError(f"quorum is {config.quorum}, but there are only {len(names)} sites. Use at most {len(names)}.")
+    if names and config.reference != CONSENSUS and config.reference not in names:
+        raise FederationError(
+            f"The reference site {config.reference!r} is not in this federation; choose {CONSENSUS} or one of "
+            f"{', '.join(names)}."
+        )
+    if config.patch_size and not re.fullmatch(r"\d+x\d+(x\d+)?", config.patch_size):
+        raise FederationError(f"patch-size is {config.patch_size!r}; write it as 64x64 or 32x64x64.")
+    if config.patch_shape and len(config.patch_shape) != (2 if config.configuration == "2d" else 3):
+        raise FederationError(f"patch-size {config.patch_size} does not fit the configuration {config.configuration}.")
+    try:
+        settings = config.harmonizer_settings
+    except (ValueError, TypeError) as error:
+        raise FederationError(f"harmonizer-options is not a JSON object: {config.harmonizer_options!r}.") from error
+    if settings and config.harmonizer == "none":
+        raise FederationError("harmonizer-options are given, but the harmonizer is 'none'.")
+
+
+def warnings_of(config: FederateConfig) -> list[str]:
+    """What is allowed but probably not meant; one sentence each."""
+    found = []
+    if config.harmonizer in LEARNED and config.harmonizer_rounds == 0 and not config.finetune_harmonizer:
+        found.append(
+            f"The harmonizer {config.harmonizer!r} learns, but harmonizer-rounds is 0 and finetune-harmonizer is off: "
+            "it stays the identity."
+        )
+    if config.device != "cpu" and config.parallel_sites > 1:
+        found.append(f"{config.parallel_sites} sites share the device {config.device} at the same time.")
+    return found

@@ -1,0 +1,56 @@
+"""The server's event log: one JSON object a line, for the terminal, for tests and for later reading.
+
+Events name sites and rounds, never cases.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+EVENTS_FILE = "events.jsonl"
+
+
+class EventLog:
+    """Appends events to a file; the file is opened for each one, so it may be moved away at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, event: str, **details: Any) -> None:
+        """Append one event; numbers that are not finite become null."""
+        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+        entry |= {key: _plain(value) for key, value in details.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry, allow_nan=False) + "\n")
+
+
+def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Complete lines from a byte offset on, and the offset to go on from; a half-written last line is left for later."""
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        data = stream.read()
+    complete = data[: data.rfind(b"\n") + 1]
+    return list(_parse(complete)), offset + len(complete)
+
+
+def _parse(data: bytes) -> Iterator[dict[str, Any]]:
+    for line in data.splitlines():
+        yield dict(json.loads(line))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,120 @@
+"""One exchange with several sites over Flower's Grid: push, pull until all answered or the deadline passed, never wait forever."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from nnunet_fedharm.errors import FedHarmError
+
+T = TypeVar("T")
+WAITING_EVERY_S = 15.0
+"""How often a long wait is reported."""
+_POLL_S = (0.1, 1.0)
+
+_FLOWER_ERRORS = {
+    0: "the site failed for an unknown reason",
+    1: "its client app could not be loaded; install nnunet_fedharm at the site",
+    2: "its client app raised an exception; see the site's own log",
+    3: "the message ran out of time",
+    4: "the reply came too late or was lost",
+    5: "its node is gone",
+    7: "its node refused the app bundle",
+    8: "its process died",
+}
+
+
+@dataclass
+class Answers(Generic[T]):
+    """What came back from one exchange.
+
+    Attributes:
+        accepted: key -> what `accept` made of the reply.
+        failures: key -> one sentence; an error reply, a reply that was refused, or no reply in time.
+        silent: keys without any reply in time.
+        seconds: key -> time from push to reply.
+    """
+
+    accepted: dict[str, T] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def exchange(
+    grid: Grid,
+    requests: Mapping[str, Message],
+    *,
+    deadline_s: float,
+    accept: Callable[[str, RecordDict], T],
+    waiting: Callable[[set[str], float], None] = lambda left, seconds: None,
+    enough: Callable[[Answers[T]], bool] = lambda answers: False,
+) -> Answers[T]:
+    """Send one request to each site and collect the replies.
+
+    Args:
+        grid: Flower's grid.
+        requests: key (a site's name, or a node not yet identified) -> message.
+        deadline_s: seconds after which missing replies count as silent.
+        accept: turns a reply into a value; a FedHarmError from it sets the reply aside with its sentence.
+        waiting: called about every 15 s with who is still missing and the seconds so far.
+        enough: asked after each reply; True ends the wait early.
+
+    Returns:
+        One entry per request, in `accepted` or in `failures`.
+    """
+    answers: Answers[T] = Answers()
+    start = reported = time.monotonic()
+    open_requests = _push(grid, requests, answers)
+    pause = _POLL_S[0]
+    while open_requests and time.monotonic() - start < deadline_s:
+        for reply in grid.pull_messages(list(open_requests)):
+            key = open_requests.pop(reply.metadata.reply_to_message_id, None)
+            if key is None:
+                continue
+            answers.seconds[key] = time.monotonic() - start
+            _take(key, reply, accept, answers)
+            pause = _POLL_S[0]
+        if enough(answers):
+            break
+        if time.monotonic() - reported > WAITING_EVERY_S:
+            reported = time.monotonic()
+            waiting(set(open_requests.values()), reported - start)
+        if open_requests:
+            time.sleep(pause)
+            pause = min(1.5 * pause, _POLL_S[1])
+    for key in open_requests.values():
+        answers.silent.add(key)
+        answers.failures[key] = f"no reply within {time.monotonic() - start:.0f} s"
+    return answers
+
+
+def _push(grid: Grid, requests: Mapping[str, Message], answers: Answers[T]) -> dict[str, str]:
+    """Push every request; message id -> key of those that Flower took."""
+    keys = list(requests)
+    ids = list(grid.push_messages([requests[key] for key in keys]))
+    taken: dict[str, str] = {}
+    # Flower answers None for a node that it does not know any more.
+    for position, key in enumerate(keys):
+        identifier = ids[position] if position < len(ids) else None
+        if identifier:
+            taken[identifier] = key
+        else:
+            answers.failures[key] = "Flower could not deliver the message: its node is gone"
+    return taken
+
+
+def _take(key: str, reply: Message, accept: Callable[[str, RecordDict], T], answers: Answers[T]) -> None:
+    if reply.has_error():
+        # Flower's own reason can hold a traceback of the site, which may name cases: it is not repeated here.
+        answers.failures[key] = _FLOWER_ERRORS.get(reply.error.code, f"Flower error {reply.error.code}")
+        return
+    try:
+        answers.accepted[key] = accept(key, reply.content)
+    except FedHarmError as error:
+        answers.failures[key] = str(error)

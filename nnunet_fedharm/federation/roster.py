@@ -1,0 +1,166 @@
+"""Who is where: sites by name, whatever node id Flower gives them today.
+
+A restarted SuperNode comes back under a new node id, so every unknown node is asked for its site's name and facts before it
+takes part; a site that comes back gets the final plans again where its own are missing or old.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from nnunet_fedharm.errors import FederationError, SiteMismatchError
+from nnunet_fedharm.federation.events import EventLog
+from nnunet_fedharm.federation.exchange import Answers, exchange
+from nnunet_fedharm.federation.messages import PREFLIGHT, PREFLIGHT_REPLY, pack, unpack_reply
+from nnunet_fedharm.planning.facts import SiteFacts, check_agreement
+
+REJOIN_DEADLINE_S = 120.0
+"""How long the run waits for an unknown node to say who it is, once training has begun."""
+_ATTEMPTS = 2
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A site's answer to preflight."""
+
+    facts: SiteFacts
+    plans_hash: str
+
+
+@dataclass
+class Roster:
+    """The sites of a run and their present nodes.
+
+    Attributes:
+        nodes: site -> node id of the sites that are there now.
+        facts: site -> facts; fixed once preflight is over.
+        plans_hash: site -> hash of the final plans that it holds ("" for none).
+    """
+
+    grid: Grid
+    log: EventLog
+    run_id: str
+    dataset: str
+    expected: tuple[str, ...]
+    facts: dict[str, SiteFacts] = field(default_factory=dict)
+    nodes: dict[str, int] = field(default_factory=dict)
+    plans_hash: dict[str, str] = field(default_factory=dict)
+    _attempts: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def missing(self) -> list[str]:
+        """Expected sites that are not there."""
+        return [site for site in self.expected if site not in self.nodes]
+
+    def wait_for_all(self, *, seconds: float, check_data: bool, deadline_s: float) -> None:
+        """Wait until every expected site has answered preflight, or the time is over (then `missing` is not empty).
+
+        Raises:
+            FederationError: a site refused, or two nodes have one name.
+            SiteMismatchError: a site disagrees with the others.
+        """
+        start, announced = time.monotonic(), -1.0
+        while True:
+            failures = self.refresh(check_data=check_data, deadline_s=deadline_s, strict=True)
+            if failures:
+                raise FederationError(failures[0])
+            waited = time.monotonic() - start
+            if not self.missing or waited > seconds:
+                return
+            if announced < 0 or waited - announced > 15:
+                announced = waited
+                self.log.write("waiting", what="sites to connect", sites=self.missing, seconds=round(waited))
+            time.sleep(min(1.0, seconds))
+
+    def refresh(self, *, check_data: bool = False, deadline_s: float = REJOIN_DEADLINE_S, strict: bool = False) -> list[str]:
+        """Forget nodes that left and identify new ones; returns the sentences of nodes that were set aside."""
+        online = set(self.grid.get_node_ids())
+        for site in [name for name, node in self.nodes.items() if node not in online]:
+            del self.nodes[site]
+            self.log.write("site_lost", site=site)
+        known = set(self.nodes.values())
+        unknown = sorted(node for node in online - known if self._attempts[node] < _ATTEMPTS)
+        if not unknown:
+            return []
+        answers = self._greet(unknown, check_data, deadline_s)
+        if strict:
+            _refuse_twins(answers.accepted)
+        refused = [self._admit(int(node), hello, strict) for node, hello in sorted(answers.accepted.items())]
+        failed = [text for node, text in answers.failures.items() if node not in answers.silent]
+        for text in failed:
+            self.log.write("node_set_aside", reason=text)
+        return [text for text in refused if text] + failed
+
+    def _greet(self, nodes: list[int], check_data: bool, deadline_s: float) -> Answers[Hello]:
+        values = {"run_id": self.run_id, "dataset": self.dataset, "check_data": check_data}
+        requests = {
+            str(node): Message(
+                pack(PREFLIGHT, values), dst_node_id=node, message_type=f"{MessageType.QUERY}.preflight", ttl=deadline_s
+            )
+            for node in nodes
+        }
+        self._attempts.update(nodes)
+
+        def complete(answers: Answers[Hello]) -> bool:
+            there = {hello.facts.site for hello in answers.accepted.values()} | set(self.nodes)
+            return set(self.expected) <= there
+
+        return exchange(
+            self.grid,
+            requests,
+            deadline_s=deadline_s,
+            accept=_read_hello,
+            enough=complete,
+            waiting=lambda left, seconds: self.log.write(
+                "waiting", what="preflight", sites=self.missing, seconds=round(seconds)
+            ),
+        )
+
+    def _admit(self, node: int, hello: Hello, strict: bool) -> str:
+        """Enter a site; returns why not, or an empty text."""
+        site = hello.facts.site
+        if site not in self.expected:
+            self._attempts[node] = _ATTEMPTS
+            reason = f"Site {site} is not part of this run ({', '.join(self.expected)}). Add it to sites or stop its node."
+        else:
+            reason = self._disagreement(hello.facts)
+        if reason:
+            self.log.write("site_refused", site=site, reason=reason)
+            if strict:
+                raise SiteMismatchError(reason)
+            self._attempts[node] = _ATTEMPTS
+            return reason
+        self.nodes[site], self.facts[site], self.plans_hash[site] = node, hello.facts, hello.plans_hash
+        self.log.write("site_joined", site=site, labelled=hello.facts.n_labelled, unlabelled=hello.facts.n_unlabelled)
+        return ""
+
+    def _disagreement(self, facts: SiteFacts) -> str:
+        others = [known for site, known in self.facts.items() if site != facts.site]
+        try:
+            # Whether anybody has labels is asked once, when all are there.
+            check_agreement([*others, facts])
+        except SiteMismatchError as error:
+            return "" if "No site has labels" in str(error) else str(error)
+        return ""
+
+
+def _read_hello(node: str, content: RecordDict) -> Hello:
+    values: Mapping[str, Any] = unpack_reply(PREFLIGHT_REPLY, content, source=f"node {node}").values
+    facts = SiteFacts.from_dict(values["facts"])
+    if facts.site != values["site"]:
+        raise FederationError(f"Site {values['site']} sent the facts of {facts.site}.")
+    return Hello(facts=facts, plans_hash=values["plans_hash"])
+
+
+def _refuse_twins(accepted: Mapping[str, Hello]) -> None:
+    count = Counter(hello.facts.site for hello in accepted.values())
+    for site, nodes in count.items():
+        if nodes > 1:
+            raise FederationError(f"{nodes} nodes call themselves {site}. Give every SuperNode its own site name.")

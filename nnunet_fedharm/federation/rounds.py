@@ -1,0 +1,278 @@
+"""The round loop: broadcast, train at the sites, average, checkpoint; with deadline, quorum and rejoining sites.
+
+Flower's own strategies begin at round 1 after every start, wait for a fixed number of nodes and stop on one bad reply; a
+federation of hospitals needs the opposite.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+
+from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.aggregation import SiteUpdate, mean_metric, shares, weighted_mean
+from nnunet_fedharm.federation.codec import Weights, decode, encode, payload_bytes
+from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.events import EventLog
+from nnunet_fedharm.federation.exchange import Answers, exchange
+from nnunet_fedharm.federation.messages import (
+    FINISH,
+    FINISH_REPLY,
+    STORE_PLANS,
+    STORE_PLANS_REPLY,
+    TRAIN,
+    TRAIN_REPLY,
+    json_hash,
+    pack,
+    unpack_reply,
+)
+from nnunet_fedharm.federation.roster import Roster
+from nnunet_fedharm.federation.state import ServerState
+
+METRICS = ("train_loss", "val_loss", "dice")
+
+
+@dataclass(frozen=True)
+class RoundLoop:
+    """Everything that all rounds of a run share.
+
+    Attributes:
+        trainer_name: nnU-Net trainer class that the sites use.
+        batch_size: of the plans.
+        checkpoint: called after each round with state, weights and whether it is the best so far.
+    """
+
+    roster: Roster
+    config: FederateConfig
+    log: EventLog
+    trainer_name: str
+    batch_size: int
+    checkpoint: Callable[[ServerState, Weights, bool], None]
+
+    def run_phase(self, phase: str, rounds: int, state: ServerState, weights: Weights) -> tuple[ServerState, Weights]:
+        """Run the rounds of a phase that are not done yet.
+
+        Raises:
+            FederationError: a round has no quorum after all retries.
+        """
+        while state.rounds_done[phase] < rounds:
+            state, weights = self._run_round(phase, rounds, state, weights)
+        return state, weights
+
+    def sites_of(self, phase: str) -> tuple[str, ...]:
+        """Sites that take part in a phase: all in the harmonizer phase, those with labels in the segmenter phase."""
+        if phase == "harmonizer":
+            return self.roster.expected
+        return tuple(site for site in self.roster.expected if self.roster.facts[site].n_labelled)
+
+    def _run_round(self, phase: str, rounds: int, state: ServerState, weights: Weights) -> tuple[ServerState, Weights]:
+        start = time.monotonic()
+        number = state.rounds_done[phase]
+        self.log.write("round_start", phase=phase, round=number + 1, rounds=rounds)
+        updates, traffic = self._collect(phase, number, state, weights)
+        share = shares(updates, self.config.weighting, batch_size=self.batch_size)
+        mean = weighted_mean({site: update.weights for site, update in updates.items()}, share)
+        metrics = {name: mean_metric(updates, share, name) for name in METRICS}
+        dice = metrics["dice"]
+        is_best = phase == "segmenter" and dice is not None and (state.best_dice is None or dice > state.best_dice)
+        seconds = round(time.monotonic() - start, 3)
+        entry = {"phase": phase, "round": number + 1, "seconds": seconds, **metrics, **traffic, "sites": sorted(updates)}
+        state = state.with_round(phase, entry, dice if is_best else state.best_dice)
+        self.checkpoint(state, mean, is_best)
+        self.log.write("round_end", rounds=rounds, best=is_best, **entry)
+        return state, mean
+
+    def _collect(
+        self, phase: str, number: int, state: ServerState, weights: Weights
+    ) -> tuple[dict[str, SiteUpdate], dict[str, int]]:
+        """Updates of at least a quorum, and the bytes of all attempts."""
+        wanted = self.sites_of(phase)
+        quorum = quorum_of(self.config.quorum, len(wanted))
+        record = encode(weights, fp16=self.config.fp16)
+        down, up = 0, 0
+        for attempt in range(self.config.max_retries + 1):
+            there = self._wait_for(wanted, quorum, state)
+            request = self._train_request(phase, number, state, record)
+            answers = self._train(there, request, phase, number, weights, payload_bytes(record))
+            down += payload_bytes(record) * len(there)
+            up += sum(size for _, size in answers.accepted.values())
+            if len(answers.accepted) >= quorum:
+                return {site: update for site, (update, _) in answers.accepted.items()}, {"bytes_down": down, "bytes_up": up}
+            self.log.write(
+                "round_repeated", phase=phase, round=number + 1, attempt=attempt + 1, replies=len(answers.accepted), quorum=quorum
+            )
+        reasons = "; ".join(f"{site}: {text}" for site, text in sorted(answers.failures.items()))
+        raise FederationError(
+            f"Round {number + 1} of the {phase} phase got {len(answers.accepted)} of {quorum} needed replies ({reasons}). "
+            "Mend the sites and run the same command again: it resumes at this round."
+        )
+
+    def _wait_for(self, wanted: tuple[str, ...], quorum: int, state: ServerState) -> list[str]:
+        """Sites of the phase that are there now, at least a quorum of them.
+
+        Raises:
+            FederationError: too few for as long as a round may last.
+        """
+        start = reported = time.monotonic()
+        while True:
+            self.roster.refresh()
+            self._give_plans(state)
+            there = [site for site in wanted if site in self.roster.nodes]
+            if len(there) >= quorum:
+                return there
+            if time.monotonic() - start > self.config.deadline_s:
+                absent = sorted(set(wanted) - set(there))
+                raise FederationError(
+                    f"Only {len(there)} of {quorum} needed sites are connected; missing: {', '.join(absent)}. "
+                    "Start their SuperNodes and run the same command again: it resumes at this round."
+                )
+            if time.monotonic() - reported > 15:
+                reported = time.monotonic()
+                absent = sorted(set(wanted) - set(there))
+                self.log.write("waiting", what="sites to come back", sites=absent, seconds=round(reported - start))
+            time.sleep(1.0)
+
+    def _train_request(self, phase: str, number: int, state: ServerState, record: ArrayRecord) -> RecordDict:
+        epochs = self.config.local_epochs
+        values = self._common(state) | {"phase": phase, "round": number, "first_epoch": number * epochs, "epochs": epochs}
+        return pack(TRAIN, values | {"fp16": self.config.fp16}, record)
+
+    def _common(self, state: ServerState) -> dict[str, Any]:
+        return {
+            "run_id": state.run_id,
+            "dataset_name": state.dataset_name,
+            "configuration": self.config.configuration,
+            "fold": self.config.fold,
+            "trainer_name": self.trainer_name,
+            "plans_hash": json_hash(state.plans),
+            "seed": self.config.seed,
+        }
+
+    def _train(
+        self, sites: list[str], request: RecordDict, phase: str, number: int, like: Weights, bytes_down: int
+    ) -> Answers[tuple[SiteUpdate, int]]:
+        start = time.monotonic()
+
+        def accept(site: str, content: RecordDict) -> tuple[SiteUpdate, int]:
+            update, size = read_update(site, content, like)
+            self.log.write(
+                "site_trained",
+                site=site,
+                phase=phase,
+                round=number + 1,
+                seconds=round(time.monotonic() - start, 3),
+                bytes_down=bytes_down,
+                bytes_up=size,
+                n_steps=update.n_steps,
+                metrics=update.metrics,
+            )
+            return update, size
+
+        answers = self._ask(sites, request, MessageType.TRAIN, self.config.deadline_s, accept, f"{phase} round {number + 1}")
+        for site, reason in sorted(answers.failures.items()):
+            self.log.write("site_set_aside", site=site, phase=phase, round=number + 1, reason=reason)
+        return answers
+
+    def _give_plans(self, state: ServerState) -> None:
+        """Send the final plans to present sites that do not hold them (they were away, or lost them)."""
+        wanted = json_hash(state.plans)
+        stale = [site for site in self.roster.nodes if self.roster.plans_hash[site] != wanted]
+        if not stale:
+            return
+        keys = ("run_id", "dataset_name", "plans", "dataset_json", "fingerprint")
+        request = pack(STORE_PLANS, {key: getattr(state, key) for key in keys})
+
+        def accept(site: str, content: RecordDict) -> None:
+            self.roster.plans_hash[site] = unpack_reply(STORE_PLANS_REPLY, content, source=site).values["plans_hash"]
+
+        answers = self._ask(stale, request, f"{MessageType.QUERY}.plans", self.config.deadline_s, accept, "plans")
+        for site, reason in sorted(answers.failures.items()):
+            del self.roster.nodes[site]  # a node that cannot hold the plans is asked again as an unknown one
+            self.log.write("site_set_aside", site=site, phase="plans", round=0, reason=reason)
+
+    def finish(self, state: ServerState, weights: Weights) -> ServerState:
+        """Send the final weights to every site that is there; each writes its nnU-Net results folder."""
+        self.roster.refresh()
+        self._give_plans(state)
+        sites = [site for site in self.roster.nodes if site not in state.finished_sites]
+        request = pack(FINISH, self._common(state), encode(weights))
+
+        def accept(site: str, content: RecordDict) -> None:
+            unpack_reply(FINISH_REPLY, content, source=site)
+            self.log.write("site_finished", site=site)
+
+        answers = self._ask(sites, request, f"{MessageType.QUERY}.finish", self.config.deadline_s, accept, "the final model")
+        for site, reason in sorted(answers.failures.items()):
+            self.log.write("site_set_aside", site=site, phase="finish", round=0, reason=reason)
+        return replace(state, finished_sites=sorted({*state.finished_sites, *answers.accepted}))
+
+    def _ask(
+        self,
+        sites: list[str],
+        content: RecordDict,
+        message_type: str,
+        deadline_s: float,
+        accept: Callable[[str, RecordDict], Any],
+        what: str,
+    ) -> Answers[Any]:
+        return ask(self.roster, self.log, sites, content, message_type, deadline_s=deadline_s, accept=accept, what=what)
+
+
+def ask(
+    roster: Roster,
+    log: EventLog,
+    sites: list[str],
+    content: RecordDict,
+    message_type: str,
+    *,
+    deadline_s: float,
+    accept: Callable[[str, RecordDict], Any],
+    what: str,
+) -> Answers[Any]:
+    """Send the same content to several sites by name and collect the replies until the deadline."""
+    requests = {
+        site: Message(content, dst_node_id=roster.nodes[site], message_type=message_type, ttl=deadline_s) for site in sites
+    }
+    return exchange(
+        roster.grid,
+        requests,
+        deadline_s=deadline_s,
+        accept=accept,
+        waiting=lambda left, seconds: log.write("waiting", what=what, sites=sorted(left), seconds=round(seconds)),
+    )
+
+
+def quorum_of(quorum: int, n_sites: int) -> int:
+    """Replies that a round of `n_sites` needs: the configured number, or more than half of them where it is 0.
+
+    Raises:
+        FederationError: nobody can take part.
+    """
+    if n_sites == 0:
+        raise FederationError("No site can take part in this phase. The segmenter phase needs at least one site with labels.")
+    return min(quorum, n_sites) if quorum else n_sites // 2 + 1
+
+
+def read_update(site: str, content: RecordDict, like: Weights) -> tuple[SiteUpdate, int]:
+    """A site's reply as an update, and its bytes.
+
+    Raises:
+        SiteFailure: the site says that it failed.
+        FederationError, ShapeError: the reply does not follow the schema, or its weights do not fit.
+    """
+    message = unpack_reply(TRAIN_REPLY, content, source=site)
+    values = message.values
+    if values["site"] != site:
+        raise FederationError(f"The reply of {site} carries the name {values['site']}.")
+    weights = decode(message.weights, like=like, source=site)
+    metrics = {
+        name: float(value)
+        for name, value in values["metrics"].items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    update = SiteUpdate(weights=weights, n_steps=values["n_steps"], n_cases=values["n_cases"], metrics=metrics)
+    return update, payload_bytes(message.weights)

@@ -1,0 +1,99 @@
+"""The server's state: what a restarted run needs to go on after the last completed round.
+
+`<server root>/fedharm/<run id>/state.json` names the weights file and its SHA-256, so the pair changes in one rename.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import CheckpointError
+from nnunet_fedharm.federation.codec import Weights
+from nnunet_fedharm.federation.durable import read_json, read_weights, write_json, write_weights
+
+STATE_VERSION = 1
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerState:
+    """Everything that is known after the last completed step.
+
+    Attributes:
+        run_id: fingerprint of the configuration and a random part; names the folders of this run everywhere.
+        config: the configuration's identity, to refuse another one.
+        facts: site -> facts from preflight; empty before it.
+        dataset_name: nnU-Net name of the dataset; empty before preflight.
+        dataset_json, fingerprint, planned: from federated planning; empty before it. `planned` has no fedharm section.
+        plans: final plans with the fedharm section; empty before the style bank is made.
+        rounds_done: completed rounds per phase.
+        history: one entry per completed round: phase, round, seconds, metrics, bytes.
+        best_dice: best mean pseudo Dice so far; None before the first segmenter round.
+        finished_sites: sites that hold the final model.
+    """
+
+    run_id: str
+    config: dict[str, Any]
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dataset_name: str = ""
+    dataset_json: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    planned: dict[str, Any] = field(default_factory=dict)
+    plans: dict[str, Any] = field(default_factory=dict)
+    rounds_done: dict[str, int] = field(default_factory=lambda: {"harmonizer": 0, "segmenter": 0})
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_dice: float | None = None
+    finished_sites: list[str] = field(default_factory=list)
+
+    def with_round(self, phase: str, entry: Mapping[str, Any], best_dice: float | None) -> ServerState:
+        """The state after one more round of a phase."""
+        done = {**self.rounds_done, phase: self.rounds_done[phase] + 1}
+        return replace(self, rounds_done=done, history=[*self.history, dict(entry)], best_dice=best_dice)
+
+
+def new_state(fingerprint: str, config: Mapping[str, Any]) -> ServerState:
+    """State of a run that has done nothing yet; its id has a random part, so a restarted run shares no folder."""
+    return ServerState(run_id=f"{fingerprint}-{secrets.token_hex(3)}", config=dict(config))
+
+
+def save_state(folder: Path, state: ServerState, weights: Weights | None) -> None:
+    """Write state and weights so that a crash at any moment leaves the former pair or this one.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; the former pair stays whole.
+    """
+    content: dict[str, Any] = {item.name: getattr(state, item.name) for item in fields(state)}
+    content |= {"version": STATE_VERSION, "weights_file": "", "weights_sha256": ""}
+    if weights is not None:
+        name = "weights-{harmonizer:05d}-{segmenter:05d}.safetensors".format(**state.rounds_done)
+        content |= {"weights_file": name, "weights_sha256": write_weights(folder / name, weights)}
+    write_json(folder / STATE_FILE, content)
+    for old in folder.glob("weights-*.safetensors"):
+        if old.name != content["weights_file"]:
+            old.unlink(missing_ok=True)
+
+
+def load_state(folder: Path) -> tuple[ServerState, Weights | None]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        CheckpointError: missing, damaged, or written by another version.
+    """
+    content = read_json(folder / STATE_FILE)
+    version, name, digest = (content.pop(key, None) for key in ("version", "weights_file", "weights_sha256"))
+    if version != STATE_VERSION:
+        raise CheckpointError(f"{folder / STATE_FILE} has version {version}, this release reads {STATE_VERSION}.")
+    unknown = sorted(set(content) - {item.name for item in fields(ServerState)})
+    if unknown:
+        raise CheckpointError(f"{folder / STATE_FILE} has the unknown key {unknown[0]!r}.")
+    return ServerState(**content), read_weights(folder / str(name), str(digest)) if name else None
+
+
+def find_run(fedharm_folder: Path, fingerprint: str) -> Path | None:
+    """Folder of the newest run of this configuration; None where there is none."""
+    found = [path.parent for path in fedharm_folder.glob(f"{fingerprint}-*/{STATE_FILE}")]
+    return max(found, key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns, default=None)
