@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fix",
         action="store_true",
-        help="put the bridge module into nnU-Net's trainer folder where it is missing, and make missing nnU-Net folders",
+        help="put the bridge module into nnU-Net's trainer folder if it is missing there, make missing nnU-Net folders",
     )
 
 
