@@ -25,7 +25,7 @@ from nnunet_fedharm.datasets.site_effects import FloatVolume
 from nnunet_fedharm.errors import SetupError
 
 LABELS = {"background": 0, "grey matter": 1, "white matter": 2}
-FIELD_OF_VIEW_MM = (160.0, 200.0, 170.0)
+FIELD_OF_VIEW_MM = (165.0, 215.0, 175.0)
 CONTROL_SPACING_MM = 40.0
 WHITE_MATTER_SIGNAL = 230.0
 _BRAIN_CENTRE_MM = (98.0, 117.0, 77.0)

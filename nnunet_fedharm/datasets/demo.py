@@ -56,7 +56,7 @@ HOSPITALS: dict[str, Hospital] = {
     ),
     "birch": Hospital(
         scanner=ScannerRange(
-            tone=(-1.8, -1.2), bias=(0.1, 0.2), point_spread_mm=(2.0, 3.0), noise=(0.02, 0.03), scale=(250.0, 350.0)
+            tone=(-2.6, -2.0), bias=(0.1, 0.2), point_spread_mm=(2.0, 3.0), noise=(0.02, 0.03), scale=(250.0, 350.0)
         ),
         labelled=True,
         vendor="simulated 2",
@@ -65,7 +65,7 @@ HOSPITALS: dict[str, Hospital] = {
     ),
     "cedar": Hospital(
         scanner=ScannerRange(
-            tone=(2.4, 3.0), bias=(0.08, 0.15), point_spread_mm=(1.0, 2.0), noise=(0.005, 0.01), scale=(2500.0, 3500.0)
+            tone=(2.8, 3.4), bias=(0.01, 0.03), point_spread_mm=(1.0, 2.0), noise=(0.004, 0.008), scale=(2500.0, 3500.0)
         ),
         labelled=False,
         vendor="simulated 3",

@@ -195,8 +195,8 @@ def _matched_cases(predictions: Path, labels: Path, ending: str) -> list[str]:
     missing = [case for case in cases if not (predictions / f"{case}{ending}").exists()]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(cases)} cases have no prediction in {predictions}, the first is {missing[0]}{ending}."
-            " Predict them first, or give a label folder with only the predicted cases."
+            f"{len(missing)} of {len(cases)} cases have no prediction in {predictions}, first {missing[0]}{ending}. "
+            "Predict them first, or give a label folder with only the predicted cases."
         )
     return cases
 

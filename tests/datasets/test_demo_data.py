@@ -107,9 +107,8 @@ def test_three_hospitals_are_written_in_the_consortium_layout(tmp_path: Path) ->
         training = raw / ("imagesTr" if hospital.labelled else "imagesUnlabelled")
         assert [path.name for path in sorted(training.iterdir())] == [f"{site}_{n:03d}_0000.nii.gz" for n in (0, 1)]
         assert (raw / "labelsTr").exists() == hospital.labelled
-        image, label = (
-            nib.load(raw / name) for name in (f"imagesTs/{site}_002_0000.nii.gz", f"labelsTs/{site}_002.nii.gz")
-        )
+        image = nib.load(raw / f"imagesTs/{site}_002_0000.nii.gz")
+        label = nib.load(raw / f"labelsTs/{site}_002.nii.gz")
         np.testing.assert_array_equal(image.affine, label.affine)
         assert set(np.unique(np.asarray(label.dataobj))) == {0, 1, 2}
         assert json.loads((raw / "dataset.json").read_text())["numTraining"] == (2 if hospital.labelled else 0)
