@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import nnunet_fedharm
 from nnunet_fedharm.errors import DataError, FederationError, PlanError, SiteMismatchError
-from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases
+from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, reader_class, unlabelled_cases
 
 _AGREED = ("dataset_name", "channels", "labels", "regions_class_order", "file_ending", "reader")
 _REMEDY = {
@@ -111,27 +109,6 @@ def collect_facts(raw_dataset: Path, *, site: str) -> SiteFacts:
         versions=installed_versions(),
         reader=reader_class(dataset_json, (labelled + unlabelled)[0].images[0], site=site).__name__,
     )
-
-
-def reader_class(dataset_json: Mapping[str, Any], example: Path, *, site: str) -> type[Any]:
-    """The reader that nnU-Net chooses for these files.
-
-    Raises:
-        DataError: nnU-Net has none.
-    """
-    # Imported here: nnunetv2 costs seconds, and reading facts back from a message does not need it.
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
-    if not example.exists():
-        raise DataError(f"Site {site}: the image file {example} is missing. Restore it or remove the case.")
-    try:
-        with redirect_stdout(StringIO()):
-            chosen: type[Any] = determine_reader_writer_from_dataset_json(dict(dataset_json), str(example), verbose=False)
-    except RuntimeError as error:
-        raise DataError(
-            f"Site {site}: nnU-Net has no reader for {example}. Use a file ending that nnU-Net supports, such as .nii.gz."
-        ) from error
-    return chosen
 
 
 def check_agreement(facts: Sequence[SiteFacts]) -> None:

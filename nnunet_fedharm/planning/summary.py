@@ -36,9 +36,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_fedharm.errors import DataError, PlanError
-from nnunet_fedharm.planning.facts import reader_class
 from nnunet_fedharm.planning.histogram import GEOMETRY, INTENSITY, Histogram, Key, build
-from nnunet_fedharm.sites.files import CaseFiles, labelled_cases, read_dataset_json, unlabelled_cases
+from nnunet_fedharm.sites.files import CaseFiles, labelled_cases, read_dataset_json, reader_class, unlabelled_cases
 from nnunet_fedharm.sites.parallel import map_cases
 
 SUMMARY_VERSION = 1

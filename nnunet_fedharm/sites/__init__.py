@@ -1,1 +1,1 @@
-"""What a site is: `sites.json`, the checks of its raw data, the split into one nnU-Net root per site."""
+"""Sites: the registry of cases and scanners, checks of raw data, and the split into one nnU-Net root per site."""

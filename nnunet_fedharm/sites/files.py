@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,27 @@ def cases_in(images: Path, dataset_json: Mapping[str, Any], *, labels: Path | No
         )
         for name in names
     ]
+
+
+def reader_class(dataset_json: Mapping[str, Any], example: Path, *, site: str) -> type[Any]:
+    """The reader that nnU-Net chooses for these files.
+
+    Raises:
+        DataError: nnU-Net has none.
+    """
+    # Imported here: nnunetv2 costs seconds, and most uses of this module do not need it.
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+    if not example.exists():
+        raise DataError(f"Site {site}: the image file {example} is missing. Restore it or remove the case.")
+    try:
+        with redirect_stdout(StringIO()):
+            chosen: type[Any] = determine_reader_writer_from_dataset_json(dict(dataset_json), str(example), verbose=False)
+    except RuntimeError as error:
+        raise DataError(
+            f"Site {site}: nnU-Net has no reader for {example}. Use a file ending that nnU-Net supports, such as .nii.gz."
+        ) from error
+    return chosen
 
 
 def _resolve(raw_dataset: Path, name: str) -> Path:

@@ -1,0 +1,197 @@
+"""One raw dataset of several sites -> one nnU-Net root per site, as a federation finds it.
+
+Each site gets its own cases only: labelled ones in imagesTr/labelsTr, those of sites that take part without labels in
+imagesUnlabelled, and a share chosen before any training in imagesTs/labelsTs, which no training reads. Files are hard links
+where the file system allows it, so a split of a large dataset costs no space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_fedharm.errors import DataError, SetupError
+from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.sites.files import (
+    UNLABELLED,
+    CaseFiles,
+    labelled_cases,
+    read_dataset_json,
+    unlabelled_cases,
+    write_json,
+)
+from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """How cases are given to the sites."""
+
+    labelled_sites: tuple[str, ...] | None = None
+    """Sites that keep their labels; None: all. The others take part in the harmonizer phase only."""
+    held_out_fraction: float = 0.2
+    """Share of each site's labelled cases that goes to imagesTs/labelsTs."""
+    seed: int = 0
+    """Seed of the choice; each site draws with its own generator, so adding a site changes no other site's cases."""
+    link: bool = True
+    """Hard links (or symbolic links across file systems) instead of copies."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out_fraction < 1:
+            raise DataError(f"held_out_fraction must be in [0, 1), got {self.held_out_fraction}.")
+
+
+@dataclass(frozen=True)
+class SiteShare:
+    """What one site got.
+
+    Attributes:
+        n_labelled, n_unlabelled, n_held_out: cases in imagesTr, imagesUnlabelled and imagesTs.
+    """
+
+    site: str
+    root: NnunetRoot
+    n_labelled: int
+    n_unlabelled: int
+    n_held_out: int
+
+
+def split_dataset(raw_dataset: Path, consortium: Path, options: SplitOptions | None = None) -> list[SiteShare]:
+    """Write `consortium/sites/<site>/…` for every site of `sites.json`, and `consortium/server/…`.
+
+    Args:
+        raw_dataset: nnU-Net raw dataset with a sites.json.
+
+    Returns:
+        One entry per site, in the order of sites.json.
+
+    Raises:
+        DataError: no dataset, no or wrong sites.json, an unknown site, a site left with too few cases.
+        SetupError: a target is not empty or cannot be written.
+    """
+    options = options or SplitOptions()
+    dataset_json = read_dataset_json(raw_dataset, site="all")
+    registry = SitesFile.load(raw_dataset / SITES_FILE)
+    labelled, unlabelled = labelled_cases(raw_dataset, dataset_json), unlabelled_cases(raw_dataset, dataset_json)
+    _check_names(registry, [*labelled, *unlabelled], options)
+    plans = [_share_out(site, registry, labelled, unlabelled, options) for site in registry.sites]
+    roots = [NnunetRoot(consortium / "sites" / site) for site in registry.sites]
+    for root in roots:
+        _refuse_occupied(root.raw / raw_dataset.name)
+    make_consortium_folders(consortium, registry.sites)
+    return [
+        _write_site(plan, root, raw_dataset.name, dataset_json, registry, link=options.link)
+        for plan, root in zip(plans, roots, strict=True)
+    ]
+
+
+def make_consortium_folders(consortium: Path, sites: Collection[str]) -> None:
+    """The folders of the server and of every site: an nnU-Net root and `fedharm/` each."""
+    for folder in (consortium / "server", *(consortium / "sites" / site for site in sites)):
+        root = NnunetRoot(folder).create()
+        (root.path / "fedharm").mkdir(exist_ok=True)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    site: str
+    train: list[CaseFiles]
+    unlabelled: list[CaseFiles]
+    held_out: list[CaseFiles]
+
+
+def _check_names(registry: SitesFile, cases: Sequence[CaseFiles], options: SplitOptions) -> None:
+    for case in cases:
+        if case.case not in registry.cases:
+            raise DataError(f"{SITES_FILE} does not say which site case {case.case} comes from. Add the case to `cases`.")
+        for image in case.images:
+            if not image.is_file():
+                raise DataError(f"Case {case.case} of site {registry.cases[case.case]}: {image} is missing. Add it or remove the case.")
+    for site in options.labelled_sites or ():
+        if site not in registry.sites:
+            raise DataError(f"Unknown site {site} in --labelled-sites. {SITES_FILE} lists {', '.join(registry.sites)}.")
+
+
+def _share_out(
+    site: str,
+    registry: SitesFile,
+    labelled: Sequence[CaseFiles],
+    unlabelled: Sequence[CaseFiles],
+    options: SplitOptions,
+) -> _Plan:
+    own = [case for case in labelled if registry.cases[case.case] == site]
+    without = [case for case in unlabelled if registry.cases[case.case] == site]
+    if not own and not without:
+        raise DataError(f"Site {site} is empty: no case of the dataset belongs to it. Remove it from {SITES_FILE} or add cases.")
+    order = _generator(options.seed, site).permutation(len(own))
+    n_held_out = round(options.held_out_fraction * len(own))
+    if own and options.held_out_fraction > 0:
+        n_held_out = max(n_held_out, 1)
+    held_out = sorted((own[index] for index in order[:n_held_out]), key=lambda case: case.case)
+    train = sorted((own[index] for index in order[n_held_out:]), key=lambda case: case.case)
+    keeps_labels = options.labelled_sites is None or site in options.labelled_sites
+    if own and keeps_labels and len(train) < 2:
+        raise DataError(
+            f"Site {site} has {len(own)} labelled cases, of which {len(train)} would be left to train with "
+            f"{n_held_out} held out; at least 2 are needed. Lower --held-out-fraction or leave the site out of --labelled-sites."
+        )
+    return _Plan(site, train, without, held_out) if keeps_labels else _Plan(site, [], [*without, *train], held_out)
+
+
+def _write_site(
+    plan: _Plan, root: NnunetRoot, dataset_name: str, dataset_json: Mapping[str, Any], registry: SitesFile, *, link: bool
+) -> SiteShare:
+    target = root.raw / dataset_name
+    ending = dataset_json["file_ending"]
+    for cases, images, labels in (
+        (plan.train, "imagesTr", "labelsTr"),
+        (plan.unlabelled, UNLABELLED, None),
+        (plan.held_out, "imagesTs", "labelsTs"),
+    ):
+        for case in cases:
+            for channel, image in enumerate(case.images):
+                place(image, target / images / f"{case.case}_{channel:04d}{ending}", link=link)
+            if labels is not None and case.label is not None:
+                place(case.label, target / labels / f"{case.case}{ending}", link=link)
+    (target / "imagesTr").mkdir(parents=True, exist_ok=True)
+    (target / "labelsTr").mkdir(exist_ok=True)
+    description = {key: value for key, value in dataset_json.items() if key not in ("dataset", "modality")}
+    write_json({**description, "numTraining": len(plan.train)}, target / "dataset.json")
+    registry.only(plan.site).save(target / SITES_FILE)
+    return SiteShare(plan.site, root, len(plan.train), len(plan.unlabelled), len(plan.held_out))
+
+
+def place(source: Path, target: Path, *, link: bool) -> None:
+    """Hard link, else symbolic link (another file system), else copy.
+
+    Raises:
+        SetupError: the target cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not link:
+            shutil.copy2(source, target)
+            return
+        try:
+            os.link(source.resolve(), target)
+        except OSError:
+            target.symlink_to(source.resolve())
+    except OSError as error:
+        raise SetupError(f"Cannot write {target}: {error.strerror}. Choose a folder that this user may write, with space.") from error
+
+
+def _refuse_occupied(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise SetupError(f"{folder} already holds a dataset. Remove it or choose another output folder; nothing was changed.")
+
+
+def _generator(seed: int, site: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}/{site}/held-out".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
