@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.sites.files import read_json
+from nnunet_fedharm.sites.registry import SitesFile
 
 HELP = "Dice and HD95 per label, case and site, with bootstrap intervals"
 
@@ -28,14 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score, print the table, write the JSON file."""
+    # Imported here: scipy and nnU-Net's readers take a second that --help need not wait for.
     from nnunet_fedharm.evaluation.segmentation import format_table, score_folder, write_metrics
 
-    dataset_json = read_json(args.dataset_json or find_dataset_json(args.predictions, args.labels))
+    dataset_json = read_json(
+        args.dataset_json or find_dataset_json(args.predictions, args.labels), what="The dataset description"
+    )
     metrics = score_folder(
         args.predictions,
         args.labels,
         dataset_json,
-        sites=None if args.sites is None else read_sites(args.sites),
+        sites=None if args.sites is None else SitesFile.load(args.sites).cases,
         seed=args.seed,
         num_processes=args.num_processes,
     )
@@ -56,30 +59,3 @@ def find_dataset_json(predictions: Path, labels: Path) -> Path:
         if place.is_file():
             return place
     raise DataError(f"No dataset.json in {predictions} or beside {labels}. Name it with --dataset-json.")
-
-
-def read_sites(path: Path) -> dict[str, str]:
-    """Case -> site of a sites.json.
-
-    Raises:
-        DataError: the file has no `cases`.
-    """
-    content = read_json(path)
-    if not isinstance(content.get("cases"), dict):
-        raise DataError(f"{path} has no entry 'cases' (case -> site). See `nnunet-fedharm sites split --help`.")
-    return {str(case): str(site) for case, site in content["cases"].items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file that holds an object.
-
-    Raises:
-        DataError: it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object.")
-    return content

@@ -1,13 +1,15 @@
-"""Label maps from files, read by the reader that nnU-Net uses for the dataset, with their geometry."""
+"""Label maps and images from files, read by the reader that nnU-Net uses for the dataset, with their geometry."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.evaluation.labels import LabelMap
@@ -62,6 +64,59 @@ def read_segmentation(path: Path, reader: Any) -> LabelVolume:
     if not np.array_equal(labels, array[0]):
         raise DataError(f"{path} holds values that are not whole numbers, so it is no label map.")
     return LabelVolume(path, labels, tuple(float(value) for value in properties["spacing"]), _frame(properties))
+
+
+def read_images(paths: Sequence[Path], reader: Any) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+    """One case's channels, (C, *grid) as the reader orders the axes, and the reader's properties.
+
+    Raises:
+        DataError: a channel's file is missing or cannot be read; the message names it.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"The channel {path} is missing. nnU-Net wants one file CASE_0000, ... per channel.")
+    try:
+        array, properties = reader.read_images([str(path) for path in paths])
+    except Exception as error:  # readers of four libraries raise what they like; the user needs the file's name
+        raise DataError(f"Cannot read {paths[0]} (and its other channels): {error}") from error
+    return np.asarray(array, dtype=np.float32), properties
+
+
+def write_like(array: npt.NDArray[np.float32], template: Path, reader_name: str, target: Path) -> None:
+    """Write one channel as float32 NIfTI with the header, affine and axes of the file that it was read from.
+
+    Args:
+        array: (D, H, W) as the reader ordered the axes.
+        template: the NIfTI file that was read.
+        reader_name: nnU-Net's reader class that read it.
+        target: file to write.
+
+    Raises:
+        DataError: the file cannot be written, is no NIfTI, or the reader turns axes in a way that is not undone here.
+    """
+    if reader_name not in ("SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"):
+        raise DataError(f"Images read by {reader_name} cannot be written as NIfTI; use SimpleITKIO or NibabelIO.")
+    source = nib.load(template)
+    if not isinstance(source, nib.Nifti1Image):
+        raise DataError(f"{template} is no NIfTI file, so its geometry cannot be kept. Convert it to .nii.gz.")
+    values = array.transpose(2, 1, 0)  # nnU-Net's readers turn (x, y, z) into (z, y, x)
+    if reader_name == "NibabelIOWithReorient":
+        values = _as_stored(values, source)
+    image = nib.Nifti1Image(values.reshape(source.shape), source.affine, source.header)
+    image.set_data_dtype(np.float32)
+    image.header.set_slope_inter(1.0, 0.0)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(image, target)
+    except OSError as error:
+        raise DataError(f"Cannot write {target}: {error.strerror}. Choose a writable folder with -o.") from error
+
+
+def _as_stored(values: npt.NDArray[np.float32], source: Any) -> npt.NDArray[np.float32]:
+    """Undo the turn to RAS."""
+    stored = nib.orientations.io_orientation(source.affine)
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), stored)
+    return np.asarray(nib.orientations.apply_orientation(values, back))
 
 
 def check_same_geometry(reference: LabelVolume, prediction: LabelVolume) -> None:

@@ -214,7 +214,7 @@ def test_the_command_writes_json_and_prints_the_table(
 ) -> None:
     (folders[0] / "dataset.json").write_text(json.dumps(DATASET_JSON))
     sites = tmp_path / "sites.json"
-    sites.write_text(json.dumps({"cases": {"A_1": "A", "A_2": "A", "B_1": "B"}}))
+    sites.write_text(json.dumps({"sites": {"A": {}, "B": {}}, "cases": {"A_1": "A", "A_2": "A", "B_1": "B"}}))
     parser = ArgumentParser()
     evaluate.add_arguments(parser)
     output = tmp_path / "out" / "metrics.json"
