@@ -77,3 +77,25 @@ def test_modules_of_ours_stay_below_three_hundred_lines() -> None:
         path: len(path.read_text().splitlines()) for folder in folders for path in (REPOSITORY / folder).rglob("*.py")
     }
     assert {str(path): lines for path, lines in sizes.items() if lines > 300} == {}
+
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_navigation_lists_every_page() -> None:
+    listed = set(re.findall(r"[\w/.-]+\.md", text("mkdocs.yml")))
+    there = {page.relative_to(REPOSITORY / "docs").as_posix() for page in (REPOSITORY / "docs").rglob("*.md")}
+    assert listed == there
+
+
+def test_documented_commands_exist() -> None:
+    from nnunet_fedharm.cli import COMMANDS
+
+    used = {word for page in PAGES for word in re.findall(r"nnunet-fedharm ([a-z]+)", page.read_text())}
+    assert used <= set(COMMANDS)
