@@ -1,4 +1,4 @@
-"""The set-up script's own decisions; the set-up itself is what CI runs. Needs a clone, so the wheel check leaves it out."""
+"""The set-up script's own decisions; CI runs the set-up itself. Needs a clone, so the wheel check leaves it out."""
 
 from __future__ import annotations
 
