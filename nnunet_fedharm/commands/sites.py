@@ -1,0 +1,71 @@
+"""`nnunet-fedharm sites split|check`: one nnU-Net root per site, and checks of raw data."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from nnunet_fedharm.nnunet_root import environment_paths
+from nnunet_fedharm.planning.central import find_dataset
+from nnunet_fedharm.sites.checks import N_FOLDS, check_raw_dataset
+from nnunet_fedharm.sites.split import SplitOptions, split_dataset
+
+HELP = "Split a dataset of several sites into one nnU-Net root per site, or check raw data before training."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare `split` and `check`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="split|check")
+    split = actions.add_parser("split", help="write ROOT/sites/<site>/ for every site of sites.json, and ROOT/server/")
+    split.add_argument("-d", "--dataset", required=True, help="raw dataset folder, or its number or name in nnUNet_raw")
+    split.add_argument("-o", "--output", type=Path, required=True, metavar="ROOT", help="folder of the consortium")
+    split.add_argument("--labelled-sites", nargs="+", metavar="SITE", help="sites that keep their labels (default: all)")
+    split.add_argument(
+        "--held-out-fraction", type=float, default=0.2, metavar="X", help="share of each site for testing (default: 0.2)"
+    )
+    split.add_argument("--seed", type=int, default=0, help="seed of the choice of held-out cases (default: 0)")
+    how = split.add_mutually_exclusive_group()
+    how.add_argument("--link", action="store_true", default=True, help="link the files where possible (default)")
+    how.add_argument("--copy", dest="link", action="store_false", help="copy the files")
+    check = actions.add_parser("check", help="read every case and name the first defect")
+    check.add_argument("-d", "--dataset", required=True, help="raw dataset folder, or its number or name in nnUNet_raw")
+    check.add_argument("--site", help="name of the site in messages (default: the folder that holds its nnU-Net root)")
+    check.add_argument("-np", "--num-processes", type=int, default=min(8, os.cpu_count() or 1), help="worker processes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen action."""
+    dataset = find_raw_dataset(args.dataset)
+    if args.action == "check":
+        site = args.site or dataset.resolve().parent.parent.name
+        check_raw_dataset(dataset, site=site, num_processes=args.num_processes)
+        print(f"{dataset} can be used.")
+        return 0
+    options = SplitOptions(
+        labelled_sites=None if args.labelled_sites is None else tuple(args.labelled_sites),
+        held_out_fraction=args.held_out_fraction,
+        seed=args.seed,
+        link=args.link,
+    )
+    shares = split_dataset(dataset, args.output, options)
+    print(f"{'site':<16} {'labelled':>9} {'unlabelled':>11} {'held out':>9}")
+    for share in shares:
+        print(f"{share.site:<16} {share.n_labelled:>9} {share.n_unlabelled:>11} {share.n_held_out:>9}")
+    for share in shares:
+        if 0 < share.n_labelled < N_FOLDS:
+            print(f"Site {share.site} has too few labelled cases for nnU-Net's {N_FOLDS} folds: use fold all.")
+    return 0
+
+
+def find_raw_dataset(dataset: str) -> Path:
+    """A folder as given, or the dataset of that number or name in nnUNet_raw.
+
+    Raises:
+        DataError: there is no such dataset.
+        SetupError: no such folder, and nnUNet_raw is not set.
+    """
+    if Path(dataset).is_dir():
+        return Path(dataset)
+    with environment_paths() as (raw, _, _):
+        return raw / find_dataset(raw, Path(dataset).name)

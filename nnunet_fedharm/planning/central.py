@@ -1,0 +1,255 @@
+"""Central mode: all sites' data in one nnU-Net raw dataset, planned and preprocessed for the harmonized trainers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import DataError, PlanError
+from nnunet_fedharm.nnunet_root import NnunetRoot, environment_paths
+from nnunet_fedharm.planning.planner import PlanOptions, plan_federation, require_configuration
+from nnunet_fedharm.planning.preprocess import preprocess_site
+from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, SECTION, FedHarmSection, Schedule, with_section
+from nnunet_fedharm.planning.style import style_by_site
+from nnunet_fedharm.sites.checks import check_raw_dataset
+from nnunet_fedharm.sites.files import (
+    labelled_cases,
+    read_dataset_json,
+    read_json,
+    reader_class,
+    unlabelled_cases,
+    write_json,
+)
+from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
+
+log = logging.getLogger(__name__)
+
+STOCK_PLANS = "nnUNetPlans"
+DEFAULT_PLANS = "nnUNetFedHarmPlans"
+ONE_SITE = "one_site"
+"""Name of the only site where no sites.json tells sites apart."""
+_HERE = "central"
+
+
+@dataclass(frozen=True)
+class EnvironmentRoot(NnunetRoot):
+    """nnU-Net's three folders wherever the environment variables point; they need not lie side by side.
+
+    Attributes:
+        path: not a folder; its name stands for the site in messages.
+    """
+
+    raw_folder: Path
+    preprocessed_folder: Path
+    results_folder: Path
+
+    @property
+    def raw(self) -> Path:
+        return self.raw_folder
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.preprocessed_folder
+
+    @property
+    def results(self) -> Path:
+        return self.results_folder
+
+    @classmethod
+    def from_environment(cls) -> EnvironmentRoot:
+        """The stock nnU-Net paths.
+
+        Raises:
+            SetupError: a variable is not set.
+        """
+        with environment_paths() as (raw, preprocessed, results):
+            return cls(Path(_HERE), raw, preprocessed, results)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralOptions:
+    """What to plan.
+
+    Attributes:
+        configurations: of 2d and 3d_fullres.
+        kind: harmonizer.
+        reference: site to map to, or "consensus".
+        schedule: lengths and learning rates of both phases.
+        plan: resizing of the network; `plan.plans_name` is the file that is written.
+        num_processes: for checking and preprocessing.
+        check: read and check every image first, where no fingerprint exists yet.
+    """
+
+    configurations: tuple[str, ...]
+    kind: str
+    reference: str = CONSENSUS
+    schedule: Schedule
+    plan: PlanOptions
+    num_processes: int = 1
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        for name in self.configurations:
+            require_configuration({"configurations": CONFIGURATIONS}, name)
+        if self.plan.plans_name == STOCK_PLANS:
+            raise PlanError(f"Choose another plans name than {STOCK_PLANS}: stock nnU-Net's plans are never overwritten.")
+
+
+def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dict[str, Any]:
+    """Fingerprint, plans, preprocessing, style bank and `fedharm` section; what exists and fits is used again.
+
+    Args:
+        root: nnU-Net's folders.
+        dataset: identifier or folder name.
+
+    Returns:
+        The plans as written to `<plans_name>.json`.
+
+    Raises:
+        DataError: the dataset cannot be used.
+        PlanError: an option does not fit the dataset.
+        SetupError: a folder cannot be written.
+    """
+    root.create()
+    name = find_dataset(root.raw, dataset)
+    raw, preprocessed = root.raw / name, root.preprocessed / name
+    dataset_json = read_dataset_json(raw, site=_HERE)
+    registry = site_registry(raw, dataset_json)
+    if options.reference != CONSENSUS and options.reference not in registry.sites:
+        raise PlanError(
+            f"The reference site {options.reference!r} is not in {SITES_FILE}; "
+            f"choose one of {', '.join(registry.sites)} or {CONSENSUS}."
+        )
+    fingerprint = _stock_fingerprint(root, name, options)
+    plans = _base_plans(root, name, dataset_json, fingerprint, options.plan)
+    sections = _known_sections(preprocessed / f"{options.plan.plans_name}.json", plans)
+    for configuration in options.configurations:
+        require_configuration(plans, configuration)
+        preprocess_site(
+            root,
+            name,
+            plans,
+            configuration,
+            num_processes=options.num_processes,
+            fingerprint=fingerprint,
+            adopt_existing=True,
+        )
+        registry.save(preprocessed / SITES_FILE)
+        sections[configuration] = FedHarmSection(
+            kind=options.kind,
+            reference=options.reference,
+            styles=style_by_site(root, name, plans, configuration, sites=registry),
+            schedule=options.schedule,
+        )
+    for configuration, section in sections.items():
+        plans = with_section(plans, section, (configuration,))
+    write_json(plans, preprocessed / f"{options.plan.plans_name}.json")
+    return plans
+
+
+def find_dataset(raw: Path, dataset: str) -> str:
+    """Folder name of a dataset given by identifier ("910") or name.
+
+    Raises:
+        DataError: there is none, or several.
+    """
+    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdigit() else dataset
+    found = sorted(path.name for path in raw.glob(pattern) if path.is_dir())
+    if len(found) != 1:
+        known = sorted(path.name for path in raw.glob("Dataset*")) if raw.is_dir() else []
+        there = f"several datasets of that number ({', '.join(found)})" if found else f"only: {', '.join(known) or 'nothing'}"
+        raise DataError(f"Dataset {dataset} was not found in {raw}, which holds {there}. Check -d and nnUNet_raw.")
+    return found[0]
+
+
+def site_registry(raw: Path, dataset_json: Mapping[str, Any]) -> SitesFile:
+    """sites.json of a raw dataset; without one, all cases come from one site.
+
+    Raises:
+        DataError: sites.json is damaged or does not list a case.
+    """
+    cases = [case.case for case in [*labelled_cases(raw, dataset_json), *unlabelled_cases(raw, dataset_json)]]
+    if not (raw / SITES_FILE).is_file():
+        return SitesFile({ONE_SITE: SiteInfo()}, dict.fromkeys(cases, ONE_SITE))
+    registry = SitesFile.load(raw / SITES_FILE)
+    homeless = [case for case in cases if case not in registry.cases]
+    if homeless:
+        raise DataError(f"{raw / SITES_FILE} does not say which site case {homeless[0]} comes from. Add it to `cases`.")
+    return registry
+
+
+def train_commands(
+    plans: Mapping[str, Any], configurations: Sequence[str], kind: str, *, n_labelled: int
+) -> list[str]:
+    """The stock commands that train these plans; fold `all` where nnU-Net cannot make five folds."""
+    from nnunet_fedharm.sites.checks import N_FOLDS
+
+    identifier = str(plans["dataset_name"])[len("Dataset") :][:3]
+    fold = "0" if n_labelled >= N_FOLDS else "all"
+    trainer = f"nnUNetTrainerFedHarm{kind.capitalize()}"
+    return [f"nnUNetv2_train {identifier} {name} {fold} -tr {trainer} -p {plans['plans_name']}" for name in configurations]
+
+
+def _stock_fingerprint(root: NnunetRoot, name: str, options: CentralOptions) -> dict[str, Any]:
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    file = root.preprocessed / name / "dataset_fingerprint.json"
+    if not file.is_file():
+        if options.check:
+            check_raw_dataset(root.raw / name, site=_HERE, num_processes=options.num_processes)
+        if not labelled_cases(root.raw / name, read_dataset_json(root.raw / name, site=_HERE)):
+            raise DataError(f"{root.raw / name} has no labelled case in imagesTr, so nnU-Net cannot plan. Add labelled cases.")
+        with root.activate():
+            DatasetFingerprintExtractor(name, max(1, options.num_processes)).run()
+    return read_json(file, what="The fingerprint")
+
+
+def _base_plans(
+    root: NnunetRoot,
+    name: str,
+    dataset_json: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
+    options: PlanOptions,
+) -> dict[str, Any]:
+    """Stock plans under our name (sharing stock nnU-Net's preprocessed folders), or new ones where another size is asked."""
+    stock = root.preprocessed / name / f"{STOCK_PLANS}.json"
+    planned = options if options.resizes else replace(options, plans_name=STOCK_PLANS)
+    if not options.resizes and stock.is_file():
+        plans = read_json(stock, what="nnU-Net's plans")
+    else:
+        example = labelled_cases(root.raw / name, dataset_json)[0].images[0]
+        reader = reader_class(dataset_json, example, site=_HERE).__name__
+        before = _read_if_there(root.preprocessed / name / f"{planned.plans_name}.json")
+        plans = plan_federation(
+            fingerprint, dataset_json, dataset_name=name, reader=reader, root=root, options=planned
+        )
+        if before is not None:
+            write_json(before, root.preprocessed / name / f"{planned.plans_name}.json")
+        # As stock nnU-Net leaves it; the planner's copy lacks the key that lists single files.
+        write_json(read_json(root.raw / name / "dataset.json", what="The dataset description"), root.preprocessed / name / "dataset.json")
+    plans = deepcopy(plans)
+    plans["plans_name"] = options.plans_name
+    return plans
+
+
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    return read_json(path, what="The plans") if path.is_file() else None
+
+
+def _known_sections(path: Path, plans: Mapping[str, Any]) -> dict[str, FedHarmSection]:
+    """Sections of an earlier run for configurations whose plan has not changed since."""
+    before = _read_if_there(path)
+    kept: dict[str, FedHarmSection] = {}
+    for name, configuration in (before or {}).get("configurations", {}).items():
+        if SECTION not in configuration or name not in plans["configurations"]:
+            continue
+        plain = {key: value for key, value in configuration.items() if key != SECTION}
+        if plain == plans["configurations"][name]:
+            kept[name] = FedHarmSection.from_dict(configuration[SECTION])
+        else:
+            log.warning("The plan of %s changed: its fedharm section of an earlier run was dropped.", name)
+    return kept
