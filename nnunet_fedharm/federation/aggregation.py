@@ -96,11 +96,15 @@ def _mean_tensor(name: str, tensors: Mapping[str, npt.NDArray[Any]], share: Mapp
     return np.asarray(total, dtype=like.dtype)
 
 
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that are numbers: a site without any foreground in its validation batches has no Dice, for instance."""
+    return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
 def mean_metric(updates: Mapping[str, SiteUpdate], share: Mapping[str, float], name: str) -> float | None:
     """Weighted mean of a metric over the sites that measured it; None where nobody did."""
     measured = {site: update.metrics[name] for site, update in updates.items() if name in update.metrics}
-    finite = {site: value for site, value in measured.items() if math.isfinite(value)}
-    total = math.fsum(share[site] for site in finite)
+    total = math.fsum(share[site] for site in finite(measured))
     if not total > 0:
         return None
-    return math.fsum(share[site] * value for site, value in finite.items()) / total
+    return math.fsum(share[site] * value for site, value in finite(measured).items()) / total

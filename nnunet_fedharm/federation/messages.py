@@ -134,7 +134,7 @@ TRAIN_REPLY = Schema(
     {"site": SITE, "n_steps": COUNT, "n_cases": COUNT, "metrics": Item(dict, 64 * _KIB), "seconds": SECONDS},
     weights=True,
 )
-FINISH = Schema("finish request", dict(_TRAINING), weights=True)
+FINISH = Schema("finish request", {**_TRAINING, "epoch": COUNT}, weights=True)
 FINISH_REPLY = Schema("finish reply", {"site": SITE})
 
 

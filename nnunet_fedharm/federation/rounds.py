@@ -75,7 +75,7 @@ class RoundLoop:
         self.log.write("round_start", phase=phase, round=number + 1, rounds=rounds)
         updates, traffic = self._collect(phase, number, state, weights)
         share = shares(updates, self.config.weighting, batch_size=self.batch_size)
-        mean = weighted_mean({site: update.weights for site, update in updates.items()}, share)
+        mean = weights | weighted_mean({site: update.weights for site, update in updates.items()}, share)
         metrics = {name: mean_metric(updates, share, name) for name in METRICS}
         dice = metrics["dice"]
         is_best = phase == "segmenter" and dice is not None and (state.best_dice is None or dice > state.best_dice)
@@ -92,12 +92,13 @@ class RoundLoop:
         """Updates of at least a quorum, and the bytes of all attempts."""
         wanted = self.sites_of(phase)
         quorum = quorum_of(self.config.quorum, len(wanted))
-        record = encode(weights, fp16=self.config.fp16)
+        part = travelling(phase, weights)
+        record = encode(part, fp16=self.config.fp16)
         down, up = 0, 0
         for attempt in range(self.config.max_retries + 1):
             there = self._wait_for(wanted, quorum, state)
             request = self._train_request(phase, number, state, record)
-            answers = self._train(there, request, phase, number, weights, payload_bytes(record))
+            answers = self._train(there, request, phase, number, part, payload_bytes(record))
             down += payload_bytes(record) * len(there)
             up += sum(size for _, size in answers.accepted.values())
             if len(answers.accepted) >= quorum:
@@ -199,7 +200,8 @@ class RoundLoop:
         self.roster.refresh()
         self._give_plans(state)
         sites = [site for site in self.roster.nodes if site not in state.finished_sites]
-        request = pack(FINISH, self._common(state), encode(weights))
+        epoch = max(0, state.rounds_done["segmenter"] * self.config.local_epochs - 1)
+        request = pack(FINISH, self._common(state) | {"epoch": epoch}, encode(weights))
 
         def accept(site: str, content: RecordDict) -> None:
             unpack_reply(FINISH_REPLY, content, source=site)
@@ -244,6 +246,13 @@ def ask(
         accept=accept,
         waiting=lambda left, seconds: log.write("waiting", what=what, sites=sorted(left), seconds=round(seconds)),
     )
+
+
+def travelling(phase: str, weights: Weights) -> Weights:
+    """Tensors that a phase sends: only the harmonizer's while the segmenter rests, all of them otherwise."""
+    if phase == "segmenter":
+        return weights
+    return {name: value for name, value in weights.items() if name.startswith("harmonizer.")}
 
 
 def quorum_of(quorum: int, n_sites: int) -> int:

@@ -1,0 +1,156 @@
+"""The SuperLink that a local run starts and stops: its own home, its own port, its own environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from nnunet_fedharm.errors import SetupError
+
+CONNECTION = "fedharm"
+"""Name of the SuperLink connection in the run's own Flower config."""
+_DAEMON_FILE = "daemon.json"
+_START_S = 60.0
+_STOP_S = 20.0
+
+
+def flower_environment(home: Path, *, device: str, parallel_sites: int) -> dict[str, str]:
+    """Environment of every Flower process of a run: offline, on loopback, nothing installed at run time.
+
+    Flower's daemon keeps the environment of its first start, so everything has to be set before.
+    """
+    environment = dict(os.environ)
+    environment |= {
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Flower starts its helpers by name: they have to be those of this Python.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+    # Ray would give each site one thread.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel_sites)))
+    if device == "cpu":
+        environment |= {"nnUNet_compile": "f", "nnUNet_n_proc_DA": "0"}
+    return environment
+
+
+def program(name: str) -> str:
+    """Path of one of Flower's programs, that of this Python first.
+
+    Raises:
+        SetupError: it is not installed.
+    """
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise SetupError(f"The program {name} is missing. Install it with `pip install 'flwr[simulation]'`.")
+    return found
+
+
+@contextmanager
+def local_superlink(home: Path, environment: Mapping[str, str]) -> Iterator[int]:
+    """A SuperLink in simulation mode on a free loopback port, stopped when the block ends, however it ends.
+
+    Yields:
+        The port.
+
+    Raises:
+        SetupError: a daemon of an earlier run is still there, or this one does not start.
+    """
+    refuse_stale_daemon(home)
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    command = [program("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+    log_file = home / "superlink.log"
+    with log_file.open("a", encoding="utf-8") as stream:
+        # A session of its own: Ctrl-C reaches us first, and we stop it in order.
+        process = subprocess.Popen(
+            command, env=dict(environment), stdout=stream, stderr=subprocess.STDOUT, cwd=home, start_new_session=True
+        )
+    try:
+        (home / _DAEMON_FILE).write_text(json.dumps({"pid": process.pid, "port": port}))
+        _wait_until_ready(process, port, log_file)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        yield port
+    finally:
+        stop_process(process)
+        (home / _DAEMON_FILE).unlink(missing_ok=True)
+
+
+def refuse_stale_daemon(home: Path) -> None:
+    """Refuse to start beside the SuperLink of an earlier run, whose environment and folder are not this run's.
+
+    Raises:
+        SetupError: it is alive; the message has the line that stops it.
+    """
+    record = home / _DAEMON_FILE
+    if not record.exists():
+        return
+    try:
+        pid = int(json.loads(record.read_text())["pid"])
+    except (ValueError, KeyError, TypeError):
+        return
+    if is_superlink(pid):
+        raise SetupError(
+            f"A Flower daemon of an earlier or still running `nnunet-fedharm federate` (process {pid}) uses {home}. "
+            f"Wait for that run, or stop it with `kill {pid}`."
+        )
+    record.unlink(missing_ok=True)
+
+
+def is_superlink(pid: int) -> bool:
+    """Whether this process id belongs to a running SuperLink."""
+    shown = subprocess.run(["ps", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False)
+    return "flower-superlink" in shown.stdout
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    """Ask a process to end, and make it end where it does not listen; its whole session with it."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    if os.name == "posix":
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return  # nothing of its session is left
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
+    end = time.monotonic() + _START_S
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            break
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/health", timeout=1.0):
+                return
+        except (URLError, OSError):
+            time.sleep(0.2)
+    raise SetupError(f"Flower's SuperLink did not start; {log_file} says why. Run `nnunet-fedharm doctor`.")

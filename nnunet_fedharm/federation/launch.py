@@ -1,0 +1,169 @@
+"""`federate`: a whole federation on this machine through the real `flwr run`, in simulation, on loopback, offline."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.daemon import CONNECTION, flower_environment, local_superlink, program, stop_process
+from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
+from nnunet_fedharm.federation.progress import describe
+from nnunet_fedharm.federation.server_app import resolve_sites, server_folder
+from nnunet_fedharm.federation.site import SITE_LOG
+from nnunet_fedharm.nnunet_root import NnunetRoot
+
+_POLL_S = 0.3
+_GRACE_S = 10.0
+"""How long after the end of `flwr run` the server's last event may still come."""
+
+
+def app_folder() -> Path:
+    """The folder that `flwr run` packs."""
+    return Path(str(files("nnunet_fedharm") / "flower_app"))
+
+
+def federate(config: FederateConfig, *, show: Callable[[str], None] | None = None) -> Path:
+    """Run a federation of the sites in ROOT/sites on this machine.
+
+    Args:
+        config: `root` and `dataset` have to be given.
+        show: receives one line per event; None prints it.
+
+    Returns:
+        The server's nnU-Net results folder, ready for `nnUNetv2_predict`.
+
+    Raises:
+        SetupError: Flower cannot start.
+        FedHarmError: the run stopped; its sentence.
+    """
+    config = _checked(config)
+    home = Path(config.root) / "flower"
+    environment = flower_environment(home, device=config.device, parallel_sites=config.parallel_sites)
+    events = server_folder(config) / "fedharm" / EVENTS_FILE
+    offset = events.stat().st_size if events.exists() else 0
+    logs = {site: _size(_site_log(config, site)) for site in config.site_names}
+    with _terminate_as_interrupt(), local_superlink(home, environment), _flwr_run(config, home, environment) as process:
+        last = _follow(events, offset, process, show or _print)
+    if last.get("event") == "finished":
+        return Path(str(last["results"]))
+    for line in _site_reasons(config, logs):
+        (show or _print)(line)
+    if last.get("event") == "failed":
+        raise FederationError(str(last["error"]))
+    raise FederationError(f"Flower ended the run without a result; {home / 'run.log'} and superlink.log say why.")
+
+
+def run_arguments(config: FederateConfig, run_config: Path) -> list[str]:
+    """Arguments of `flwr` for this run in simulation."""
+    resources: dict[str, Any] = {
+        "num-supernodes": len(config.site_names),
+        "client-resources-num-cpus": 1,
+        "init-args-num-cpus": config.parallel_sites,
+    }
+    if config.device.startswith("cuda"):
+        resources |= {"client-resources-num-gpus": 1.0 / config.parallel_sites, "init-args-num-gpus": 1}
+    options = " ".join(f"{key}={value}" for key, value in resources.items())
+    return ["run", str(app_folder()), CONNECTION, "--stream", "-c", str(run_config), "--federation-config", options]
+
+
+def write_run_config(config: FederateConfig, path: Path) -> None:
+    """Flower's run config as TOML; JSON strings, numbers and lower-case booleans are TOML too."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in config.to_run_config().items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _checked(config: FederateConfig) -> FederateConfig:
+    if not config.root:
+        raise FederationError("Say where the sites are: --root FOLDER with sites/<SITE>/ in it.")
+    if not config.dataset:
+        raise FederationError("Say which dataset to train on: -d 910, or its name.")
+    config = resolve_sites(replace(config, root=str(Path(config.root).expanduser().resolve())))
+    for site in config.site_names:
+        if not (Path(config.root) / "sites" / site).is_dir():
+            raise FederationError(f"The site {site} has no folder {Path(config.root) / 'sites' / site}.")
+    NnunetRoot(server_folder(config)).create()
+    return config
+
+
+@contextmanager
+def _flwr_run(config: FederateConfig, home: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    run_config = home / "run_config.toml"
+    write_run_config(config, run_config)
+    command = [program("flwr"), *run_arguments(config, run_config)]
+    with (home / "run.log").open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            command, env=dict(environment), stdout=stream, stderr=subprocess.STDOUT, cwd=home, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        stop_process(process)
+
+
+def _follow(
+    events: Path, offset: int, process: subprocess.Popen[bytes], show: Callable[[str], None]
+) -> Mapping[str, Any]:
+    """Show events until the run is over; returns the last one that ends it, or an empty one."""
+    ended: float | None = None
+    while True:
+        new, offset = read_events(events, offset)
+        for event in new:
+            line = describe(event)
+            if line is not None:
+                show(line)
+            if event["event"] in ("finished", "failed"):
+                return event
+        if process.poll() is not None:
+            ended = ended or time.monotonic()
+            if time.monotonic() - ended > _GRACE_S:
+                return {}
+        time.sleep(_POLL_S)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """A SIGTERM (batch systems send it) stops the daemon like Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python allows signal handlers in the main thread only
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _site_log(config: FederateConfig, site: str) -> Path:
+    return Path(config.root) / "sites" / site / "fedharm" / SITE_LOG
+
+
+def _site_reasons(config: FederateConfig, before: Mapping[str, int]) -> Iterator[str]:
+    """What the sites wrote in their own logs in this run: here all sites are on this machine, so it may be shown."""
+    for site, size in before.items():
+        path = _site_log(config, site)
+        if _size(path) > size:
+            yield f"from {path}:\n{path.read_bytes()[size:].decode(errors='replace').rstrip()}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,183 @@
+"""From preflight to final plans: each step is saved, so a restarted run does not repeat what is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from flwr.app import MessageType, RecordDict
+
+from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.events import EventLog
+from nnunet_fedharm.federation.messages import (
+    PREPARE,
+    PREPARE_REPLY,
+    SUMMARIZE,
+    SUMMARIZE_REPLY,
+    Schema,
+    pack,
+    unpack_reply,
+)
+from nnunet_fedharm.federation.roster import Roster
+from nnunet_fedharm.federation.rounds import ask
+from nnunet_fedharm.federation.state import ServerState
+from nnunet_fedharm.harmonizers.style import Style
+from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.planning.facts import SiteFacts, check_agreement, federation_dataset_json
+from nnunet_fedharm.planning.section import FedHarmSection, with_section
+from nnunet_fedharm.planning.summary import SiteSummary
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything before the first round.
+
+    Attributes:
+        root: the server's nnU-Net root.
+        save: stores the state after each step.
+    """
+
+    roster: Roster
+    config: FederateConfig
+    log: EventLog
+    root: NnunetRoot
+    save: Callable[[ServerState], None]
+
+    def run(self, state: ServerState) -> ServerState:
+        """Preflight, fingerprint, plans, preprocessing, style bank: whatever is not done yet.
+
+        Raises:
+            FederationError: a site is missing or failed; all of them are needed for one common plan.
+            SiteMismatchError: a site disagrees with the others.
+        """
+        self._gather(state)
+        for step, is_done in (
+            (self._preflight, bool(state.facts)),
+            (self._plan, bool(state.planned)),
+            (self._styles, bool(state.plans)),
+        ):
+            if not is_done:
+                state = step(state)
+                self.save(state)
+        return state
+
+    def _gather(self, state: ServerState) -> None:
+        """Wait for the sites; before the first round all of them have to come."""
+        started = bool(state.plans)
+        self.roster.facts |= {site: SiteFacts.from_dict(facts) for site, facts in state.facts.items()}
+        self.roster.wait_for_all(
+            seconds=self.config.join_wait_s, check_data=not state.facts, deadline_s=self.config.prepare_deadline_s
+        )
+        missing = self.roster.missing
+        if not missing:
+            return
+        if not started:
+            raise FederationError(
+                f"These sites did not connect within {self.config.join_wait_s:.0f} s: {', '.join(missing)}. "
+                "Start their SuperNodes (or correct sites) and run the same command again."
+            )
+        self.log.write("sites_missing", sites=missing)
+
+    def _preflight(self, state: ServerState) -> ServerState:
+        from nnunet_fedharm.sites.checks import check_fold
+
+        facts = [self.roster.facts[site] for site in self.roster.expected]
+        check_agreement(facts)
+        for fact in facts:
+            if fact.n_labelled:
+                check_fold(fact.n_labelled, self.config.fold, site=fact.site)
+        self.log.write("preflight_passed", sites=list(self.roster.expected), dataset=facts[0].dataset_name)
+        return replace(
+            state,
+            facts={fact.site: fact.to_dict() for fact in facts},
+            dataset_name=facts[0].dataset_name,
+            dataset_json=_plain_json(federation_dataset_json(facts)),
+        )
+
+    def _plan(self, state: ServerState) -> ServerState:
+        from nnunet_fedharm.planning.merge import merge_summaries
+        from nnunet_fedharm.planning.planner import PlanOptions, plan_federation, require_configuration
+
+        request = pack(SUMMARIZE, {"dataset_name": state.dataset_name})
+        replies = self._from_all("summarize", request, SUMMARIZE_REPLY, lambda values: values["summary"])
+        summaries = [SiteSummary.from_dict(replies[site]) for site in self.roster.expected]
+        fingerprint = _plain_json(merge_summaries(summaries))
+        config = self.config
+        options = PlanOptions(
+            gpu_memory_gb=config.gpu_memory_gb,
+            base_features=config.base_features,
+            max_features=config.max_features or None,
+            batch_size=config.batch_size or None,
+            patch_size=config.patch_shape,
+            plans_name=config.plans_name,
+        )
+        reader = self.roster.facts[self.roster.expected[0]].reader
+        plans = plan_federation(
+            fingerprint, state.dataset_json, dataset_name=state.dataset_name, reader=reader, root=self.root, options=options
+        )
+        require_configuration(plans, config.configuration)
+        chosen = plans["configurations"][config.configuration]
+        self.log.write("planned", patch_size=chosen["patch_size"], batch_size=chosen["batch_size"], spacing=chosen["spacing"])
+        return replace(state, fingerprint=fingerprint, planned=_plain_json(plans))
+
+    def _styles(self, state: ServerState) -> ServerState:
+        from nnunet_fedharm.planning.preprocess import write_descriptions
+
+        config = self.config
+        values = {
+            "dataset_name": state.dataset_name,
+            "configuration": config.configuration,
+            "plans": state.planned,
+            "dataset_json": state.dataset_json,
+            "fingerprint": state.fingerprint,
+        }
+        replies = self._from_all("prepare", pack(PREPARE, values), PREPARE_REPLY, lambda values: values["style"])
+        section = FedHarmSection(
+            kind=config.harmonizer,
+            harmonizer=config.harmonizer_settings,
+            reference=config.reference,
+            styles={site: Style.from_dict(replies[site]) for site in self.roster.expected},
+            schedule=config.schedule,
+        )
+        plans = _plain_json(with_section(state.planned, section, (config.configuration,)))
+        write_descriptions(
+            self.root, state.dataset_name, plans, dataset_json=state.dataset_json, fingerprint=state.fingerprint
+        )
+        self.log.write("style_bank", sites=list(self.roster.expected), reference=config.reference)
+        return replace(state, plans=plans)
+
+    def _from_all(
+        self, action: str, request: RecordDict, schema: Schema, read: Callable[[dict[str, Any]], T]
+    ) -> dict[str, T]:
+        """Ask every site; a site that fails stops the run by name, because the common plan needs all of them."""
+
+        def accept(site: str, content: RecordDict) -> T:
+            value = read(unpack_reply(schema, content, source=site).values)
+            self.log.write("site_ready", site=site, step=action)
+            return value
+
+        self.log.write("step", step=action)
+        answers = ask(
+            self.roster,
+            self.log,
+            list(self.roster.expected),
+            request,
+            f"{MessageType.QUERY}.{action}",
+            deadline_s=self.config.prepare_deadline_s,
+            accept=accept,
+            what=action,
+        )
+        if answers.failures:
+            reasons = "; ".join(text if site in text else f"{site}: {text}" for site, text in sorted(answers.failures.items()))
+            raise FederationError(f"The step {action!r} failed: {reasons} Mend it and run the same command again.")
+        return dict(answers.accepted)
+
+
+def _plain_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    """As it is after a journey through JSON: string keys, lists, so that hashes agree everywhere."""
+    return dict(json.loads(json.dumps(data, allow_nan=False)))

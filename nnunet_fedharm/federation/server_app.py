@@ -1,0 +1,148 @@
+"""The Flower ServerApp: preparation, harmonizer rounds, segmenter rounds, last broadcast; resumable at any moment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from nnunet_fedharm.errors import FederationError, FedHarmError
+from nnunet_fedharm.federation.codec import Weights
+from nnunet_fedharm.federation.config import FederateConfig, warnings_of
+from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
+from nnunet_fedharm.federation.preparation import Preparation
+from nnunet_fedharm.federation.roster import Roster
+from nnunet_fedharm.federation.rounds import RoundLoop
+from nnunet_fedharm.federation.site import site_folders
+from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state
+from nnunet_fedharm.nnunet_root import NnunetRoot
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Entry point for Flower."""
+    run_server(grid, FederateConfig.from_run_config(context.run_config))
+
+
+def server_folder(config: FederateConfig) -> Path:
+    """The server's nnU-Net root.
+
+    Raises:
+        FederationError: neither root nor server-root is given.
+    """
+    if not config.root and not config.server_root:
+        raise FederationError("Say where the server may write: set root (with sites/ and server/ inside) or server-root.")
+    return Path(config.server_root or Path(config.root) / "server").expanduser().resolve()
+
+
+def resolve_sites(config: FederateConfig) -> FederateConfig:
+    """The configuration with the sites' names filled in from ROOT/sites where none are given.
+
+    Raises:
+        FederationError: no names and no such folder, or quorum and reference do not fit the names.
+    """
+    if config.site_names:
+        return replace(config, sites=",".join(config.site_names))
+    if not config.root:
+        raise FederationError("Name the expected sites, for example sites='A,B,C'.")
+    return replace(config, sites=",".join(site_folders(Path(config.root).expanduser())))
+
+
+def run_server(grid: Grid, config: FederateConfig) -> Path:
+    """Run a federation to its end, or go on where a former run of the same configuration stopped.
+
+    Returns:
+        The server's nnU-Net results folder (of the fold).
+
+    Raises:
+        FedHarmError: the run cannot start or go on; the sentence is in the event log too.
+    """
+    root = NnunetRoot(server_folder(config)).create()
+    log = EventLog(root.path / "fedharm" / EVENTS_FILE)
+    try:
+        return _run(grid, resolve_sites(config), root, log)
+    except FedHarmError as error:
+        log.write("failed", error=str(error))
+        raise
+    except Exception as error:
+        # Unforeseen: the text may hold anything, so the event names the kind only; Flower's log has the traceback.
+        log.write("failed", error=f"The server stopped with {type(error).__name__}; the traceback is in Flower's log.")
+        raise
+
+
+def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) -> Path:
+    from nnunet_fedharm.trainers.fedharm_trainer import trainer_name_for
+    from nnunet_fedharm.trainers.results import initial_weights
+
+    fedharm = root.path / "fedharm"
+    state, weights = _open_state(fedharm, config, log)
+    folder = fedharm / state.run_id
+    roster = Roster(grid, log, state.run_id, config.dataset, config.site_names)
+    trainer_name = trainer_name_for(config.harmonizer)
+    kept = weights
+    state = Preparation(roster, config, log, root, save=lambda new: save_state(folder, new, kept)).run(state)
+    if weights is None:
+        weights = initial_weights(state.plans, state.dataset_json, config.configuration, trainer_name, config.seed)
+        save_state(folder, state, weights)
+
+    def checkpoint(new: ServerState, mean: Weights, is_best: bool) -> None:
+        save_state(folder, new, mean)
+        _write_results(root, config, new, mean, trainer_name, ("best", "latest") if is_best else ("latest",))
+
+    batch_size = int(state.plans["configurations"][config.configuration]["batch_size"])
+    loop = RoundLoop(roster, config, log, trainer_name, batch_size, checkpoint)
+    state, weights = loop.run_phase("harmonizer", config.harmonizer_rounds, state, weights)
+    state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, weights)
+    results = _write_results(root, config, state, weights, trainer_name, _last_checkpoints(state))
+    state = loop.finish(state, weights)
+    save_state(folder, state, weights)
+    without = sorted(set(config.site_names) - set(state.finished_sites))
+    log.write("finished", results=str(results), sites_without_model=without)
+    return results
+
+
+def _open_state(fedharm: Path, config: FederateConfig, log: EventLog) -> tuple[ServerState, Weights | None]:
+    former = None if config.restart else find_run(fedharm, config.fingerprint())
+    if former is None:
+        state, weights = new_state(config.fingerprint(), config.identity()), None
+        save_state(fedharm / state.run_id, state, None)
+    else:
+        state, weights = load_state(former)
+    log.write("started", run_id=state.run_id, resumed=former is not None, rounds_done=state.rounds_done)
+    for text in warnings_of(config):
+        log.write("warning", text=text)
+    return state, weights
+
+
+def _last_checkpoints(state: ServerState) -> tuple[str, ...]:
+    """`best` too where no round had a Dice that could be compared."""
+    return ("final", "latest") if state.best_dice is not None else ("final", "best", "latest")
+
+
+def _write_results(
+    root: NnunetRoot, config: FederateConfig, state: ServerState, weights: Weights, trainer_name: str, which: tuple[str, ...]
+) -> Path:
+    """The standard nnU-Net results folder at the server."""
+    from nnunet_fedharm.trainers.results import write_results_folder
+
+    rounds = [entry for entry in state.history if entry["phase"] == "segmenter"]
+    names = {"train_losses": "train_loss", "val_losses": "val_loss", "mean_fg_dice": "dice"}
+    history = {key: [float("nan") if entry[name] is None else entry[name] for entry in rounds] for key, name in names.items()}
+    return write_results_folder(
+        root,
+        state.dataset_name,
+        state.plans,
+        state.dataset_json,
+        state.fingerprint,
+        config.configuration,
+        int(config.fold) if config.fold.isdigit() else config.fold,
+        trainer_name,
+        weights,
+        epoch=max(0, state.rounds_done["segmenter"] * config.local_epochs - 1),
+        history=history,
+        which=which,  # type: ignore[arg-type]  # only the three names that nnU-Net knows
+    )

@@ -1,0 +1,152 @@
+"""What a client process knows about its own site, and what of its errors may leave it."""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import DataError, FederationError, FedHarmError
+from nnunet_fedharm.nnunet_root import NnunetRoot
+
+SITE_LOG = "site.log"
+_IMAGE_FOLDERS = ("imagesTr", "labelsTr", "imagesUnlabelled", "imagesTs", "labelsTs")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site as its client process sees it.
+
+    Attributes:
+        name: as in the federation.
+        root: its own nnU-Net root.
+        device: where it trains.
+        num_processes: for fingerprints and preprocessing.
+    """
+
+    name: str
+    root: NnunetRoot
+    device: str
+    num_processes: int
+
+    @property
+    def folder(self) -> Path:
+        """Durable state and log of this site."""
+        return self.root.path / "fedharm"
+
+    def raw_dataset(self, dataset: str) -> Path:
+        """Folder of a raw dataset by number or name.
+
+        Raises:
+            DataError: there is none, or more than one.
+        """
+        pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdigit() else dataset
+        found = sorted(path for path in self.root.raw.glob(pattern) if path.is_dir())
+        if len(found) != 1:
+            what = "no dataset" if not found else f"{len(found)} datasets"
+            raise DataError(f"Site {self.name} has {what} {pattern} in {self.root.raw}. Put exactly one such folder there.")
+        return found[0]
+
+
+def site_folders(root: Path) -> list[str]:
+    """Names of the sites in a consortium folder, sorted.
+
+    Raises:
+        FederationError: there is none.
+    """
+    names = sorted(path.name for path in (root / "sites").glob("*") if path.is_dir())
+    if not names:
+        raise FederationError(f"{root / 'sites'} holds no site. Make one folder per site with `nnunet-fedharm sites split`.")
+    return names
+
+
+def locate_site(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Site:
+    """The site of this client: `site` and `site-root` of the node config, or in simulation the site of its partition id.
+
+    Raises:
+        FederationError: neither is given, or the folder is missing.
+    """
+    device = str(node_config.get("device", run_config.get("device", "cpu")))
+    processes = int(node_config.get("num-processes", run_config.get("num-processes", 1)))
+    if "site" in node_config and "site-root" in node_config:
+        name, path = str(node_config["site"]), Path(str(node_config["site-root"])).expanduser()
+    elif "partition-id" in node_config and run_config.get("root"):
+        root = Path(str(run_config["root"])).expanduser()
+        listed = sorted(part.strip() for part in str(run_config.get("sites", "")).split(",") if part.strip())
+        names = listed or site_folders(root)
+        position = int(node_config["partition-id"])
+        if position >= len(names):
+            raise FederationError(f"Simulated node {position} has no site: there are {len(names)} ({', '.join(names)}).")
+        name, path = names[position], root / "sites" / names[position]
+    else:
+        raise FederationError(
+            "This SuperNode does not know its site. Start it with --node-config 'site=\"A\" site-root=\"/data/A\"'."
+        )
+    if not path.is_dir():
+        raise FederationError(f"Site {name}: the folder {path} does not exist. Correct site-root or make the folder.")
+    return Site(name=name, root=NnunetRoot(path.resolve()), device=device, num_processes=processes)
+
+
+@contextmanager
+def site_lock(site: Site) -> Iterator[None]:
+    """One client process at a time for a site: after a server crash the former round may still be training."""
+    site.folder.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield
+        return
+    import fcntl  # not on every system
+
+    with (site.folder / "site.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def training_environment(device: str) -> Iterator[None]:
+    """On a CPU: no compile and no worker processes, unless the site's own environment says otherwise."""
+    wanted = {"nnUNet_compile": "f", "nnUNet_n_proc_DA": "0"} if device == "cpu" else {}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def describe_error(site: Site, error: Exception) -> tuple[str, str]:
+    """Kind and sentence that may leave the site: no case identifier, no path; the whole goes to the site's own log."""
+    stamp = datetime.now(UTC).isoformat(timespec="seconds")
+    site.folder.mkdir(parents=True, exist_ok=True)
+    whole = str(error) if isinstance(error, FedHarmError) else "".join(traceback.format_exception(error))
+    with (site.folder / SITE_LOG).open("a", encoding="utf-8") as stream:
+        stream.write(f"{stamp} {type(error).__name__}: {whole}\n")
+    kind = type(error).__name__
+    if not isinstance(error, FedHarmError):
+        return kind, f"Site {site.name} failed with {kind}; the reason is in its own log fedharm/{SITE_LOG}."
+    text = redact(str(error), case_identifiers(site.root.raw))
+    return kind, text if site.name in text else f"Site {site.name}: {text}"
+
+
+def case_identifiers(raw: Path) -> list[str]:
+    """Names of all image and label files below nnUNet_raw, without ending and channel number; longest first."""
+    names: set[str] = set()
+    for folder in _IMAGE_FOLDERS:
+        for path in raw.glob(f"*/{folder}/*"):
+            stem = path.name.split(".")[0]
+            names |= {stem, re.sub(r"_\d{4}$", "", stem)}
+    return sorted(names - {""}, key=len, reverse=True)
+
+
+def redact(text: str, identifiers: list[str]) -> str:
+    """The text without paths and case identifiers."""
+    text = re.sub(r"(?<![\w<])(?:~|[A-Za-z]:)?[/\\][^\s,;:'\")]+", "<path>", text)
+    for name in identifiers:
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<case>", text)
+    return text
