@@ -144,7 +144,7 @@ def check_gpu() -> Check:
 
 
 def check_disk() -> Check:
-    folder = Path(os.environ.get("nnUNet_preprocessed") or Path.cwd())  # noqa: SIM112 - nnU-Net's own spelling
+    folder = Path(os.environ.get("nnUNet_preprocessed") or Path.cwd())
     if not folder.exists():
         folder = Path.cwd()
     free_gb = shutil.disk_usage(folder).free / 1e9
