@@ -18,6 +18,7 @@ nearest style of the bank in the last case.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class HarmonizerModel:
         section: the plans' `fedharm` section (style bank, reference).
         plans, configuration: nnU-Net's PlansManager and ConfigurationManager.
         dataset_json: channels, labels, file ending.
-        site_style_stored: whether the checkpoint stores the style of the one site that it serves.
+        stored: style of the one site that the checkpoint serves; None if it serves every site of the bank.
     """
 
     harmonizer: Harmonizer
@@ -55,7 +56,7 @@ class HarmonizerModel:
     plans: Any
     configuration: Any
     dataset_json: dict[str, Any]
-    site_style_stored: bool
+    stored: Style | None
 
 
 def load_harmonizer(
@@ -95,10 +96,9 @@ def load_harmonizer(
     heads = plans.get_label_manager(dataset_json).num_segmentation_heads
     network = trainer.build_network_architecture(plans, configuration, channels, heads, enable_deep_supervision=False)
     network.load_state_dict(state["network_weights"])
+    # nn.Module attributes are typed Tensor | Module.
     harmonizer: Harmonizer = network.harmonizer.to(device).eval()  # type: ignore[assignment, union-attr]
-    return HarmonizerModel(
-        harmonizer, section, plans, configuration, dataset_json, site_style_stored=bool(harmonizer.source_known)
-    )
+    return HarmonizerModel(harmonizer, section, plans, configuration, dataset_json, _stored_style(harmonizer))
 
 
 def harmonize_case(model: HarmonizerModel, case: CaseFiles, *, site: str | None = None) -> Volume:
@@ -165,35 +165,22 @@ def _standard_deviation(model: HarmonizerModel, channel: int, values: Volume, in
     return max(float(masked.std()), 1e-8)
 
 
-class _source_style:
+@contextmanager
+def _source_style(model: HarmonizerModel, z: npt.NDArray[np.floating[Any]], site: str | None) -> Iterator[None]:
     """Set the source style of one case; afterwards the checkpoint's own holds again."""
-
-    def __init__(self, model: HarmonizerModel, z: npt.NDArray[np.floating[Any]], site: str | None) -> None:
-        self._harmonizer = model.harmonizer
-        if site is not None and site not in model.section.styles:
-            raise PlanError(
-                f"The plans have no style of site {site!r}. They have: {', '.join(model.section.styles) or 'none'}."
-            )
-        if site is not None:
-            self._style: Style | None = model.section.styles[site]
-        elif model.site_style_stored:
-            self._style = None
-        else:
-            self._style = Style(*volume_quantiles(z), n_cases=1)
-
-    def __enter__(self) -> None:
-        buffers = ("source_quantiles", "source_offset", "source_known")
-        self._before = {name: getattr(self._harmonizer, name).clone() for name in buffers}
-        if self._style is not None:
-            self._harmonizer.set_source(self._style)
-
-    def __exit__(self, *_: object) -> None:
-        before = self._before
-        self._harmonizer.set_source(
-            Style(before["source_quantiles"].double().cpu().numpy(), before["source_offset"].double().cpu().numpy(), 1)
-            if bool(before["source_known"])
-            else None
+    if site is not None and site not in model.section.styles:
+        raise PlanError(
+            f"The plans have no style of site {site!r}. They have: {', '.join(model.section.styles) or 'none'}."
         )
+    if site is None and model.stored is not None:
+        yield
+        return
+    style = model.section.styles[site] if site is not None else Style(*volume_quantiles(z), n_cases=1)
+    model.harmonizer.set_source(style)
+    try:
+        yield
+    finally:
+        model.harmonizer.set_source(model.stored)
 
 
 @torch.no_grad()
@@ -205,6 +192,15 @@ def _residual(harmonizer: Harmonizer, z: torch.Tensor) -> Volume:
     slices = rearrange(z, "c d h w -> d c h w")
     changed = torch.cat([harmonizer(batch.to(device)).cpu() for batch in slices.split(SLICES_AT_ONCE)])
     return np.ascontiguousarray(rearrange(changed - slices, "d c h w -> c d h w").numpy())
+
+
+def _stored_style(harmonizer: Harmonizer) -> Style | None:
+    if not bool(harmonizer.source_known):
+        return None
+    quantiles, offset = (
+        buffer.double().cpu().numpy() for buffer in (harmonizer.source_quantiles, harmonizer.source_offset)
+    )
+    return Style(quantiles, offset, n_cases=1)
 
 
 def _find_checkpoint(folder: Path, fold: str | None, checkpoint: str) -> Path:

@@ -44,7 +44,7 @@ def write_case(folder: Path, case: str, n_channels: int, seed: int, affine: np.n
 
 @pytest.fixture(scope="session")
 def results_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Function (kind, configuration, n_channels=1, source=None) -> results folder; styles `wide` (reference) and `narrow`."""
+    """Function (kind, configuration, n_channels=1, source=None) -> results folder; styles wide (the reference), narrow."""
 
     def make(kind: str, configuration: str, *, n_channels: int = 1, source: str | None = None) -> Path:
         root = NnunetRoot(tmp_path_factory.mktemp("site")).create()

@@ -15,6 +15,7 @@ from nnunet_fedharm.commands import harmonize
 from nnunet_fedharm.commands.harmonize import harmonize_folder
 from nnunet_fedharm.errors import CheckpointError, DataError, PlanError
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS
+from nnunet_fedharm.harmonizers.tone import MIN_STEP, TONE_RANGE
 from tests.evaluation.conftest import AFFINE, style, write_case
 
 Results = Callable[..., Path]
@@ -29,7 +30,9 @@ def expected_nyul(raw: np.ndarray, source: np.ndarray, target: np.ndarray) -> np
     inside = raw != 0
     mean, sigma = raw[inside].mean(), raw[inside].std()
     z = (raw[inside] - mean) / sigma
-    displacement = np.interp(z, source, target - source)
+    knots = np.linspace(-TONE_RANGE, TONE_RANGE, 257)  # quantile_map's grid and smallest step
+    ramp = MIN_STEP * np.arange(len(source))
+    displacement = np.interp(z, knots, np.interp(knots, source + ramp, target - source))
     out = raw.astype(np.float64)
     out[inside] += sigma * displacement
     return out
@@ -45,7 +48,7 @@ def test_landmarks_are_mapped_in_raw_units_and_geometry_stays(
     for channel in range(2):
         before, after = (tmp_path / side / f"x_{channel:04d}.nii.gz" for side in ("in", "out"))
         source, target = (style(*values, 2).quantiles[channel] for values in ((0.5, 0.6), (0.0, 1.7)))
-        np.testing.assert_allclose(read(after), expected_nyul(read(before), source, target), atol=8.0)
+        np.testing.assert_allclose(read(after), expected_nyul(read(before), source, target), atol=0.01)
         assert np.abs(read(after) - read(before)).max() > 50
         np.testing.assert_array_equal(read(after)[read(before) == 0], 0)
         np.testing.assert_array_equal(nib.load(after).affine, AFFINE)
@@ -84,7 +87,7 @@ def test_the_style_is_the_named_sites_then_the_checkpoints_then_the_volumes(
     for model, site, source in ((at_site, None, narrow), (at_site, "wide", wide), (at_server, None, own)):
         harmonize_folder(model, tmp_path / "in", tmp_path / "out", site=site, progress=False)
         expected = expected_nyul(raw, source, wide)
-        np.testing.assert_allclose(read(tmp_path / "out" / "x_0000.nii.gz"), expected, atol=8.0)
+        np.testing.assert_allclose(read(tmp_path / "out" / "x_0000.nii.gz"), expected, atol=0.01)
 
 
 def test_a_second_case_does_not_inherit_the_first_ones_style(results_folder: Results, tmp_path: Path) -> None:
