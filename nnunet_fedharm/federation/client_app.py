@@ -119,6 +119,7 @@ def _prepare(site: Site, request: Unpacked) -> RecordDict:
         dataset_json=values["dataset_json"],
         fingerprint=values["fingerprint"],
     )
+    _own_every_case(site, name)
     style = site_style(site.root, name, values["plans"], configuration)
     seconds = round(time.monotonic() - start, 3)
     return reply(messages.PREPARE_REPLY, {"site": site.name, "style": style.to_dict(), "seconds": seconds})
@@ -131,6 +132,7 @@ def _store_plans(site: Site, request: Unpacked) -> RecordDict:
     content = {key: values[key] for key in ("plans", "dataset_json", "fingerprint")}
     descriptions = {key: values[key] for key in ("dataset_json", "fingerprint")}
     write_descriptions(site.root, values["dataset_name"], values["plans"], **descriptions)
+    _own_every_case(site, values["dataset_name"])
     write_json(site.folder / values["run_id"] / PLANS_FILE, content)
     return reply(messages.STORE_PLANS_REPLY, {"site": site.name, "plans_hash": json_hash(content["plans"])})
 
@@ -165,6 +167,18 @@ def _finish(site: Site, request: Unpacked) -> RecordDict:
         weights = decode(request.weights, source="the server")
         training.finish(weights, federation["fingerprint"], epoch=request.values["epoch"])
     return reply(messages.FINISH_REPLY, {"site": site.name})
+
+
+def _own_every_case(site: Site, dataset_name: str) -> None:
+    """Tell the trainers that all cases here are this site's, whatever name an own sites.json uses for it."""
+    from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases
+    from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
+
+    raw = site.root.raw / dataset_name
+    description = read_dataset_json(raw, site=site.name)
+    cases = [files.case for files in [*labelled_cases(raw, description), *unlabelled_cases(raw, description)]]
+    owned = SitesFile({site.name: SiteInfo()}, dict.fromkeys(cases, site.name))
+    owned.save(site.root.preprocessed / dataset_name / SITES_FILE)
 
 
 def _federation(site: Site, run_id: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def encode(weights: Mapping[str, npt.NDArray[Any]], *, fp16: bool = False) -> Ar
         if str(value.dtype) not in MEMORY_DTYPES:
             raise FederationError(f"Cannot send {name}: dtype {value.dtype}; allowed are {', '.join(MEMORY_DTYPES)}.")
         _check_finite(name, value, "the sender")
-        arrays[name] = Array(_shorten(name, value) if fp16 and value.dtype == np.float32 else np.ascontiguousarray(value))
+        arrays[name] = Array(_shorten(name, value) if fp16 and value.dtype == np.float32 else np.asarray(value, order="C"))
     return ArrayRecord(arrays)
 
 

@@ -37,6 +37,7 @@ def flower_environment(home: Path, *, device: str, parallel_sites: int) -> dict[
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray listens on loopback then, not on the machine's address
         # Flower starts its helpers by name: they have to be those of this Python.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
@@ -128,7 +129,11 @@ def free_port() -> int:
 
 
 def stop_process(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process to end, and make it end where it does not listen; its whole session with it."""
+    """Ask a process to end, and make it end where it does not listen; with all its descendants.
+
+    Flower and Ray start helpers in sessions of their own, so the process group is not enough.
+    """
+    family = descendants(process.pid)
     if process.poll() is None:
         process.terminate()
         try:
@@ -136,11 +141,39 @@ def stop_process(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    if os.name == "posix":
+    end = time.monotonic() + _STOP_S / 2
+    while (left := _alive(family)) and time.monotonic() < end:
+        time.sleep(0.2)
+    for pid in left:
         try:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
-            return  # nothing of its session is left
+            continue  # it ended by itself just now
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Process ids below a process, each with its start time, which tells it from a later process of the same number."""
+    table = _process_table()
+    found: dict[int, str] = {}
+    front = [pid]
+    while front:
+        parent = front.pop()
+        children = {child: born for child, (above, born) in table.items() if above == parent and child not in found}
+        found |= children
+        front += list(children)
+    return found
+
+
+def _alive(family: Mapping[int, str]) -> list[int]:
+    table = _process_table()
+    return [pid for pid, born in family.items() if pid in table and table[pid][1] == born]
+
+
+def _process_table() -> dict[int, tuple[int, str]]:
+    """Process id -> (parent, start time) of every process that is not a zombie."""
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat=,lstart="], capture_output=True, text=True, check=False)
+    rows = (line.split(None, 3) for line in listing.stdout.splitlines())
+    return {int(row[0]): (int(row[1]), row[3]) for row in rows if len(row) == 4 and not row[2].startswith("Z")}
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import threading
@@ -55,6 +56,7 @@ def federate(config: FederateConfig, *, show: Callable[[str], None] | None = Non
     logs = {site: _size(_site_log(config, site)) for site in config.site_names}
     with _terminate_as_interrupt(), local_superlink(home, environment), _flwr_run(config, home, environment) as process:
         last = _follow(events, offset, process, show or _print)
+        _let_end(process)
     if last.get("event") == "finished":
         return Path(str(last["results"]))
     for line in _site_reasons(config, logs):
@@ -130,6 +132,14 @@ def _follow(
             if time.monotonic() - ended > _GRACE_S:
                 return {}
         time.sleep(_POLL_S)
+
+
+def _let_end(process: subprocess.Popen[bytes]) -> None:
+    """Let Flower close the run in order; whoever hangs is stopped afterwards."""
+    try:
+        process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        logging.getLogger(__name__).debug("flwr run did not end within %s s of the last event", _GRACE_S)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from nnunet_fedharm.federation.messages import (
     unpack_reply,
 )
 from nnunet_fedharm.federation.roster import Roster
-from nnunet_fedharm.federation.rounds import ask
+from nnunet_fedharm.federation.rounds import ask, join_reasons
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot
@@ -173,8 +173,7 @@ class Preparation:
             what=action,
         )
         if answers.failures:
-            reasons = "; ".join(text if site in text else f"{site}: {text}" for site, text in sorted(answers.failures.items()))
-            raise FederationError(f"The step {action!r} failed: {reasons} Mend it and run the same command again.")
+            raise FederationError(f"The step {action!r} failed: {join_reasons(answers.failures)}. Mend it and run the same command again.")
         return dict(answers.accepted)
 
 

@@ -137,6 +137,10 @@ class Roster:
                 raise SiteMismatchError(reason)
             self._attempts[node] = _ATTEMPTS
             return reason
+        former = self.nodes.get(site)
+        if former is not None:
+            # Flower lists a dead node for up to a minute; it must not be asked again for who it is.
+            self._attempts[former] = _ATTEMPTS
         self.nodes[site], self.facts[site], self.plans_hash[site] = node, hello.facts, hello.plans_hash
         self.log.write("site_joined", site=site, labelled=hello.facts.n_labelled, unlabelled=hello.facts.n_unlabelled)
         return ""

@@ -7,7 +7,7 @@ federation of hospitals needs the opposite.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,7 +106,7 @@ class RoundLoop:
             self.log.write(
                 "round_repeated", phase=phase, round=number + 1, attempt=attempt + 1, replies=len(answers.accepted), quorum=quorum
             )
-        reasons = "; ".join(f"{site}: {text}" for site, text in sorted(answers.failures.items()))
+        reasons = join_reasons(answers.failures)
         raise FederationError(
             f"Round {number + 1} of the {phase} phase got {len(answers.accepted)} of {quorum} needed replies ({reasons}). "
             "Mend the sites and run the same command again: it resumes at this round."
@@ -246,6 +246,12 @@ def ask(
         accept=accept,
         waiting=lambda left, seconds: log.write("waiting", what=what, sites=sorted(left), seconds=round(seconds)),
     )
+
+
+def join_reasons(failures: Mapping[str, str]) -> str:
+    """Who failed and why, in one line; a sentence that names its site already is not prefixed."""
+    named = (text if site in text else f"{site}: {text}" for site, text in sorted(failures.items()))
+    return "; ".join(text.rstrip(".") for text in named)
 
 
 def travelling(phase: str, weights: Weights) -> Weights:

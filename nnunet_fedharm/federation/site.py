@@ -139,7 +139,7 @@ def case_identifiers(raw: Path) -> list[str]:
     names: set[str] = set()
     for folder in _IMAGE_FOLDERS:
         for path in raw.glob(f"*/{folder}/*"):
-            stem = path.name.split(".")[0]
+            stem = re.sub(r"(\.nii)?\.[A-Za-z0-9]+$", "", path.name)
             names |= {stem, re.sub(r"_\d{4}$", "", stem)}
     return sorted(names - {""}, key=len, reverse=True)
 
