@@ -154,7 +154,10 @@ def check_disk() -> Check:
 
 
 def check_flower_daemon() -> Check:
-    """A local SuperLink keeps the environment of its first start, so a later `flwr run` may read other folders."""
+    """A local SuperLink keeps the environment of its first start, so a later `flwr run` may read other folders.
+
+    Only a warning: `nnunet-fedharm federate` starts and stops a SuperLink of its own.
+    """
     name = "Flower daemon"
     port = os.environ.get(FLOWER_PORT_VARIABLE, "39091")
     try:
@@ -172,7 +175,8 @@ def check_flower_daemon() -> Check:
     if programs != Path(sys.executable).parent:
         differs.append(f"Python environment ({programs})")
     if differs:
-        return Check(name, "problem", f"process {pid} was started with another {', '.join(differs)}", f"kill {pid}")
+        found = f"stale for `flwr run`: process {pid} was started with another {', '.join(differs)}"
+        return Check(name, "warning", found, f"kill {pid}")
     return Check(name, "ok", f"process {pid} on 127.0.0.1:{port}, same environment")
 
 
