@@ -81,7 +81,7 @@ class Harmonizer(nn.Module, ABC):
         # A Python copy of `source_known`: reading the buffer in forward would synchronise the GPU at every patch.
         self._source_known = False
         self._batch_styles: Int[Tensor, " b"] | None = None
-        self.register_load_state_dict_post_hook(_read_source_known)
+        self.register_load_state_dict_post_hook(_read_source_known)  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def transform(

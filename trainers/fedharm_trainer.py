@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -107,8 +107,7 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
     @property
     def harmonizer(self) -> Harmonizer:
         """The harmonizer inside DDP and compile wrappers."""
-        harmonizer: Harmonizer = bare_module(self.network).harmonizer
-        return harmonizer
+        return cast(Harmonizer, bare_module(self.network).harmonizer)
 
     def initialize(self) -> None:
         """As the base class; then the case -> site map, which needs the preprocessed folder."""

@@ -37,4 +37,5 @@ class HarmonizedSegmenter(nn.Module):
 
     def compute_conv_feature_map_size(self, input_size: Any) -> Any:
         """Of the segmenter alone, as nnU-Net's memory estimate asks for it."""
-        return self.segmenter.compute_conv_feature_map_size(input_size)
+        estimate: Any = self.segmenter.compute_conv_feature_map_size
+        return estimate(input_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,12 +119,12 @@ def write_results_folder(
         base, folder = Path(trainer.output_folder_base), Path(trainer.output_folder)
         for name, content in (("plans", plans), ("dataset", dataset_json), ("dataset_fingerprint", fingerprint)):
             text = json.dumps(content, indent=2)
-            save_atomically(str(base / f"{name}.json"), lambda path, text=text: _write_text(path, text))
+            save_atomically(str(base / f"{name}.json"), partial(_write_text, text=text))
         first, *others = which
         trainer.save_checkpoint(str(folder / f"checkpoint_{first}.pth"))
         for name in others:
             source_file = str(folder / f"checkpoint_{first}.pth")
-            save_atomically(str(folder / f"checkpoint_{name}.pth"), lambda path: _copy(source_file, path))
+            save_atomically(str(folder / f"checkpoint_{name}.pth"), partial(_copy, source_file))
     return folder
 
 

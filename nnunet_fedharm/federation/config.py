@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.harmonizers import KINDS, LEARNED
@@ -131,7 +131,8 @@ class FederateConfig:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise FederationError(f"Unknown run config key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}.")
-        return cls(**{known[key].name: _typed(known[key], value) for key, value in values.items()})
+        typed: dict[str, Any] = {known[key].name: _typed(known[key], value) for key, value in values.items()}
+        return cls(**typed)
 
 
 def key_of(item: Field[Any]) -> str:
@@ -147,7 +148,7 @@ def _typed(item: Field[Any], value: Any) -> UserValue:
         return str(value)
     if type(value) is not wanted:
         raise FederationError(f"{key_of(item)} must be {wanted.__name__}, got {value!r}.")
-    return value  # type: ignore[no-any-return]
+    return cast(UserValue, value)
 
 
 def _check_choices(config: FederateConfig) -> None:

@@ -267,5 +267,5 @@ def _check_value(schema: Schema, key: str, value: Any, source: str) -> None:
             raise FederationError(f"{where} has {len(value)} characters; at most {item.most:.0f} are read.")
         if item.pattern is not None and not re.fullmatch(item.pattern, value):
             raise FederationError(f"{where} is {value[:80]!r}, which is not allowed there.")
-    elif not item.least <= value <= item.most:
+    elif isinstance(value, int | float) and not item.least <= value <= item.most:
         raise FederationError(f"{where} is {value}; allowed is {item.least:.0f} to {item.most:.0f}.")

@@ -58,7 +58,7 @@ class PlanOptions:
         return self != PlanOptions(plans_name=self.plans_name)
 
 
-class ResizingPlanner(ExperimentPlanner):  # type: ignore[misc]
+class ResizingPlanner(ExperimentPlanner):
     """The stock planner with `PlanOptions`; the reader comes from the plan's caller, not from an example image."""
 
     def __init__(self, dataset_name: str, options: PlanOptions, reader: str) -> None:
