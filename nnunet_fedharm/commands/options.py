@@ -8,6 +8,7 @@ import inspect
 import textwrap
 from collections.abc import Collection
 from dataclasses import MISSING, Field, fields
+from itertools import pairwise
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -46,7 +47,7 @@ def field_docstrings(cls: type[Any]) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     statements = body.body if isinstance(body, ast.ClassDef) else []
     found = {}
-    for before, after in zip(statements, statements[1:], strict=False):
+    for before, after in pairwise(statements):
         if (
             isinstance(before, ast.AnnAssign)
             and isinstance(before.target, ast.Name)

@@ -46,7 +46,7 @@ class SitesFile:
 
     def only(self, site: str) -> SitesFile:
         """What one site may know: itself and its own cases."""
-        return SitesFile({site: self.sites[site]}, {case: site for case in self.cases_of(site)})
+        return SitesFile({site: self.sites[site]}, dict.fromkeys(self.cases_of(site), site))
 
     def to_dict(self) -> dict[str, Any]:
         sites = {
