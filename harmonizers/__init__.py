@@ -49,7 +49,12 @@ def build_harmonizer(
     Raises:
         PlanError: unknown kind or option.
     """
-    shape: dict[str, Any] = {"num_channels": num_channels, "spatial_dims": spatial_dims, "styles": styles, "reference": reference}
+    shape: dict[str, Any] = {
+        "num_channels": num_channels,
+        "spatial_dims": spatial_dims,
+        "styles": styles,
+        "reference": reference,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # all sites start from the same weights; the federation overwrites them anyway
         if kind == "curve":

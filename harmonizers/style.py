@@ -45,7 +45,11 @@ class Style:
 
     def __post_init__(self) -> None:
         levels = len(QUANTILE_LEVELS)
-        if self.quantiles.ndim != 2 or self.quantiles.shape[1] != levels or self.offset.shape != self.quantiles.shape[:1]:
+        if (
+            self.quantiles.ndim != 2
+            or self.quantiles.shape[1] != levels
+            or self.offset.shape != self.quantiles.shape[:1]
+        ):
             raise ShapeError(
                 f"A style needs quantiles (C, {levels}) and offset (C,), got {self.quantiles.shape} and {self.offset.shape}."
             )

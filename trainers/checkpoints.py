@@ -25,4 +25,6 @@ def save_atomically(filename: str, write: Callable[[str], None]) -> None:
         if os.path.exists(temporary):
             os.remove(temporary)
         kept = "The former checkpoint is untouched." if os.path.exists(filename) else "No checkpoint exists yet."
-        raise CheckpointError(f"Cannot write {filename}: {error}. {kept} Free disk space and continue with --c.") from error
+        raise CheckpointError(
+            f"Cannot write {filename}: {error}. {kept} Free disk space and continue with --c."
+        ) from error

@@ -142,7 +142,9 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
             self.on_train_epoch_end(steps)
             with torch.no_grad():
                 self.on_validation_epoch_start()
-                checks = [self.validation_step(next(self.dataloader_val)) for _ in range(self.num_val_iterations_per_epoch)]
+                checks = [
+                    self.validation_step(next(self.dataloader_val)) for _ in range(self.num_val_iterations_per_epoch)
+                ]
                 self.on_validation_epoch_end(checks)
             self.on_epoch_end()
 

@@ -51,7 +51,12 @@ def trainable(harmonizer: nn.Module) -> Iterator[None]:
 
 
 def harmonizer_epoch(
-    training: HarmonizerOptimizer, sampler: PatchSampler, *, steps: int, device: torch.device, generator: torch.Generator
+    training: HarmonizerOptimizer,
+    sampler: PatchSampler,
+    *,
+    steps: int,
+    device: torch.device,
+    generator: torch.Generator,
 ) -> float:
     """One epoch; returns the mean loss.
 

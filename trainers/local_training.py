@@ -95,9 +95,7 @@ class LocalTraining:
         self.device = device
         self.section = read_section(plans["configurations"][configuration], configuration_name=configuration)
 
-    def run(
-        self, *, phase: Phase, round_index: int, first_epoch: int, epochs: int, weights: Weights
-    ) -> LocalResult:
+    def run(self, *, phase: Phase, round_index: int, first_epoch: int, epochs: int, weights: Weights) -> LocalResult:
         """Train `epochs` local epochs from the given weights.
 
         Args:
@@ -166,7 +164,11 @@ class LocalTraining:
                 training.set_epoch(epoch)
                 losses.append(
                     harmonizer_epoch(
-                        training, sampler, steps=schedule.iterations_per_epoch, device=trainer.device, generator=generator
+                        training,
+                        sampler,
+                        steps=schedule.iterations_per_epoch,
+                        device=trainer.device,
+                        generator=generator,
                     )
                 )
         self._keep("harmonizer", round_index, {"optimizer": training.optimizer.state_dict()})
@@ -267,6 +269,4 @@ def _pad_log(trainer: nnUNetTrainerFedHarm, first_epoch: int) -> None:
 
 def _epoch_means(trainer: nnUNetTrainerFedHarm, epochs: int) -> dict[str, float]:
     names = {"train_loss": "train_losses", "val_loss": "val_losses", "dice": "mean_fg_dice"}
-    return {
-        name: float(np.mean(trainer.logger.get_value(key, step=None)[-epochs:])) for name, key in names.items()
-    }
+    return {name: float(np.mean(trainer.logger.get_value(key, step=None)[-epochs:])) for name, key in names.items()}

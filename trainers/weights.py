@@ -69,8 +69,12 @@ def load_weights(module: nn.Module, weights: Mapping[str, npt.NDArray[np.generic
     for name, tensor in own.items():
         value = weights[name]
         if tuple(value.shape) != tuple(tensor.shape):
-            raise ShapeError(f"The weights hold {name!r} as {tuple(value.shape)}, the network needs {tuple(tensor.shape)}.")
+            raise ShapeError(
+                f"The weights hold {name!r} as {tuple(value.shape)}, the network needs {tuple(tensor.shape)}."
+            )
         if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
             raise CheckpointError(f"The weights hold NaN or infinity in {name!r}; they were not loaded.")
     for name, tensor in own.items():
-        tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name]).reshape(weights[name].shape)).to(tensor.dtype))
+        tensor.copy_(
+            torch.from_numpy(np.ascontiguousarray(weights[name]).reshape(weights[name].shape)).to(tensor.dtype)
+        )

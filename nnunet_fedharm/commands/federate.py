@@ -16,7 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option per field of FederateConfig."""
     for item in fields(FederateConfig):
         names = [_SHORT[item.name]] if item.name in _SHORT else []
-        shared: dict[str, Any] = {"dest": item.name, "default": item.default, "help": _help(item.default, item.metadata)}
+        shared: dict[str, Any] = {
+            "dest": item.name,
+            "default": item.default,
+            "help": _help(item.default, item.metadata),
+        }
         if isinstance(item.default, bool):
             parser.add_argument(*names, f"--{key_of(item)}", action=argparse.BooleanOptionalAction, **shared)
         else:

@@ -18,7 +18,9 @@ from nnunet_fedharm.planning.planner import PlanOptions
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule, read_section
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
 
-HELP = "Plan a harmonized segmenter for a dataset in nnUNet_raw (all sites' data in one place) and print how to train it."
+HELP = (
+    "Plan a harmonized segmenter for a dataset in nnUNet_raw (all sites' data in one place) and print how to train it."
+)
 
 DEFAULT_HARMONIZER_EPOCHS = 100
 
@@ -28,12 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", "--dataset", required=True, help="dataset number or name in nnUNet_raw")
     # Not argparse choices: 3d_lowres and cascades are refused with the reason.
     parser.add_argument(
-        "-c", "--configurations", nargs="+", default=["3d_fullres"], metavar="CONFIGURATION", help=" or ".join(CONFIGURATIONS)
+        "-c",
+        "--configurations",
+        nargs="+",
+        default=["3d_fullres"],
+        metavar="CONFIGURATION",
+        help=" or ".join(CONFIGURATIONS),
     )
     parser.add_argument("--harmonizer", choices=KINDS, default="curve", help="kind of harmonizer (default: curve)")
     parser.add_argument("--reference", default=CONSENSUS, help=f"site to map to, or {CONSENSUS} of all sites (default)")
-    parser.add_argument("-p", "--plans-name", default=DEFAULT_PLANS, help=f"plans file to write (default: {DEFAULT_PLANS})")
-    parser.add_argument("-np", "--num-processes", type=int, default=min(8, os.cpu_count() or 1), help="worker processes")
+    parser.add_argument(
+        "-p", "--plans-name", default=DEFAULT_PLANS, help=f"plans file to write (default: {DEFAULT_PLANS})"
+    )
+    parser.add_argument(
+        "-np", "--num-processes", type=int, default=min(8, os.cpu_count() or 1), help="worker processes"
+    )
     parser.add_argument("--skip-check", action="store_true", help="do not read and check every image first")
     add_dataclass_options(parser.add_argument_group("schedule"), Schedule)
     add_dataclass_options(parser.add_argument_group("size of the network"), PlanOptions, skip={"plans_name"})

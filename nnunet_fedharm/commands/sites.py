@@ -20,9 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     split = actions.add_parser("split", help="write ROOT/sites/<site>/ for every site of sites.json, and ROOT/server/")
     split.add_argument("-d", "--dataset", required=True, help="raw dataset folder, or its number or name in nnUNet_raw")
     split.add_argument("-o", "--output", type=Path, required=True, metavar="ROOT", help="folder of the consortium")
-    split.add_argument("--labelled-sites", nargs="+", metavar="SITE", help="sites that keep their labels (default: all)")
     split.add_argument(
-        "--held-out-fraction", type=float, default=0.2, metavar="X", help="share of each site for testing (default: 0.2)"
+        "--labelled-sites", nargs="+", metavar="SITE", help="sites that keep their labels (default: all)"
+    )
+    split.add_argument(
+        "--held-out-fraction",
+        type=float,
+        default=0.2,
+        metavar="X",
+        help="share of each site for testing (default: 0.2)",
     )
     split.add_argument("--seed", type=int, default=0, help="seed of the choice of held-out cases (default: 0)")
     how = split.add_mutually_exclusive_group()

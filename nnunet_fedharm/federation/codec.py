@@ -43,7 +43,9 @@ def encode(weights: Mapping[str, npt.NDArray[Any]], *, fp16: bool = False) -> Ar
         if str(value.dtype) not in MEMORY_DTYPES:
             raise FederationError(f"Cannot send {name}: dtype {value.dtype}; allowed are {', '.join(MEMORY_DTYPES)}.")
         _check_finite(name, value, "the sender")
-        arrays[name] = Array(_shorten(name, value) if fp16 and value.dtype == np.float32 else np.asarray(value, order="C"))
+        arrays[name] = Array(
+            _shorten(name, value) if fp16 and value.dtype == np.float32 else np.asarray(value, order="C")
+        )
     return ArrayRecord(arrays)
 
 
@@ -92,7 +94,9 @@ def _read_array(name: str, array: Array, source: str) -> npt.NDArray[Any]:
     """One array without numpy.load, so that no header can ask for memory that the message does not hold."""
     where = f"{name} from {source}"
     if array.stype != "numpy.ndarray" or array.dtype not in WIRE_DTYPES:
-        raise FederationError(f"Cannot read {where}: {array.stype} of dtype {array.dtype}; allowed: {', '.join(WIRE_DTYPES)}.")
+        raise FederationError(
+            f"Cannot read {where}: {array.stype} of dtype {array.dtype}; allowed: {', '.join(WIRE_DTYPES)}."
+        )
     stream = io.BytesIO(array.data)
     try:
         version = np.lib.format.read_magic(stream)
@@ -102,7 +106,9 @@ def _read_array(name: str, array: Array, source: str) -> npt.NDArray[Any]:
         raise FederationError(f"Cannot read {where}: not a numpy array.") from error
     body = memoryview(array.data)[stream.tell() :]
     if fortran or str(dtype) != array.dtype or tuple(shape) != tuple(array.shape):
-        raise FederationError(f"Cannot read {where}: its header says {dtype} {shape}, its record {array.dtype} {array.shape}.")
+        raise FederationError(
+            f"Cannot read {where}: its header says {dtype} {shape}, its record {array.dtype} {array.shape}."
+        )
     if len(body) != math.prod(shape) * dtype.itemsize:
         raise FederationError(f"Cannot read {where}: {len(body)} bytes do not make {dtype} {tuple(shape)}.")
     value = np.frombuffer(body, dtype=dtype).reshape(shape)
@@ -126,4 +132,6 @@ def _check_like(name: str, value: npt.NDArray[Any], like: npt.NDArray[Any], sour
 
 def _check_finite(name: str, value: npt.NDArray[Any], source: str) -> None:
     if value.dtype.kind == "f" and not np.isfinite(value).all():
-        raise FederationError(f"{name} from {source} holds NaN or infinity; lower --initial-lr and look at the site's log.")
+        raise FederationError(
+            f"{name} from {source} holds NaN or infinity; lower --initial-lr and look at the site's log."
+        )

@@ -60,17 +60,23 @@ class FederateConfig:
     max_features: int = _option(0, "cap of the features of a stage; 0 = nnU-Net's own")
     batch_size: int = _option(0, "batch size; 0 = nnU-Net's own")
     patch_size: str = _option("", "largest patch, for example 64x64; empty = nnU-Net's own")
-    weighting: str = _option("steps", "weight of a site in the mean: steps (optimizer steps x batch), cases, or sites (equal)")
+    weighting: str = _option(
+        "steps", "weight of a site in the mean: steps (optimizer steps x batch), cases, or sites (equal)"
+    )
     fp16: bool = _option(False, "send float32 weights as float16: half the bytes")
     seed: int = _option(0, "seed of the run")
     device: str = _option("cpu", "device of the sites: cpu, cuda or mps", identity=False)
     num_processes: int = _option(1, "processes for fingerprint and preprocessing at each site", identity=False)
     deadline_s: float = _option(3600.0, "seconds that a round waits for its sites", identity=False)
     prepare_deadline_s: float = _option(86400.0, "seconds that fingerprints and preprocessing may take", identity=False)
-    join_wait_s: float = _option(300.0, "seconds to wait at the start until every expected site is there", identity=False)
+    join_wait_s: float = _option(
+        300.0, "seconds to wait at the start until every expected site is there", identity=False
+    )
     quorum: int = _option(0, "replies that a round needs; 0 = more than half of its sites", identity=False)
     max_retries: int = _option(2, "times that a round without quorum is repeated before the run stops", identity=False)
-    restart: bool = _option(False, "start anew even where an unfinished run of the same configuration exists", identity=False)
+    restart: bool = _option(
+        False, "start anew even where an unfinished run of the same configuration exists", identity=False
+    )
     parallel_sites: int = _option(1, "sites that train at the same time in simulation", identity=False, launch=True)
 
     def __post_init__(self) -> None:
@@ -166,7 +172,13 @@ def _check_choices(config: FederateConfig) -> None:
 
 
 def _check_ranges(config: FederateConfig) -> None:
-    at_least = {"local_epochs": 1, "iterations_per_epoch": 1, "val_iterations": 1, "base_features": 1, "num_processes": 1}
+    at_least = {
+        "local_epochs": 1,
+        "iterations_per_epoch": 1,
+        "val_iterations": 1,
+        "base_features": 1,
+        "num_processes": 1,
+    }
     at_least |= {"harmonizer_rounds": 0, "segmenter_rounds": 0, "quorum": 0, "max_retries": 0, "max_features": 0}
     at_least |= {"batch_size": 0, "seed": 0, "parallel_sites": 1}
     for name, least in at_least.items():
@@ -192,7 +204,9 @@ def _check_names(config: FederateConfig) -> None:
     if len(set(names)) != len(names):
         raise FederationError(f"A site is named twice in sites: {config.sites}.")
     if names and config.quorum > len(names):
-        raise FederationError(f"quorum is {config.quorum}, but there are only {len(names)} sites. Use at most {len(names)}.")
+        raise FederationError(
+            f"quorum is {config.quorum}, but there are only {len(names)} sites. Use at most {len(names)}."
+        )
     if names and config.reference != CONSENSUS and config.reference not in names:
         raise FederationError(
             f"The reference site {config.reference!r} is not in this federation; choose {CONSENSUS} or one of "

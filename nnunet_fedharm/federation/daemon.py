@@ -171,7 +171,9 @@ def _alive(family: Mapping[int, str]) -> list[int]:
 
 def _process_table() -> dict[int, tuple[int, str]]:
     """Process id -> (parent, start time) of every process that is not a zombie."""
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat=,lstart="], capture_output=True, text=True, check=False)
+    listing = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid=,stat=,lstart="], capture_output=True, text=True, check=False
+    )
     rows = (line.split(None, 3) for line in listing.stdout.splitlines())
     return {int(row[0]): (int(row[1]), row[3]) for row in rows if len(row) == 4 and not row[2].startswith("Z")}
 

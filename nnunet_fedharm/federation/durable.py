@@ -85,7 +85,9 @@ def read_weights(path: Path, digest: str) -> Weights:
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror}.") from error
     if hashlib.sha256(data).hexdigest() != digest:
-        raise CheckpointError(f"{path} does not match the SHA-256 in the server's state. Move its folder away to start anew.")
+        raise CheckpointError(
+            f"{path} does not match the SHA-256 in the server's state. Move its folder away to start anew."
+        )
     try:
         return dict(load_tensors(data))
     except SafetensorError as error:

@@ -210,7 +210,9 @@ def _unpack(schema: Schema, values: dict[str, Any], content: RecordDict, source:
     checked = {key: _from_wire(schema, key, values[key], source) for key in schema.items}
     arrays = content.array_records.get(_WEIGHTS)
     if (arrays is not None) != schema.weights:
-        raise FederationError(f"The {schema.name} from {source} {'lacks its' if schema.weights else 'carries'} weights.")
+        raise FederationError(
+            f"The {schema.name} from {source} {'lacks its' if schema.weights else 'carries'} weights."
+        )
     return Unpacked(checked, arrays if arrays is not None else ArrayRecord())
 
 
@@ -225,7 +227,9 @@ def _check_keys(schema: Schema, found: set[str], source: str) -> None:
     if found != wanted:
         odd = sorted(found ^ wanted)[0]
         state = "lacks" if odd in wanted else "has the unknown key"
-        raise FederationError(f"The {schema.name} from {source} {state} {odd!r}. Install the same nnunet_fedharm everywhere.")
+        raise FederationError(
+            f"The {schema.name} from {source} {state} {odd!r}. Install the same nnunet_fedharm everywhere."
+        )
 
 
 def _to_wire(schema: Schema, key: str, value: Any) -> Any:

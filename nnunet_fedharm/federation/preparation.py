@@ -118,11 +118,18 @@ class Preparation:
         )
         reader = self.roster.facts[self.roster.expected[0]].reader
         plans = plan_federation(
-            fingerprint, state.dataset_json, dataset_name=state.dataset_name, reader=reader, root=self.root, options=options
+            fingerprint,
+            state.dataset_json,
+            dataset_name=state.dataset_name,
+            reader=reader,
+            root=self.root,
+            options=options,
         )
         require_configuration(plans, config.configuration)
         chosen = plans["configurations"][config.configuration]
-        self.log.write("planned", patch_size=chosen["patch_size"], batch_size=chosen["batch_size"], spacing=chosen["spacing"])
+        self.log.write(
+            "planned", patch_size=chosen["patch_size"], batch_size=chosen["batch_size"], spacing=chosen["spacing"]
+        )
         return replace(state, fingerprint=fingerprint, planned=_plain_json(plans))
 
     def _styles(self, state: ServerState) -> ServerState:
@@ -173,7 +180,9 @@ class Preparation:
             what=action,
         )
         if answers.failures:
-            raise FederationError(f"The step {action!r} failed: {join_reasons(answers.failures)}. Mend it and run the same command again.")
+            raise FederationError(
+                f"The step {action!r} failed: {join_reasons(answers.failures)}. Mend it and run the same command again."
+            )
         return dict(answers.accepted)
 
 

@@ -60,7 +60,9 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "started": _started,
     "warning": lambda event: f"warning: {event['text']}",
     "waiting": lambda event: f"  waiting for {event['what']}: {', '.join(event['sites'])} ({event['seconds']:.0f} s)",
-    "site_joined": lambda event: f"  {event['site']} joined: {event['labelled']} labelled, {event['unlabelled']} unlabelled",
+    "site_joined": lambda event: (
+        f"  {event['site']} joined: {event['labelled']} labelled, {event['unlabelled']} unlabelled"
+    ),
     "site_lost": lambda event: f"  {event['site']} left",
     "site_refused": lambda event: f"  {event['site']} refused: {event['reason']}",
     "node_set_aside": lambda event: f"  a node was set aside: {event['reason']}",
@@ -68,7 +70,9 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "preflight_passed": lambda event: f"preflight passed: {', '.join(event['sites'])} agree on {event['dataset']}",
     "step": lambda event: f"step {event['step']}",
     "site_ready": lambda event: f"  {event['site']} ready",
-    "planned": lambda event: f"planned: patch {event['patch_size']}, batch {event['batch_size']}, spacing {event['spacing']}",
+    "planned": lambda event: (
+        f"planned: patch {event['patch_size']}, batch {event['batch_size']}, spacing {event['spacing']}"
+    ),
     "style_bank": lambda event: f"style bank of {len(event['sites'])} sites, reference {event['reference']}",
     "round_start": lambda event: f"{event['phase']} round {event['round']}/{event['rounds']}",
     "site_trained": _site_trained,

@@ -79,7 +79,9 @@ class Roster:
                 self.log.write("waiting", what="sites to connect", sites=self.missing, seconds=round(waited))
             time.sleep(min(1.0, seconds))
 
-    def refresh(self, *, check_data: bool = False, deadline_s: float = REJOIN_DEADLINE_S, strict: bool = False) -> list[str]:
+    def refresh(
+        self, *, check_data: bool = False, deadline_s: float = REJOIN_DEADLINE_S, strict: bool = False
+    ) -> list[str]:
         """Forget nodes that left and identify new ones; returns the sentences of nodes that were set aside."""
         online = set(self.grid.get_node_ids())
         for site in [name for name, node in self.nodes.items() if node not in online]:
@@ -128,7 +130,9 @@ class Roster:
         site = hello.facts.site
         if site not in self.expected:
             self._attempts[node] = _ATTEMPTS
-            reason = f"Site {site} is not part of this run ({', '.join(self.expected)}). Add it to sites or stop its node."
+            reason = (
+                f"Site {site} is not part of this run ({', '.join(self.expected)}). Add it to sites or stop its node."
+            )
         else:
             reason = self._disagreement(hello.facts)
         if reason:

@@ -80,7 +80,14 @@ class RoundLoop:
         dice = metrics["dice"]
         is_best = phase == "segmenter" and dice is not None and (state.best_dice is None or dice > state.best_dice)
         seconds = round(time.monotonic() - start, 3)
-        entry = {"phase": phase, "round": number + 1, "seconds": seconds, **metrics, **traffic, "sites": sorted(updates)}
+        entry = {
+            "phase": phase,
+            "round": number + 1,
+            "seconds": seconds,
+            **metrics,
+            **traffic,
+            "sites": sorted(updates),
+        }
         state = state.with_round(phase, entry, dice if is_best else state.best_dice)
         self.checkpoint(state, mean, is_best)
         self.log.write("round_end", rounds=rounds, best=is_best, **entry)
@@ -102,9 +109,17 @@ class RoundLoop:
             down += payload_bytes(record) * len(there)
             up += sum(size for _, size in answers.accepted.values())
             if len(answers.accepted) >= quorum:
-                return {site: update for site, (update, _) in answers.accepted.items()}, {"bytes_down": down, "bytes_up": up}
+                return {site: update for site, (update, _) in answers.accepted.items()}, {
+                    "bytes_down": down,
+                    "bytes_up": up,
+                }
             self.log.write(
-                "round_repeated", phase=phase, round=number + 1, attempt=attempt + 1, replies=len(answers.accepted), quorum=quorum
+                "round_repeated",
+                phase=phase,
+                round=number + 1,
+                attempt=attempt + 1,
+                replies=len(answers.accepted),
+                quorum=quorum,
             )
         reasons = join_reasons(answers.failures)
         raise FederationError(
@@ -139,7 +154,12 @@ class RoundLoop:
 
     def _train_request(self, phase: str, number: int, state: ServerState, record: ArrayRecord) -> RecordDict:
         epochs = self.config.local_epochs
-        values = self._common(state) | {"phase": phase, "round": number, "first_epoch": number * epochs, "epochs": epochs}
+        values = self._common(state) | {
+            "phase": phase,
+            "round": number,
+            "first_epoch": number * epochs,
+            "epochs": epochs,
+        }
         return pack(TRAIN, values | {"fp16": self.config.fp16}, record)
 
     def _common(self, state: ServerState) -> dict[str, Any]:
@@ -173,7 +193,9 @@ class RoundLoop:
             )
             return update, size
 
-        answers = self._ask(sites, request, MessageType.TRAIN, self.config.deadline_s, accept, f"{phase} round {number + 1}")
+        answers = self._ask(
+            sites, request, MessageType.TRAIN, self.config.deadline_s, accept, f"{phase} round {number + 1}"
+        )
         for site, reason in sorted(answers.failures.items()):
             self.log.write("site_set_aside", site=site, phase=phase, round=number + 1, reason=reason)
         return answers
@@ -207,7 +229,9 @@ class RoundLoop:
             unpack_reply(FINISH_REPLY, content, source=site)
             self.log.write("site_finished", site=site)
 
-        answers = self._ask(sites, request, f"{MessageType.QUERY}.finish", self.config.deadline_s, accept, "the final model")
+        answers = self._ask(
+            sites, request, f"{MessageType.QUERY}.finish", self.config.deadline_s, accept, "the final model"
+        )
         for site, reason in sorted(answers.failures.items()):
             self.log.write("site_set_aside", site=site, phase="finish", round=0, reason=reason)
         return replace(state, finished_sites=sorted({*state.finished_sites, *answers.accepted}))
@@ -237,7 +261,8 @@ def ask(
 ) -> Answers[Any]:
     """Send the same content to several sites by name and collect the replies until the deadline."""
     requests = {
-        site: Message(content, dst_node_id=roster.nodes[site], message_type=message_type, ttl=deadline_s) for site in sites
+        site: Message(content, dst_node_id=roster.nodes[site], message_type=message_type, ttl=deadline_s)
+        for site in sites
     }
     return exchange(
         roster.grid,
@@ -268,7 +293,9 @@ def quorum_of(quorum: int, n_sites: int) -> int:
         FederationError: nobody can take part.
     """
     if n_sites == 0:
-        raise FederationError("No site can take part in this phase. The segmenter phase needs at least one site with labels.")
+        raise FederationError(
+            "No site can take part in this phase. The segmenter phase needs at least one site with labels."
+        )
     return min(quorum, n_sites) if quorum else n_sites // 2 + 1
 
 

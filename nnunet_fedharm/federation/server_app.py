@@ -35,7 +35,9 @@ def server_folder(config: FederateConfig) -> Path:
         FederationError: neither root nor server-root is given.
     """
     if not config.root and not config.server_root:
-        raise FederationError("Say where the server may write: set root (with sites/ and server/ inside) or server-root.")
+        raise FederationError(
+            "Say where the server may write: set root (with sites/ and server/ inside) or server-root."
+        )
     return Path(config.server_root or Path(config.root) / "server").expanduser().resolve()
 
 
@@ -124,14 +126,21 @@ def _last_checkpoints(state: ServerState) -> tuple[str, ...]:
 
 
 def _write_results(
-    root: NnunetRoot, config: FederateConfig, state: ServerState, weights: Weights, trainer_name: str, which: tuple[str, ...]
+    root: NnunetRoot,
+    config: FederateConfig,
+    state: ServerState,
+    weights: Weights,
+    trainer_name: str,
+    which: tuple[str, ...],
 ) -> Path:
     """The standard nnU-Net results folder at the server."""
     from nnunet_fedharm.trainers.results import write_results_folder
 
     rounds = [entry for entry in state.history if entry["phase"] == "segmenter"]
     names = {"train_losses": "train_loss", "val_losses": "val_loss", "mean_fg_dice": "dice"}
-    history = {key: [float("nan") if entry[name] is None else entry[name] for entry in rounds] for key, name in names.items()}
+    history = {
+        key: [float("nan") if entry[name] is None else entry[name] for entry in rounds] for key, name in names.items()
+    }
     return write_results_folder(
         root,
         state.dataset_name,

@@ -50,7 +50,9 @@ class Site:
         found = sorted(path for path in self.root.raw.glob(pattern) if path.is_dir())
         if len(found) != 1:
             what = "no dataset" if not found else f"{len(found)} datasets"
-            raise DataError(f"Site {self.name} has {what} {pattern} in {self.root.raw}. Put exactly one such folder there.")
+            raise DataError(
+                f"Site {self.name} has {what} {pattern} in {self.root.raw}. Put exactly one such folder there."
+            )
         return found[0]
 
 
@@ -62,7 +64,9 @@ def site_folders(root: Path) -> list[str]:
     """
     names = sorted(path.name for path in (root / "sites").glob("*") if path.is_dir())
     if not names:
-        raise FederationError(f"{root / 'sites'} holds no site. Make one folder per site with `nnunet-fedharm sites split`.")
+        raise FederationError(
+            f"{root / 'sites'} holds no site. Make one folder per site with `nnunet-fedharm sites split`."
+        )
     return names
 
 
@@ -82,11 +86,13 @@ def locate_site(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -
         names = listed or site_folders(root)
         position = int(node_config["partition-id"])
         if position >= len(names):
-            raise FederationError(f"Simulated node {position} has no site: there are {len(names)} ({', '.join(names)}).")
+            raise FederationError(
+                f"Simulated node {position} has no site: there are {len(names)} ({', '.join(names)})."
+            )
         name, path = names[position], root / "sites" / names[position]
     else:
         raise FederationError(
-            "This SuperNode does not know its site. Start it with --node-config 'site=\"A\" site-root=\"/data/A\"'."
+            'This SuperNode does not know its site. Start it with --node-config \'site="A" site-root="/data/A"\'.'
         )
     if not path.is_dir():
         raise FederationError(f"Site {name}: the folder {path} does not exist. Correct site-root or make the folder.")

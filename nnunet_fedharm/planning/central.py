@@ -96,7 +96,9 @@ class CentralOptions:
         for name in self.configurations:
             require_configuration({"configurations": CONFIGURATIONS}, name)
         if self.plan.plans_name == STOCK_PLANS:
-            raise PlanError(f"Choose another plans name than {STOCK_PLANS}: stock nnU-Net's plans are never overwritten.")
+            raise PlanError(
+                f"Choose another plans name than {STOCK_PLANS}: stock nnU-Net's plans are never overwritten."
+            )
 
 
 def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dict[str, Any]:
@@ -161,7 +163,11 @@ def find_dataset(raw: Path, dataset: str) -> str:
     found = sorted(path.name for path in raw.glob(pattern) if path.is_dir())
     if len(found) != 1:
         known = sorted(path.name for path in raw.glob("Dataset*")) if raw.is_dir() else []
-        there = f"several datasets of that number ({', '.join(found)})" if found else f"only: {', '.join(known) or 'nothing'}"
+        there = (
+            f"several datasets of that number ({', '.join(found)})"
+            if found
+            else f"only: {', '.join(known) or 'nothing'}"
+        )
         raise DataError(f"Dataset {dataset} was not found in {raw}, which holds {there}. Check -d and nnUNet_raw.")
     return found[0]
 
@@ -182,16 +188,16 @@ def site_registry(raw: Path, dataset_json: Mapping[str, Any]) -> SitesFile:
     return registry
 
 
-def train_commands(
-    plans: Mapping[str, Any], configurations: Sequence[str], kind: str, *, n_labelled: int
-) -> list[str]:
+def train_commands(plans: Mapping[str, Any], configurations: Sequence[str], kind: str, *, n_labelled: int) -> list[str]:
     """The stock commands that train these plans; fold `all` where nnU-Net cannot make five folds."""
     from nnunet_fedharm.sites.checks import N_FOLDS
 
     identifier = str(plans["dataset_name"])[len("Dataset") :][:3]
     fold = "0" if n_labelled >= N_FOLDS else "all"
     trainer = f"nnUNetTrainerFedHarm{kind.capitalize()}"
-    return [f"nnUNetv2_train {identifier} {name} {fold} -tr {trainer} -p {plans['plans_name']}" for name in configurations]
+    return [
+        f"nnUNetv2_train {identifier} {name} {fold} -tr {trainer} -p {plans['plans_name']}" for name in configurations
+    ]
 
 
 def _stock_fingerprint(root: NnunetRoot, name: str, options: CentralOptions) -> dict[str, Any]:
@@ -202,7 +208,9 @@ def _stock_fingerprint(root: NnunetRoot, name: str, options: CentralOptions) -> 
         if options.check:
             check_raw_dataset(root.raw / name, site=_HERE, num_processes=options.num_processes)
         if not labelled_cases(root.raw / name, read_dataset_json(root.raw / name, site=_HERE)):
-            raise DataError(f"{root.raw / name} has no labelled case in imagesTr, so nnU-Net cannot plan. Add labelled cases.")
+            raise DataError(
+                f"{root.raw / name} has no labelled case in imagesTr, so nnU-Net cannot plan. Add labelled cases."
+            )
         with root.activate():
             DatasetFingerprintExtractor(name, max(1, options.num_processes)).run()
     return read_json(file, what="The fingerprint")
@@ -224,13 +232,14 @@ def _base_plans(
         example = labelled_cases(root.raw / name, dataset_json)[0].images[0]
         reader = reader_class(dataset_json, example, site=_HERE).__name__
         before = _read_if_there(root.preprocessed / name / f"{planned.plans_name}.json")
-        plans = plan_federation(
-            fingerprint, dataset_json, dataset_name=name, reader=reader, root=root, options=planned
-        )
+        plans = plan_federation(fingerprint, dataset_json, dataset_name=name, reader=reader, root=root, options=planned)
         if before is not None:
             write_json(before, root.preprocessed / name / f"{planned.plans_name}.json")
         # As stock nnU-Net leaves it; the planner's copy lacks the key that lists single files.
-        write_json(read_json(root.raw / name / "dataset.json", what="The dataset description"), root.preprocessed / name / "dataset.json")
+        write_json(
+            read_json(root.raw / name / "dataset.json", what="The dataset description"),
+            root.preprocessed / name / "dataset.json",
+        )
     plans = deepcopy(plans)
     plans["plans_name"] = options.plans_name
     return plans

@@ -70,7 +70,9 @@ class SiteFacts:
         known = {item.name for item in fields(cls)}
         if set(data) != known:
             wrong = sorted(set(data) ^ known)
-            raise PlanError(f"Site facts do not have the expected keys ({', '.join(wrong)}). Install the same version everywhere.")
+            raise PlanError(
+                f"Site facts do not have the expected keys ({', '.join(wrong)}). Install the same version everywhere."
+            )
         return cls(**data)
 
 
@@ -177,4 +179,6 @@ def _agree(values: Mapping[str, Any], *, what: str, remedy: str) -> None:
     usual = max(seen, key=lambda candidate: sum(value == candidate for value in values.values()))
     for site, value in values.items():
         if value != usual:
-            raise SiteMismatchError(f"Site {site} disagrees on {what}: it has {value!r}, the others have {usual!r}. {remedy}")
+            raise SiteMismatchError(
+                f"Site {site} disagrees on {what}: it has {value!r}, the others have {usual!r}. {remedy}"
+            )

@@ -117,13 +117,15 @@ class Histogram:
         try:
             level, codes, weights = int(data["level"]), list(data["codes"]), list(data["weights"])
             sizes = list(data["sizes"]) or [0] * len(codes)
-            bins = {
-                (int(code), int(size)): weight for code, size, weight in zip(codes, sizes, weights, strict=True)
-            }
+            bins = {(int(code), int(size)): weight for code, size, weight in zip(codes, sizes, weights, strict=True)}
         except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"A histogram in a site summary is damaged ({error}). Let the site summarize again.") from error
+            raise PlanError(
+                f"A histogram in a site summary is damaged ({error}). Let the site summarize again."
+            ) from error
         if not 0 <= level < len(grid.levels) or not all(np.isfinite(w) and w >= 0 for w in bins.values()):
-            raise PlanError("A histogram in a site summary has an unknown level or a weight that is negative or not finite.")
+            raise PlanError(
+                "A histogram in a site summary has an unknown level or a weight that is negative or not finite."
+            )
         return cls(level, bins)
 
 

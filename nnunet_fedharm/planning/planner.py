@@ -62,9 +62,7 @@ class ResizingPlanner(ExperimentPlanner):
     """The stock planner with `PlanOptions`; the reader comes from the plan's caller, not from an example image."""
 
     def __init__(self, dataset_name: str, options: PlanOptions, reader: str) -> None:
-        super().__init__(
-            dataset_name, gpu_memory_target_in_gb=options.gpu_memory_gb, plans_name=options.plans_name
-        )
+        super().__init__(dataset_name, gpu_memory_target_in_gb=options.gpu_memory_gb, plans_name=options.plans_name)
         self._options = options
         self._reader = reader
         self.UNet_base_num_features = options.base_features

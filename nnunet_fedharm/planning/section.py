@@ -114,7 +114,9 @@ class FedHarmSection:
         known = {"version", "kind", "harmonizer", "reference", "styles", "schedule"}
         _refuse_unknown(set(data) - known, known, "fedharm section")
         if "kind" not in data:
-            raise PlanError("The fedharm section has no harmonizer kind. Make the plans again with `nnunet-fedharm plan`.")
+            raise PlanError(
+                "The fedharm section has no harmonizer kind. Make the plans again with `nnunet-fedharm plan`."
+            )
         schedule_keys = {item.name for item in fields(Schedule)}
         schedule = dict(data.get("schedule", {}))
         _refuse_unknown(set(schedule) - schedule_keys, schedule_keys, "fedharm schedule")
@@ -146,7 +148,9 @@ def read_section(configuration: Mapping[str, Any], *, configuration_name: str = 
     return FedHarmSection.from_dict(configuration[SECTION])
 
 
-def with_section(plans: Mapping[str, Any], section: FedHarmSection, configuration_names: tuple[str, ...]) -> dict[str, Any]:
+def with_section(
+    plans: Mapping[str, Any], section: FedHarmSection, configuration_names: tuple[str, ...]
+) -> dict[str, Any]:
     """A copy of the plans whose named configurations carry the section.
 
     Raises:

@@ -81,7 +81,9 @@ def preprocessed_cases(
         for case in sorted(nnUNetDatasetBlosc2.get_identifiers(str(folder)))
     }
     if not cases:
-        raise PlanError(f"No preprocessed case in {labelled}. Run `nnunet-fedharm plan` (or the federated preparation) first.")
+        raise PlanError(
+            f"No preprocessed case in {labelled}. Run `nnunet-fedharm plan` (or the federated preparation) first."
+        )
     return cases
 
 

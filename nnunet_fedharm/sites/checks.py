@@ -85,7 +85,9 @@ def expected_labels(dataset_json: Mapping[str, Any], *, where: str) -> list[int]
     if manager.has_ignore_label:
         values.append(int(manager.ignore_label))
     if values != list(range(len(values))):
-        raise DataError(f"{where} has the label values {values}; nnU-Net needs 0, 1, 2, … without a gap. Renumber the labels.")
+        raise DataError(
+            f"{where} has the label values {values}; nnU-Net needs 0, 1, 2, … without a gap. Renumber the labels."
+        )
     return values
 
 
@@ -122,7 +124,9 @@ def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site:
         )
 
 
-def _check_counts(raw_dataset: Path, dataset_json: Mapping[str, Any], n_labelled: int, n_unlabelled: int, *, site: str) -> None:
+def _check_counts(
+    raw_dataset: Path, dataset_json: Mapping[str, Any], n_labelled: int, n_unlabelled: int, *, site: str
+) -> None:
     if not n_labelled and not n_unlabelled:
         raise DataError(
             f"Site {site} is empty: {raw_dataset} has no case ending in {dataset_json['file_ending']} in imagesTr or {UNLABELLED}. "
@@ -138,7 +142,9 @@ def _check_counts(raw_dataset: Path, dataset_json: Mapping[str, Any], n_labelled
 def _check_files(case: CaseFiles, dataset_json: Mapping[str, Any], *, site: str) -> None:
     names = list(dataset_json["channel_names"].values())
     if len(case.images) != len(names):
-        raise DataError(f"Site {site}, case {case.case}: {len(case.images)} image files for {len(names)} channels. Correct dataset.json.")
+        raise DataError(
+            f"Site {site}, case {case.case}: {len(case.images)} image files for {len(names)} channels. Correct dataset.json."
+        )
     for name, image in zip(names, case.images, strict=True):
         if not image.is_file():
             raise DataError(
@@ -153,7 +159,9 @@ def _check_files(case: CaseFiles, dataset_json: Mapping[str, Any], *, site: str)
 def _check_intensities(channel: npt.NDArray[np.floating[Any]], where: str) -> None:
     wrong = int((~np.isfinite(channel)).sum())
     if wrong:
-        raise DataError(f"{where} holds {wrong} voxels that are NaN or infinity. Replace them and write the file again.")
+        raise DataError(
+            f"{where} holds {wrong} voxels that are NaN or infinity. Replace them and write the file again."
+        )
     if channel.min() == channel.max():
         raise DataError(
             f"{where} is constant: every voxel is {float(channel.min()):g}. Export the image again or remove the case."

@@ -85,7 +85,9 @@ def read_dataset_json(raw_dataset: Path, *, site: str) -> dict[str, Any]:
         data["channel_names"] = data["modality"]
     for key in _REQUIRED_KEYS:
         if key not in data:
-            raise DataError(f"Site {site}: {raw_dataset / 'dataset.json'} has no key {key!r}. Add it as nnU-Net documents.")
+            raise DataError(
+                f"Site {site}: {raw_dataset / 'dataset.json'} has no key {key!r}. Add it as nnU-Net documents."
+            )
     return data
 
 
@@ -144,7 +146,9 @@ def reader_class(dataset_json: Mapping[str, Any], example: Path, *, site: str) -
         raise DataError(f"Site {site}: the image file {example} is missing. Restore it or remove the case.")
     try:
         with redirect_stdout(StringIO()):
-            chosen: type[Any] = determine_reader_writer_from_dataset_json(dict(dataset_json), str(example), verbose=False)
+            chosen: type[Any] = determine_reader_writer_from_dataset_json(
+                dict(dataset_json), str(example), verbose=False
+            )
     except RuntimeError as error:
         raise DataError(
             f"Site {site}: nnU-Net has no reader for {example}. Use a file ending that nnU-Net supports, such as .nii.gz."

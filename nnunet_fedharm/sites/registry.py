@@ -64,13 +64,17 @@ class SitesFile:
         """
         for key in ("sites", "cases"):
             if not isinstance(data.get(key), Mapping):
-                raise DataError(f"{source} has no object {key!r}. It needs `sites` (site -> scanner) and `cases` (case -> site).")
+                raise DataError(
+                    f"{source} has no object {key!r}. It needs `sites` (site -> scanner) and `cases` (case -> site)."
+                )
         known = {item.name for item in fields(SiteInfo)}
         sites = {}
         for name, info in data["sites"].items():
             unknown = sorted(set(info) - known)
             if unknown:
-                raise DataError(f"{source}: site {name} has the unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}.")
+                raise DataError(
+                    f"{source}: site {name} has the unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}."
+                )
             sites[str(name)] = SiteInfo(**info)
         cases = {str(case): str(site) for case, site in data["cases"].items()}
         for case, site in cases.items():

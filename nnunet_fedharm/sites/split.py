@@ -110,10 +110,14 @@ class _Plan:
 def _check_names(registry: SitesFile, cases: Sequence[CaseFiles], options: SplitOptions) -> None:
     for case in cases:
         if case.case not in registry.cases:
-            raise DataError(f"{SITES_FILE} does not say which site case {case.case} comes from. Add the case to `cases`.")
+            raise DataError(
+                f"{SITES_FILE} does not say which site case {case.case} comes from. Add the case to `cases`."
+            )
         for image in case.images:
             if not image.is_file():
-                raise DataError(f"Case {case.case} of site {registry.cases[case.case]}: {image} is missing. Add it or remove the case.")
+                raise DataError(
+                    f"Case {case.case} of site {registry.cases[case.case]}: {image} is missing. Add it or remove the case."
+                )
     for site in options.labelled_sites or ():
         if site not in registry.sites:
             raise DataError(f"Unknown site {site} in --labelled-sites. {SITES_FILE} lists {', '.join(registry.sites)}.")
@@ -129,7 +133,9 @@ def _share_out(
     own = [case for case in labelled if registry.cases[case.case] == site]
     without = [case for case in unlabelled if registry.cases[case.case] == site]
     if not own and not without:
-        raise DataError(f"Site {site} is empty: no case of the dataset belongs to it. Remove it from {SITES_FILE} or add cases.")
+        raise DataError(
+            f"Site {site} is empty: no case of the dataset belongs to it. Remove it from {SITES_FILE} or add cases."
+        )
     order = _generator(options.seed, site).permutation(len(own))
     n_held_out = round(options.held_out_fraction * len(own))
     if own and options.held_out_fraction > 0:
@@ -146,7 +152,13 @@ def _share_out(
 
 
 def _write_site(
-    plan: _Plan, root: NnunetRoot, dataset_name: str, dataset_json: Mapping[str, Any], registry: SitesFile, *, link: bool
+    plan: _Plan,
+    root: NnunetRoot,
+    dataset_name: str,
+    dataset_json: Mapping[str, Any],
+    registry: SitesFile,
+    *,
+    link: bool,
 ) -> SiteShare:
     target = root.raw / dataset_name
     ending = dataset_json["file_ending"]
@@ -184,12 +196,16 @@ def place(source: Path, target: Path, *, link: bool) -> None:
         except OSError:
             target.symlink_to(source.resolve())
     except OSError as error:
-        raise SetupError(f"Cannot write {target}: {error.strerror}. Choose a folder that this user may write, with space.") from error
+        raise SetupError(
+            f"Cannot write {target}: {error.strerror}. Choose a folder that this user may write, with space."
+        ) from error
 
 
 def _refuse_occupied(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
-        raise SetupError(f"{folder} already holds a dataset. Remove it or choose another output folder; nothing was changed.")
+        raise SetupError(
+            f"{folder} already holds a dataset. Remove it or choose another output folder; nothing was changed."
+        )
 
 
 def _generator(seed: int, site: str) -> np.random.Generator:
