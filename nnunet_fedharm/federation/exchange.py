@@ -1,4 +1,4 @@
-"""One exchange with several sites over Flower's Grid: push, pull until all answered or the deadline passed, never wait forever."""
+"""One exchange with several sites over Flower's Grid: push, then pull until all answered or the deadline passed."""
 
 from __future__ import annotations
 

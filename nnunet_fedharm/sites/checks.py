@@ -103,7 +103,8 @@ def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site:
             images, properties = reader().read_images([str(image) for image in case.images])
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"{where}: {case.images[0]} cannot be read together with its other channels ({str(error).strip() or 'sizes differ'}). "
+            f"{where}: {case.images[0]} cannot be read together with its other channels "
+            f"({str(error).strip() or 'sizes differ'}). "
             "All channels need the same size and spacing; restore or resample the file."
         ) from error
     for file, channel in zip(case.images, images, strict=False):
@@ -129,7 +130,8 @@ def _check_counts(
 ) -> None:
     if not n_labelled and not n_unlabelled:
         raise DataError(
-            f"Site {site} is empty: {raw_dataset} has no case ending in {dataset_json['file_ending']} in imagesTr or {UNLABELLED}. "
+            f"Site {site} is empty: {raw_dataset} has no case ending in {dataset_json['file_ending']} "
+            f"in imagesTr or {UNLABELLED}. "
             "Add cases or leave the site out."
         )
     if n_labelled == 1:
@@ -181,7 +183,8 @@ def _check_geometry(
 
     def refuse(what: str, image_value: Any, label_value: Any) -> None:
         raise DataError(
-            f"{where}: the label {case.label} has another {what} ({label_value}) than the image {case.images[0]} ({image_value}). "
+            f"{where}: the label {case.label} has another {what} ({label_value}) "
+            f"than the image {case.images[0]} ({image_value}). "
             "Resample the label onto the image."
         )
 
