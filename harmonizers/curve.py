@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.base import Harmonizer
-from nnunet_fedharm.harmonizers.smooth import gaussian_blur, random_log_gain
+from nnunet_fedharm.harmonizers.smooth import MaskedBlur, random_log_gain
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.harmonizers.tone import apply_displacement, monotone_displacement, quantile_map
 
@@ -115,13 +115,11 @@ class CurveHarmonizer(Harmonizer):
 
     def log_gain(self, image: Tensor, mask: Tensor) -> Float[Tensor, "b c *spatial"]:
         """b(x): smooth, bounded by max_log_gain, from each voxel's surroundings at two scales."""
-        sigma = self.config.gain_sigma
         inside = mask.to(image.dtype)
-        near = gaussian_blur(image, inside, sigma)
-        far = gaussian_blur(image, inside, 2 * sigma)
-        raw = self.gain(torch.cat([near, far], dim=1))
-        smooth = gaussian_blur(raw, inside, sigma)
-        return self.config.max_log_gain * torch.tanh(smooth)
+        near = MaskedBlur(inside, self.config.gain_sigma)
+        far = MaskedBlur(inside, 2 * self.config.gain_sigma)
+        raw = self.gain(torch.cat([near(image), far(image)], dim=1))
+        return self.config.max_log_gain * torch.tanh(near(raw))
 
     def self_paired_loss(self, image: Tensor, sites: Int[Tensor, " b"], generator: torch.Generator) -> Tensor:
         """Mean absolute error to the own patch mapped to the reference, plus the two regularisers, in standard deviations."""

@@ -13,39 +13,39 @@ TRUNCATE = 2.5
 """Kernels end at this many standard deviations: the receptive field that decides how far from a border windows agree."""
 
 
-def gaussian_blur(
-    image: Float[Tensor, "b c *spatial"], inside: Float[Tensor, "b m *spatial"], sigma: float
-) -> Float[Tensor, "b c *spatial"]:
-    """Normalised convolution: the Gaussian mean of the voxels inside the mask.
+class MaskedBlur:
+    """Normalised convolution: the Gaussian mean of the voxels inside a mask.
 
     Args:
-        image: (B, C, *spatial).
-        inside: 1 where a voxel counts, 0 elsewhere; (B, C, *spatial), or one channel for all.
+        inside: 1 where a voxel counts, 0 elsewhere; (B, C, *spatial).
         sigma: standard deviation in voxels.
-
-    Returns:
-        Same shape as `image`; 0 where no voxel inside the mask is within reach.
     """
-    weight = _blur_axes(inside, sigma)
-    return _blur_axes(image * inside, sigma) / weight.clamp(min=1e-3)
+
+    def __init__(self, inside: Float[Tensor, "b c *spatial"], sigma: float) -> None:
+        self.inside = inside
+        self.sigma = sigma
+        self.weight = gaussian_filter(inside, sigma).clamp(min=1e-3)
+
+    def __call__(self, image: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b c *spatial"]:
+        """Same shape as `image`; 0 where no voxel inside the mask is within reach."""
+        return gaussian_filter(image * self.inside, self.sigma) / self.weight
 
 
-def _blur_axes(image: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian with zero padding, one axis after the other."""
+def gaussian_filter(image: Float[Tensor, "b c *spatial"], sigma: float) -> Float[Tensor, "b c *spatial"]:
+    """Separable Gaussian, cut at TRUNCATE standard deviations, zeros outside.
+
+    Each axis is one product with a banded matrix: on patches, whose axes are short, this is many times faster than a
+    one-channel convolution with a long kernel, on CPU and on GPU.
+    """
     radius = max(1, math.ceil(TRUNCATE * sigma))
     taps = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (taps / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(image.dtype)
-    spatial = image.ndim - 2
-    convolve = functional.conv2d if spatial == 2 else functional.conv3d
-    flat = image.reshape(-1, 1, *image.shape[2:])
-    for axis in range(spatial):
-        shape = [1] * spatial
-        shape[axis] = len(kernel)
-        padding = [0] * spatial
-        padding[axis] = radius
-        flat = convolve(flat, kernel.reshape(1, 1, *shape), padding=padding)
-    return flat.reshape(image.shape)
+    total = torch.exp(-0.5 * (taps / sigma) ** 2).sum()
+    for axis in range(2, image.ndim):
+        place = torch.arange(image.shape[axis], device=image.device, dtype=torch.float32)
+        distance = (place[:, None] - place[None, :]).abs()
+        band = torch.where(distance <= radius, torch.exp(-0.5 * (distance / sigma) ** 2) / total, 0.0)
+        image = (image.movedim(axis, -1) @ band.to(image.dtype)).movedim(-1, axis)
+    return image
 
 
 def random_log_gain(image: Float[Tensor, "b c *spatial"], scale: float, generator: torch.Generator) -> Tensor:
@@ -57,7 +57,7 @@ def random_log_gain(image: Float[Tensor, "b c *spatial"], scale: float, generato
         generator: on the CPU.
 
     Returns:
-        (B, C, *spatial); all channels of a sample share the field up to a sign-free factor, as coils do.
+        (B, C, *spatial); all channels of a sample share the field, as they share the coil.
     """
     spatial = image.ndim - 2
     coarse = torch.randn((image.shape[0], 1, *([3] * spatial)), generator=generator).to(image.device, image.dtype)
