@@ -32,7 +32,8 @@ from nnunet_fedharm.sites.parallel import map_cases
 from nnunet_fedharm.sites.registry import SITES_FILE
 
 UNLABELLED_SUFFIX = "_unlabelled"
-RECORD = "fedharm_preprocessed.json"
+RECORD_SUFFIX = ".fedharm.json"
+"""Appended to the folder's name: beside it, because nnU-Net allows no other file among the cases."""
 _SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 # A change of any of these changes the preprocessed voxels (patch_size only how the files are chunked: left out).
 _CONFIGURATION_KEYS = (
@@ -145,10 +146,10 @@ def _bring_up_to_date(
     results = map_cases(partial(_call, work, folder, site), todo, num_processes=num_processes, description=description)
     try:
         for case, _ in zip(todo, results, strict=True):
-            done[case.case] = raw_stamp(case)
+            done[case.case] = case_stamp(case, folder)
     finally:
         # Also after an error: what is done is not done again.
-        write_json({"plans": stamp, "cases": done}, folder / RECORD)
+        write_json({"plans": stamp, "cases": done}, record_of(folder))
 
 
 def _call(work: Callable[[CaseFiles, Path], None], folder: Path, site: str, case: CaseFiles) -> None:
@@ -196,21 +197,31 @@ def _preprocess_case(
     )
 
 
-def raw_stamp(case: CaseFiles) -> list[int]:
-    """Size and time of each raw file of a case, to see whether it changed."""
+def record_of(folder: Path) -> Path:
+    """The record of a folder of preprocessed cases."""
+    return folder.with_name(folder.name + RECORD_SUFFIX)
+
+
+def case_stamp(case: CaseFiles, folder: Path) -> list[int]:
+    """Size and time of a case's raw files and the time of the preprocessed one, to see whether any was replaced."""
     files = [*case.images, *([] if case.label is None else [case.label])]
-    return [number for file in files if file.exists() for number in (file.stat().st_size, file.stat().st_mtime_ns)]
+    raw = [number for file in files if file.exists() for number in (file.stat().st_size, file.stat().st_mtime_ns)]
+    return [*raw, (folder / f"{case.case}.pkl").stat().st_mtime_ns]
 
 
 def _done_cases(folder: Path, cases: Sequence[CaseFiles], stamp: str, *, adopt: bool) -> dict[str, list[int]]:
-    complete = [case for case in cases if all((folder / f"{case.case}{suffix}").is_file() for suffix in _SUFFIXES)]
-    if not (folder / RECORD).is_file():
-        return {case.case: raw_stamp(case) for case in complete} if adopt else {}
-    record = read_json(folder / RECORD, what="The preprocessing record")
+    stamps = {
+        case.case: case_stamp(case, folder)
+        for case in cases
+        if all((folder / f"{case.case}{suffix}").is_file() for suffix in _SUFFIXES)
+    }
+    if not record_of(folder).is_file():
+        return stamps if adopt else {}
+    record = read_json(record_of(folder), what="The preprocessing record")
     if record.get("plans") != stamp:
         return {}
     known = record.get("cases", {})
-    return {case.case: raw_stamp(case) for case in complete if known.get(case.case) == raw_stamp(case)}
+    return {case: value for case, value in stamps.items() if known.get(case) == value}
 
 
 def _remove_strangers(folder: Path, cases: set[str]) -> None:
