@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import numpy.typing as npt
 
@@ -108,7 +109,7 @@ def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site:
             "All channels need the same size and spacing; restore or resample the file."
         ) from error
     for file, channel in zip(case.images, images, strict=False):
-        _check_intensities(channel, f"{where}: {file}")
+        _check_intensities(channel, _raw_voxels(file, channel), f"{where}: {file}")
     if case.label is None:
         return
     try:
@@ -158,16 +159,26 @@ def _check_files(case: CaseFiles, dataset_json: Mapping[str, Any], *, site: str)
         )
 
 
-def _check_intensities(channel: npt.NDArray[np.floating[Any]], where: str) -> None:
-    wrong = int((~np.isfinite(channel)).sum())
+def _check_intensities(
+    channel: npt.NDArray[np.floating[Any]], stored: npt.NDArray[np.floating[Any]], where: str
+) -> None:
+    wrong = int((~np.isfinite(stored)).sum())
     if wrong:
-        raise DataError(
-            f"{where} holds {wrong} voxels that are NaN or infinity. Replace them and write the file again."
-        )
+        raise DataError(f"{where} holds {wrong} voxels that are NaN or infinity. Replace them and write the file again.")
     if channel.min() == channel.max():
         raise DataError(
             f"{where} is constant: every voxel is {float(channel.min()):g}. Export the image again or remove the case."
         )
+
+
+def _raw_voxels(file: Path, read: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    """The voxels as stored: ITK's NIfTI reader turns NaN and infinity into zeros, so nnU-Net would train on holes."""
+    if not file.name.endswith((".nii", ".nii.gz")):
+        return read
+    stored: Any = nibabel.load(file).dataobj
+    if np.issubdtype(stored.dtype, np.floating) or not np.isfinite([stored.slope, stored.inter]).all():
+        return np.asanyarray(stored)
+    return read
 
 
 def _check_geometry(
