@@ -44,6 +44,10 @@ class LabelScore:
         return {name: None if math.isnan(value) else value for name, value in vars(self).items()}
 
 
+CaseScores = Mapping[str, Mapping[str, LabelScore]]
+"""Case -> label or region -> score."""
+
+
 def score_case(
     reference: LabelMap, prediction: LabelMap, spacing_mm: Sequence[float], targets: Targets
 ) -> dict[str, LabelScore]:
@@ -81,7 +85,7 @@ def score_folder(
     num_processes: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score every case that has a reference label.
+    """Score every case that has a reference label, and summarize by site.
 
     Args:
         predictions: folder with one `CASE<file_ending>` per case.
@@ -93,35 +97,57 @@ def score_folder(
         progress: show a bar.
 
     Returns:
-        JSON-able: `labels`, `conventions`, `cases` (case -> site and scores) and `sites` (site -> label -> metric ->
-        mean, low, high, n); label "mean" is the mean over labels, site "all" pools the cases of all sites.
+        See `metrics_of`.
 
     Raises:
         DataError: no reference, a missing prediction, a case without a site, or images on different grids.
     """
+    if sites is not None:
+        _check_sites(_matched_cases(predictions, labels, _ending(dataset_json)), sites)
+    scores = score_cases(predictions, labels, dataset_json, num_processes=num_processes, progress=progress)
+    site_of = dict.fromkeys(scores, ALL_SITES) if sites is None else {case: sites[case] for case in scores}
+    return metrics_of(scores, site_of, Targets.from_dataset_json(dataset_json), seed=seed)
+
+
+def score_cases(
+    predictions: Path,
+    labels: Path,
+    dataset_json: Mapping[str, Any],
+    *,
+    num_processes: int = 1,
+    progress: bool = True,
+) -> CaseScores:
+    """Scores of every case that has a reference label; arguments and errors as `score_folder`."""
     targets = Targets.from_dataset_json(dataset_json)
-    ending = str(dataset_json.get("file_ending", ".nii.gz"))
-    cases = _matched_cases(predictions, labels, ending)
-    site_of = _sites_of(cases, sites)
+    cases = _matched_cases(predictions, labels, _ending(dataset_json))
     score = partial(
         _score_files, predictions=predictions, labels=labels, dataset_json=dict(dataset_json), targets=targets
     )
     results = tqdm(_run(score, cases, num_processes), "evaluate", len(cases), disable=not progress)
-    scores = dict(zip(cases, results, strict=True))
+    return dict(zip(cases, results, strict=True))
+
+
+def metrics_of(scores: CaseScores, site_of: Mapping[str, str], targets: Targets, *, seed: int) -> dict[str, Any]:
+    """JSON-able metrics.
+
+    Returns:
+        `labels`, `conventions`, `bootstrap`, `cases` (case -> site and scores) and `sites` (site -> label -> metric ->
+        mean, low, high, n); label "mean" is the mean over labels, site "all" pools the cases of all sites.
+    """
     return {
         "labels": {name: list(values) for name, values in targets.regions.items()},
         "conventions": CONVENTIONS,
         "bootstrap": {"resamples": RESAMPLES, "seed": seed, "unit": "case"},
         "cases": {
-            case: {"site": site_of[case], "labels": {name: item.to_dict() for name, item in scores[case].items()}}
-            for case in cases
+            case: {"site": site_of[case], "labels": {name: item.to_dict() for name, item in found.items()}}
+            for case, found in scores.items()
         },
         "sites": summarize_scores(scores, site_of, list(targets.regions), seed=seed),
     }
 
 
 def summarize_scores(
-    scores: Mapping[str, Mapping[str, LabelScore]], site_of: Mapping[str, str], names: Sequence[str], *, seed: int
+    scores: CaseScores, site_of: Mapping[str, str], names: Sequence[str], *, seed: int
 ) -> dict[str, Any]:
     """Site -> {"n_cases", "labels": label -> metric -> mean, low, high, n}, with site "all" and label "mean" added.
 
@@ -201,19 +227,20 @@ def _matched_cases(predictions: Path, labels: Path, ending: str) -> list[str]:
     return cases
 
 
-def _sites_of(cases: Sequence[str], sites: Mapping[str, str] | None) -> dict[str, str]:
-    if sites is None:
-        return dict.fromkeys(cases, ALL_SITES)
+def _check_sites(cases: Sequence[str], sites: Mapping[str, str]) -> None:
     unknown = [case for case in cases if case not in sites]
     if unknown:
         raise DataError(f"sites.json gives no site for case {unknown[0]}. Add it, or evaluate without --sites.")
-    return {case: sites[case] for case in cases}
+
+
+def _ending(dataset_json: Mapping[str, Any]) -> str:
+    return str(dataset_json.get("file_ending", ".nii.gz"))
 
 
 def _score_files(
     case: str, *, predictions: Path, labels: Path, dataset_json: Mapping[str, Any], targets: Targets
 ) -> dict[str, LabelScore]:
-    ending = str(dataset_json.get("file_ending", ".nii.gz"))
+    ending = _ending(dataset_json)
     paths = [folder / f"{case}{ending}" for folder in (labels, predictions)]
     reader = reader_for(dataset_json, paths[0])
     reference, prediction = (read_segmentation(path, reader) for path in paths)
