@@ -1,6 +1,7 @@
 """The Flower ClientApp: unpack, check, call planning or trainers inside the site's own nnU-Net root, pack.
 
-Nothing raises through Flower: its error replies carry tracebacks, which may name cases. A failure is a reply with one sentence.
+Nothing raises through Flower: its error replies carry tracebacks, which may name cases. A failure is a reply with one
+sentence.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from nnunet_fedharm.errors import CheckpointError, FederationError, FedHarmError
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.aggregation import finite
 from nnunet_fedharm.federation.codec import Weights, decode, encode
-from nnunet_fedharm.federation.durable import read_json, write_json
+from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
 from nnunet_fedharm.federation.rounds import travelling
-from nnunet_fedharm.federation.site import Site, describe_error, locate_site, site_lock, training_environment
+from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
 
 app = ClientApp()
 
@@ -73,7 +74,7 @@ def _answer(
     try:
         request = unpack(schema, message.content, source="the server")
         # The lock, because after a server crash this site may still be busy with the former round.
-        with site_lock(site), site.root.create().activate():
+        with file_lock(site.folder / "site.lock"), site.root.create().activate():
             content = work(site, request)
     except Exception as error:  # noqa: BLE001 - the one place where a failure becomes a reply; it is logged at the site
         content = error_reply(*describe_error(site, error))
@@ -209,7 +210,7 @@ def _local_training(site: Site, values: dict[str, Any]) -> tuple[Any, dict[str, 
 
 
 def _whole(received: Weights, federation: dict[str, Any], values: dict[str, Any]) -> Weights:
-    """All tensors of the network: in the harmonizer phase the segmenter rests at its seeded start and does not travel."""
+    """All tensors of the network; in the harmonizer phase the segmenter rests at its seeded start and does not travel."""
     if values["phase"] == "segmenter":
         return received
     from nnunet_fedharm.trainers.results import initial_weights

@@ -62,11 +62,11 @@ def program(name: str) -> str:
 
 
 @contextmanager
-def local_superlink(home: Path, environment: Mapping[str, str]) -> Iterator[int]:
+def local_superlink(home: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A SuperLink in simulation mode on a free loopback port, stopped when the block ends, however it ends.
 
     Yields:
-        The port.
+        Its process.
 
     Raises:
         SetupError: a daemon of an earlier run is still there, or this one does not start.
@@ -88,7 +88,7 @@ def local_superlink(home: Path, environment: Mapping[str, str]) -> Iterator[int]
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
-        yield port
+        yield process
     finally:
         stop_process(process)
         (home / _DAEMON_FILE).unlink(missing_ok=True)

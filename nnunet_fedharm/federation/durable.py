@@ -1,11 +1,13 @@
-"""Files that survive a crash at any moment: temporary file, fsync, os.replace, and a hash to tell damage from health."""
+"""Files that survive a crash at any moment: temporary file, fsync, rename, and a hash to tell damage from health."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,34 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def file_lock(path: Path, *, wait_s: float | None = None) -> Iterator[bool]:
+    """Hold a lock that ends with its process, however that ends.
+
+    Args:
+        path: the lock file, made where missing.
+        wait_s: seconds to wait; None waits as long as it takes.
+
+    Yields:
+        Whether the lock is held; True on systems without such locks (not POSIX).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield True
+        return
+    import fcntl  # not on every system
+
+    end = None if wait_s is None else time.monotonic() + wait_s
+    with path.open("a") as stream:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | (0 if end is None else fcntl.LOCK_NB))
+                held = True
+            except BlockingIOError:
+                held = False
+            if held or (end is not None and time.monotonic() > end):
+                break
+            time.sleep(0.2)
+        yield held

@@ -6,11 +6,14 @@ Events name sites and rounds, never cases.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+_logger = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
 
@@ -25,13 +28,17 @@ class EventLog:
         """Append one event; numbers that are not finite become null."""
         entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
         entry |= {key: _plain(value) for key, value in details.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(entry, allow_nan=False) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry, allow_nan=False) + "\n")
+        except OSError as error:
+            # A full disk must not hide the error that is being reported.
+            _logger.error("Cannot write the event %r to %s: %s", event, self.path, error.strerror)
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Complete lines from a byte offset on, and the offset to go on from; a half-written last line is left for later."""
+    """Complete lines from a byte offset on, and the offset to go on from; a half-written line is left for later."""
     if not path.exists():
         return [], offset
     with path.open("rb") as stream:

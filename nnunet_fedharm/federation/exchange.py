@@ -36,13 +36,13 @@ class Answers(Generic[T]):
     Attributes:
         accepted: key -> what `accept` made of the reply.
         failures: key -> one sentence; an error reply, a reply that was refused, or no reply in time.
-        silent: keys without any reply in time.
+        undelivered: keys whose failure is Flower's (node gone, no reply in time), not the site's own words.
         seconds: key -> time from push to reply.
     """
 
     accepted: dict[str, T] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    silent: set[str] = field(default_factory=set)
+    undelivered: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -89,7 +89,7 @@ def exchange(
             time.sleep(pause)
             pause = min(1.5 * pause, _POLL_S[1])
     for key in open_requests.values():
-        answers.silent.add(key)
+        answers.undelivered.add(key)
         answers.failures[key] = f"no reply within {time.monotonic() - start:.0f} s"
     return answers
 
@@ -105,13 +105,15 @@ def _push(grid: Grid, requests: Mapping[str, Message], answers: Answers[T]) -> d
         if identifier:
             taken[identifier] = key
         else:
-            answers.failures[key] = "Flower could not deliver the message: its node is gone"
+            answers.undelivered.add(key)
+            answers.failures[key] = _FLOWER_ERRORS[5]
     return taken
 
 
 def _take(key: str, reply: Message, accept: Callable[[str, RecordDict], T], answers: Answers[T]) -> None:
     if reply.has_error():
         # Flower's own reason can hold a traceback of the site, which may name cases: it is not repeated here.
+        answers.undelivered.add(key)
         answers.failures[key] = _FLOWER_ERRORS.get(reply.error.code, f"Flower error {reply.error.code}")
         return
     try:

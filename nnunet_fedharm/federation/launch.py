@@ -54,9 +54,14 @@ def federate(config: FederateConfig, *, show: Callable[[str], None] | None = Non
     events = server_folder(config) / "fedharm" / EVENTS_FILE
     offset = events.stat().st_size if events.exists() else 0
     logs = {site: _size(_site_log(config, site)) for site in config.site_names}
-    with _terminate_as_interrupt(), local_superlink(home, environment), _flwr_run(config, home, environment) as process:
-        last = _follow(events, offset, process, show or _print)
-        _let_end(process)
+    with (
+        _terminate_as_interrupt(),
+        local_superlink(home, environment) as superlink,
+        _flwr_run(config, home, environment) as process,
+    ):
+        last = _follow(events, offset, (superlink, process), show or _print)
+        if last:
+            _let_end(process)
     if last.get("event") == "finished":
         return Path(str(last["results"]))
     for line in _site_reasons(config, logs):
@@ -115,7 +120,7 @@ def _flwr_run(config: FederateConfig, home: Path, environment: Mapping[str, str]
 
 
 def _follow(
-    events: Path, offset: int, process: subprocess.Popen[bytes], show: Callable[[str], None]
+    events: Path, offset: int, processes: tuple[subprocess.Popen[bytes], ...], show: Callable[[str], None]
 ) -> Mapping[str, Any]:
     """Show events until the run is over; returns the last one that ends it, or an empty one."""
     ended: float | None = None
@@ -127,7 +132,7 @@ def _follow(
                 show(line)
             if event["event"] in ("finished", "failed"):
                 return event
-        if process.poll() is not None:
+        if any(process.poll() is not None for process in processes):
             ended = ended or time.monotonic()
             if time.monotonic() - ended > _GRACE_S:
                 return {}

@@ -82,7 +82,7 @@ class Roster:
     def refresh(
         self, *, check_data: bool = False, deadline_s: float = REJOIN_DEADLINE_S, strict: bool = False
     ) -> list[str]:
-        """Forget nodes that left and identify new ones; returns the sentences of nodes that were set aside."""
+        """Forget nodes that left and identify new ones; returns what sites said that were set aside (dead nodes say nothing)."""
         online = set(self.grid.get_node_ids())
         for site in [name for name, node in self.nodes.items() if node not in online]:
             del self.nodes[site]
@@ -95,7 +95,7 @@ class Roster:
         if strict:
             _refuse_twins(answers.accepted)
         refused = [self._admit(int(node), hello, strict) for node, hello in sorted(answers.accepted.items())]
-        failed = [text for node, text in answers.failures.items() if node not in answers.silent]
+        failed = [text for node, text in answers.failures.items() if node not in answers.undelivered]
         for text in failed:
             self.log.write("node_set_aside", reason=text)
         return [text for text in refused if text] + failed

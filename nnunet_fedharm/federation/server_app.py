@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from nnunet_fedharm.errors import FederationError, FedHarmError
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig, warnings_of
+from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
 from nnunet_fedharm.federation.preparation import Preparation
 from nnunet_fedharm.federation.roster import Roster
@@ -18,6 +19,8 @@ from nnunet_fedharm.federation.rounds import RoundLoop
 from nnunet_fedharm.federation.site import site_folders
 from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state
 from nnunet_fedharm.nnunet_root import NnunetRoot
+
+LOCK_WAIT_S = 30.0
 
 app = ServerApp()
 
@@ -66,7 +69,13 @@ def run_server(grid: Grid, config: FederateConfig) -> Path:
     root = NnunetRoot(server_folder(config)).create()
     log = EventLog(root.path / "fedharm" / EVENTS_FILE)
     try:
-        return _run(grid, resolve_sites(config), root, log)
+        # The wait: the process of a killed SuperLink ends a few seconds later.
+        with file_lock(root.path / "fedharm" / "server.lock", wait_s=LOCK_WAIT_S) as held:
+            if not held:
+                raise FederationError(
+                    f"Another run is using {root.path}. Wait for its end, or give this one a server-root."
+                )
+            return _run(grid, resolve_sites(config), root, log)
     except FedHarmError as error:
         log.write("failed", error=str(error))
         raise

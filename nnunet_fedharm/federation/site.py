@@ -100,20 +100,6 @@ def locate_site(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -
 
 
 @contextmanager
-def site_lock(site: Site) -> Iterator[None]:
-    """One client process at a time for a site: after a server crash the former round may still be training."""
-    site.folder.mkdir(parents=True, exist_ok=True)
-    if os.name != "posix":
-        yield
-        return
-    import fcntl  # not on every system
-
-    with (site.folder / "site.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
 def training_environment(device: str) -> Iterator[None]:
     """On a CPU: no compile and no worker processes, unless the site's own environment says otherwise."""
     wanted = {"nnUNet_compile": "f", "nnUNet_n_proc_DA": "0"} if device == "cpu" else {}
