@@ -123,7 +123,7 @@ class CurveHarmonizer(Harmonizer):
 
     def self_paired_loss(self, image: Tensor, sites: Int[Tensor, " b"], generator: torch.Generator) -> Tensor:
         """Mean absolute error to the own patch mapped to the reference, plus the two regularisers, in standard deviations."""
-        own, own_offset = self.bank_quantiles[sites], self.bank_offset[sites]
+        own, _own_offset = self.bank_quantiles[sites], self.bank_offset[sites]
         drawn, drawn_offset = self._draw_styles(len(sites), generator)
         mask = image != 0
         with torch.no_grad():

@@ -79,7 +79,7 @@ def harmonizer_epoch(
         _average_gradients(harmonizer)
         torch.nn.utils.clip_grad_norm_(harmonizer.parameters(), GRADIENT_CLIP)
         training.optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     harmonizer.trained_epochs += 1
     return float(np.mean(losses))
 

@@ -7,6 +7,7 @@ with seeds derived from (run, site, phase, round), draws the same numbers.
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -229,9 +230,9 @@ class LocalTraining:
             return None
         try:
             state: dict[str, Any] = torch.load(older[-1], map_location=self.device, weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(
-                f"Site {self.site} cannot read its training state {older[-1]}: {error}. "
+                f"Site {self.site} cannot read its training state {older[-1]} ({type(error).__name__}). "
                 "Delete that file to continue with a fresh optimizer."
             ) from error
         return state
