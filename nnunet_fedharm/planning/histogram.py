@@ -80,7 +80,8 @@ GEOMETRY = Grid(
     largest_size=(1 << 20) - 1,
 )
 """Spacing (mm) and shape (voxels) of one axis, jointly: nnU-Net's median shape at the target spacing needs both. Exact for
-float32 spacings (NIfTI's own precision) as long as a site has at most 2048 different pairs; then within 2**-13 = 0.012 %."""
+float32 spacings (NIfTI's own precision) as long as a site has at most 2048 different pairs; with more, in steps coarser: for
+5000 cases that share neither spacing nor shape, medians are within 3 %."""
 
 INTENSITY = Grid(levels=((8, 1), (7, 1), (6, 1), (5, 1)), max_bins=4096, smallest=2.0**-16, largest=2.0**40)
 """Intensities: bins 2**-8 = 0.4 % wide (relative); if the data spans so many decades that 4096 bins do not do, up to 3 %."""

@@ -82,7 +82,9 @@ def preprocess_site(
     own = read_dataset_json(raw, site=site)
     write_descriptions(root, dataset_name, plans, dataset_json=dataset_json or own, fingerprint=fingerprint)
     manager = PlansManager(dict(plans))
-    work = partial(_preprocess_case, plans=dict(plans), configuration=configuration, dataset_json=dict(dataset_json or own))
+    work = partial(
+        _preprocess_case, plans=dict(plans), configuration=configuration, dataset_json=dict(dataset_json or own)
+    )
     folder = root.preprocessed / dataset_name / manager.get_configuration(configuration).data_identifier
     stamp = plans_stamp(plans, configuration, dataset_json or own)
     labelled = labelled_cases(raw, own)
@@ -138,7 +140,7 @@ def _bring_up_to_date(
         if not done and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_strangers(folder, {case.case for case in cases})
+        _keep_only(folder, set(done))
     except OSError as error:
         raise SetupError(f"Cannot write in {folder}: {error.strerror}. Make it writable for this user.") from error
     todo = [case for case in cases if case.case not in done]
@@ -156,7 +158,9 @@ def _call(work: Callable[[CaseFiles, Path], None], folder: Path, site: str, case
     try:
         work(case, folder)
     except OSError as error:
-        raise SetupError(f"Site {site}: cannot write in {folder} or read the raw files ({error}). Check space and rights.") from error
+        raise SetupError(
+            f"Site {site}: cannot write in {folder} or read the raw files ({error}). Check space and rights."
+        ) from error
     except (RuntimeError, AssertionError, ValueError) as error:
         raise DataError(
             f"Site {site}, case {case.case}: nnU-Net cannot preprocess {case.images[0]} ({error}). "
@@ -224,10 +228,10 @@ def _done_cases(folder: Path, cases: Sequence[CaseFiles], stamp: str, *, adopt: 
     return {case: value for case, value in stamps.items() if known.get(case) == value}
 
 
-def _remove_strangers(folder: Path, cases: set[str]) -> None:
-    """Files of cases that the raw dataset no longer has: nnU-Net trains on every case that it finds in the folder."""
+def _keep_only(folder: Path, cases: set[str]) -> None:
+    """Remove the files of all other cases: blosc2 overwrites none, and nnU-Net trains on every case that it finds."""
     for file in folder.iterdir():
-        name = next((file.name[: -len(suffix)] for suffix in ("_seg.b2nd", ".b2nd", ".pkl") if file.name.endswith(suffix)), None)
+        name = next((file.name[: -len(end)] for end in ("_seg.b2nd", ".b2nd", ".pkl") if file.name.endswith(end)), None)
         if name is not None and name not in cases:
             file.unlink()
 

@@ -164,7 +164,9 @@ def _check_intensities(
 ) -> None:
     wrong = int((~np.isfinite(stored)).sum())
     if wrong:
-        raise DataError(f"{where} holds {wrong} voxels that are NaN or infinity. Replace them and write the file again.")
+        raise DataError(
+            f"{where} holds {wrong} voxels that are NaN or infinity. Replace them and write the file again."
+        )
     if channel.min() == channel.max():
         raise DataError(
             f"{where} is constant: every voxel is {float(channel.min()):g}. Export the image again or remove the case."

@@ -13,7 +13,9 @@ ENDING = ".nii.gz"
 LABELS = {"background": 0, "core": 1, "rim": 2}
 
 
-def write_volume(array: np.ndarray, path: Path, *, spacing: Sequence[float] = (1.0, 1.0, 1.0), origin: float = 0.0) -> None:
+def write_volume(
+    array: np.ndarray, path: Path, *, spacing: Sequence[float] = (1.0, 1.0, 1.0), origin: float = 0.0
+) -> None:
     """Array (z, y, x) and its spacing in the same order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = sitk.GetImageFromArray(array)
@@ -59,7 +61,9 @@ def write_description(dataset: Path, *, channels: Sequence[str] = ("MR",), n_tra
     (dataset / "dataset.json").write_text(json.dumps(description))
 
 
-def write_multi_site(dataset: Path, cases: Mapping[str, int], *, channels: Sequence[str] = ("MR",), seed: int = 0) -> Path:
+def write_multi_site(
+    dataset: Path, cases: Mapping[str, int], *, channels: Sequence[str] = ("MR",), seed: int = 0
+) -> Path:
     """`cases[site]` labelled cases for each site, each site with its own spacing, shapes and intensities, and sites.json."""
     rng = np.random.default_rng(seed)
     owners = {}
@@ -69,9 +73,7 @@ def write_multi_site(dataset: Path, cases: Mapping[str, int], *, channels: Seque
             owners[case] = site
             spacing = (3.0 if index % 2 else 2.5, 0.7 + 0.1 * index, 0.7 + 0.1 * index)
             shape = [int(rng.integers(8, 12)), int(rng.integers(30, 42)), int(rng.integers(30, 42))]
-            write_case(
-                dataset, case, rng, shape=shape, spacing=spacing, gain=1 + 0.5 * index, n_channels=len(channels)
-            )
+            write_case(dataset, case, rng, shape=shape, spacing=spacing, gain=1 + 0.5 * index, n_channels=len(channels))
     write_description(dataset, channels=channels, n_training=sum(cases.values()))
     sites = {site: {"vendor": "Siemens", "field": 1.5} for site in cases}
     (dataset / "sites.json").write_text(json.dumps({"sites": sites, "cases": owners}))

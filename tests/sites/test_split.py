@@ -25,7 +25,11 @@ def dataset(tmp_path: Path) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name.removesuffix(ENDING).removesuffix("_0000") for path in folder.glob("*")} if folder.is_dir() else set()
+    return (
+        {path.name.removesuffix(ENDING).removesuffix("_0000") for path in folder.glob("*")}
+        if folder.is_dir()
+        else set()
+    )
 
 
 def test_every_case_lies_at_its_own_site_once(dataset: Path, tmp_path: Path) -> None:
