@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where even this fails, the first error is the one to tell
+            temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"Cannot write {path}: {error.strerror}. The former file is untouched; free space or mend the folder's rights, "
             "then run the same command again."
