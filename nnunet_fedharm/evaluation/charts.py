@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 12.0, 34.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 18.0, 12.0, 34.0
+_LEAST_RANGE = 0.05
+"""Smallest range of an interval chart: differences below it should look small."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def line_chart(
     return _svg(parts, width, height, label)
 
 
-def interval_chart(groups: Sequence[tuple[str, Sequence[Point]]], *, label: str, x_label: str, width: int = 480) -> str:
+def interval_chart(groups: Sequence[tuple[str, Sequence[Point]]], *, label: str, x_label: str, width: int = 400) -> str:
     """Horizontal means with their intervals, grouped by row names.
 
     Args:
@@ -87,9 +89,10 @@ def interval_chart(groups: Sequence[tuple[str, Sequence[Point]]], *, label: str,
     values = [v for _, points in groups for p in points for v in (p.mean, p.low, p.high) if v is not None]
     if not values:
         return ""
-    step, gap, left = 20, 14, 76.0
+    step, gap, left = 17, 11, 60.0
     height = int(_TOP + sum(step * len(points) + gap for _, points in groups) + _BOTTOM)
-    x_ticks = ticks(min(values), max(values))
+    centre, half = (min(values) + max(values)) / 2, max(max(values) - min(values), _LEAST_RANGE) / 2
+    x_ticks = ticks(centre - half, centre + half)
     x_of = _scale(x_ticks[0], x_ticks[-1], left, width - _RIGHT)
     parts = []
     for tick in x_ticks:

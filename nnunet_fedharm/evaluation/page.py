@@ -81,7 +81,7 @@ def render_page(report: Report) -> str:
             f'<div class="card"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
             for value, text in report.headline
         ),
-        pictures=_picture_table(report.pictures),
+        pictures=_picture_columns(report.pictures),
         overlays=_picture_table(report.overlays),
         label_key=_label_key(report.label_names),
         dice_chart=_dice_chart(report),
@@ -94,16 +94,29 @@ def render_page(report: Report) -> str:
     )
 
 
+def _picture_columns(sites: Sequence[SitePictures]) -> str:
+    """One column per site, one row per caption: rows of the same kind can be compared across sites."""
+    if not sites:
+        return ""
+    head = "".join(f"<th>{escape(site.site)}<small>{escape(site.note)}</small></th>" for site in sites)
+    rows = ""
+    for index, (caption, _) in enumerate(sites[0].columns):
+        cells = "".join(_picture(site.site, *site.columns[index]) for site in sites)
+        rows += f"<tr><th scope='row'>{escape(caption)}</th>{cells}</tr>"
+    return f'<div class="scroll"><table class="pictures"><tr><th></th>{head}</tr>{rows}</table></div>'
+
+
+def _picture(site: str, caption: str, address: str) -> str:
+    return f'<td><img src="{address}" alt="{escape(site, quote=True)}, {escape(caption, quote=True)}"></td>'
+
+
 def _picture_table(rows: Sequence[SitePictures]) -> str:
     if not rows:
         return ""
     head = "".join(f"<th>{escape(caption)}</th>" for caption, _ in rows[0].columns)
     body = "".join(
         f"<tr><th scope='row'>{escape(row.site)}<small>{escape(row.note)}</small></th>"
-        + "".join(
-            f'<td><img src="{address}" alt="{escape(row.site, quote=True)}, {escape(caption, quote=True)}"></td>'
-            for caption, address in row.columns
-        )
+        + "".join(_picture(row.site, caption, address) for caption, address in row.columns)
         + "</tr>"
         for row in rows
     )
@@ -167,12 +180,17 @@ def _histograms(histograms: Mapping[str, Mapping[str, Sequence[tuple[float, floa
         sites = list(by_site)
         lines = [Line(site, f"site-{index + 1}", points) for index, (site, points) in enumerate(by_site.items())]
         chart = line_chart(
-            lines, x_label="standard deviations from the case's mean", label=f"Histograms, {name}", y_zero=True
+            lines,
+            x_label="standard deviations from the mean",
+            label=f"Histograms, {name}",
+            width=260,
+            height=170,
+            y_zero=True,
         )
         figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{chart}</figure>")
     return (
         _key([(f"site-{index + 1}", site) for index, site in enumerate(sites)])
-        + f'<div class="pair">{"".join(figures)}</div>'
+        + f'<div class="two">{"".join(figures)}</div>'
     )
 
 
@@ -190,19 +208,20 @@ def _steps_table(steps: Sequence[Step]) -> str:
         for step in steps
     )
     total = sum(step.seconds for step in steps)
-    return f'<table class="steps">{rows}<tr><td><b>total</b></td><td></td><td class="time"><b>{total / 60:.1f} min</b></td></tr></table>'
+    end = f'<tr><td><b>total</b></td><td></td><td class="time"><b>{total / 60:.1f} min</b></td></tr>'
+    return f'<table class="steps">{rows}{end}</table>'
 
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title><style>$style</style></head><body><main>
 <header><h1>$title</h1><p class="lead">$lead</p><div class="cards">$cards</div></header>
-<section><h2>What the harmonizer changes</h2>
-<p>One held-out case per hospital, all pictures in the same intensity window (standard deviations of the case).</p>
-$pictures</section>
-<section><h2>What the segmenter gains</h2><div class="pair"><div>$kind_key$dice_chart</div><div>$table</div></div></section>
+<div class="first"><section><h2>What the harmonizer changes</h2>
+<p>One held-out case per hospital, all in the same intensity window.</p>$pictures</section>
+<section><h2>What it does to segmentation</h2><p>Held-out cases of each hospital.</p>$kind_key$dice_chart
+<h2 class="next">Intensities inside the brain</h2>$histograms</section></div>
+<section><h2>Held-out cases, per hospital and label</h2>$table</section>
 <section><h2>Where it is right and wrong</h2>$label_key$overlays</section>
-<section><h2>Intensities inside the brain</h2>$histograms</section>
 <section><h2>Training</h2><div class="pair">$training</div></section>
 <section><h2>What ran, and how long</h2>$steps</section>
 <section class="notes"><h2>Notes</h2>$notes</section>

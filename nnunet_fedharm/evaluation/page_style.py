@@ -18,16 +18,19 @@ section p{margin:0 0 8px;color:var(--muted)}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px 14px}
 .card b{display:block;font-size:22px;line-height:1.25;font-variant-numeric:tabular-nums}
 .card span{color:var(--muted);font-size:13px;line-height:1.35;display:block}
+.next{margin-top:16px}.two{display:grid;grid-template-columns:1fr 1fr;gap:8px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse}
+.first{display:grid;grid-template-columns:minmax(0,1.35fr) minmax(0,1fr);gap:14px}
+.first section{min-width:0}@media (max-width:820px){.first{grid-template-columns:1fr}}
 .pictures{width:100%;table-layout:fixed}.pictures th{font-weight:600;font-size:13px;padding:2px 6px;text-align:center}
-.pictures th:first-child{width:120px;text-align:left}
+.pictures th{vertical-align:middle;line-height:1.3}.pictures th:first-child{width:88px;text-align:left;padding-left:0}
 .pictures td{padding:3px}.pictures img{width:100%;height:auto;display:block;border-radius:5px;background:#000}
 th small,td small{display:block;font-weight:400;color:var(--muted);font-size:11.5px;line-height:1.3}
 .numbers{width:100%;font-variant-numeric:tabular-nums;font-size:13px}
 .numbers td,.numbers th{padding:3px 8px;border-top:1px solid var(--line);text-align:right;vertical-align:top}
 .numbers tr:first-child th{border-top:0}.numbers th[colspan]{text-align:center}
-.numbers .label,.numbers th[scope]{text-align:left}.numbers small{white-space:nowrap}
+.numbers .label,.numbers th[scope]{text-align:left;white-space:nowrap}.numbers small{white-space:nowrap}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:18px;align-items:start}
 figure{margin:0}figcaption{font-weight:600;font-size:13px}
 svg{width:100%;height:auto;display:block}

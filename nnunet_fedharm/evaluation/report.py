@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
 
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.evaluation.charts import Line
@@ -53,23 +54,18 @@ def read_volume(path: Path) -> Volume:
     """
     try:
         return np.asarray(nib.load(path).dataobj)
-    except (OSError, nib.filebasedimages.ImageFileError) as error:
+    except (OSError, ImageFileError) as error:
         raise DataError(f"Cannot read {path}: {error}") from error
 
 
 def before_and_after(sites: Sequence[SiteFolders]) -> list[SitePictures]:
-    """As scanned, harmonized and their difference, of each site's first case."""
+    """As scanned and harmonized, of each site's first case."""
     rows = []
     for site in sites:
         before, after, mask = _scored_pair(site, site.cases[0])
-        cut = _middle(mask)
-        shown = [_axial(volume, cut) for volume in (before, after, mask)]
-        change = grey_picture(shown[1] - shown[0], shown[2], (-1.5, 1.5))
-        columns = [
-            ("as scanned", data_uri(grey_picture(shown[0], shown[2]))),
-            ("harmonized", data_uri(grey_picture(shown[1], shown[2]))),
-            ("change (grey: none)", data_uri(change)),
-        ]
+        cut, window = _middle(mask), _window(mask)
+        pictures = [grey_picture(_axial(volume, cut, window), _axial(mask, cut, window)) for volume in (before, after)]
+        columns = [("as scanned", data_uri(pictures[0])), ("harmonized", data_uri(pictures[1]))]
         rows.append(SitePictures(site.site, site.note, columns))
     return rows
 
@@ -80,12 +76,12 @@ def labels_and_errors(sites: Sequence[SiteFolders]) -> list[SitePictures]:
     for site in sites:
         case = site.cases[0]
         image, _, mask = _scored_pair(site, case)
-        cut = _middle(mask)
-        grey = grey_picture(_axial(image, cut), _axial(mask, cut))
-        label = _axial(read_volume(site.labels / f"{case}.nii.gz"), cut).astype(int)
-        columns = [("expert label", data_uri(overlay(grey, label)))]
+        cut, window = _middle(mask), _window(mask)
+        grey = grey_picture(_axial(image, cut, window), _axial(mask, cut, window))
+        label = _axial(read_volume(site.labels / f"{case}.nii.gz"), cut, window).astype(int)
+        columns = [("true label", data_uri(overlay(grey, label)))]
         for kind, folder in site.predictions.items():
-            prediction = _axial(read_volume(folder / f"{case}.nii.gz"), cut).astype(int)
+            prediction = _axial(read_volume(folder / f"{case}.nii.gz"), cut, window).astype(int)
             columns.append((f"prediction, {kind}", data_uri(overlay(grey, prediction))))
             columns.append((f"wrong voxels, {kind}", data_uri(errors(grey, label, prediction))))
         rows.append(SitePictures(site.site, site.note, columns))
@@ -99,7 +95,8 @@ def histograms(sites: Sequence[SiteFolders]) -> dict[str, dict[str, list[tuple[f
     for site in sites:
         pairs = [_scored_pair(site, case) for case in site.cases]
         for index, name in enumerate(found):
-            heights = density([pair[index][pair[2]] for pair in pairs], HISTOGRAM_EDGES)
+            volumes = [(before, after)[index][mask] for before, after, mask in pairs]
+            heights = density(volumes, HISTOGRAM_EDGES)
             found[name][site.site] = list(zip(centres.tolist(), heights, strict=True))
     return found
 
@@ -137,5 +134,14 @@ def _middle(mask: npt.NDArray[np.bool_]) -> int:
     return int(inside[0] + 0.52 * (inside[-1] - inside[0]))
 
 
-def _axial(volume: npt.NDArray[Any], cut: int) -> npt.NDArray[Any]:
-    return np.rot90(volume[:, :, cut])
+def _window(mask: npt.NDArray[np.bool_], margin: int = 2) -> tuple[slice, slice]:
+    """Box around the mask in the first two axes."""
+    window = []
+    for axis in (0, 1):
+        inside = np.flatnonzero(mask.any(axis=(1 - axis, 2)))
+        window.append(slice(max(0, int(inside[0]) - margin), int(inside[-1]) + 1 + margin))
+    return window[0], window[1]
+
+
+def _axial(volume: npt.NDArray[Any], cut: int, window: tuple[slice, slice]) -> npt.NDArray[Any]:
+    return np.rot90(volume[window[0], window[1], cut])
