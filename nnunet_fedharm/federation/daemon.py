@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -117,7 +118,7 @@ def refuse_stale_daemon(home: Path) -> None:
 
 def is_superlink(pid: int) -> bool:
     """Whether this process id belongs to a running SuperLink."""
-    shown = subprocess.run(["ps", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False)
+    shown = subprocess.run(["ps", "-ww", "-p", str(pid), "-o", "command="], capture_output=True, text=True, check=False)
     return "flower-superlink" in shown.stdout
 
 
@@ -128,7 +129,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def stop_process(process: subprocess.Popen[bytes]) -> None:
+def stop_process(process: subprocess.Popen[Any]) -> None:
     """Ask a process to end, and make it end where it does not listen; with all its descendants.
 
     Flower and Ray start helpers in sessions of their own, so the process group is not enough.

@@ -72,7 +72,8 @@ def exchange(
     start = reported = time.monotonic()
     open_requests = _push(grid, requests, answers)
     pause = _POLL_S[0]
-    while open_requests and time.monotonic() - start < deadline_s:
+    while open_requests:
+        late = time.monotonic() - start >= deadline_s  # before the pull: what has arrived by now still counts
         for reply in grid.pull_messages(list(open_requests)):
             key = open_requests.pop(reply.metadata.reply_to_message_id, None)
             if key is None:
@@ -80,14 +81,13 @@ def exchange(
             answers.seconds[key] = time.monotonic() - start
             _take(key, reply, accept, answers)
             pause = _POLL_S[0]
-        if enough(answers):
+        if late or not open_requests or enough(answers):
             break
         if time.monotonic() - reported > WAITING_EVERY_S:
             reported = time.monotonic()
             waiting(set(open_requests.values()), reported - start)
-        if open_requests:
-            time.sleep(pause)
-            pause = min(1.5 * pause, _POLL_S[1])
+        time.sleep(pause)
+        pause = min(1.5 * pause, _POLL_S[1])
     for key in open_requests.values():
         answers.undelivered.add(key)
         answers.failures[key] = f"no reply within {time.monotonic() - start:.0f} s"

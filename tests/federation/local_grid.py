@@ -7,6 +7,7 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
 
 Client = Callable[[Message], Message | None]
 """What a node does with a message; None stays silent for ever."""
@@ -25,6 +26,8 @@ class LocalGrid(Grid):
         self.sent: list[tuple[str, int]] = []
         self._replies: dict[str, Message] = {}
         self._count = 0
+        # Flower's processes know whose they are before they make a message.
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
@@ -63,7 +66,9 @@ class LocalGrid(Grid):
         return name
 
 
-def app_client(app: Callable[[Message, Context], Message], node_config: dict[str, Any], run_config: dict[str, Any]) -> Client:
+def app_client(
+    app: Callable[[Message, Context], Message], node_config: dict[str, Any], run_config: dict[str, Any]
+) -> Client:
     """The real ClientApp behind a node of a LocalGrid; exceptions become error replies, as Flower does it."""
 
     def client(message: Message) -> Message:

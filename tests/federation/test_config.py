@@ -102,7 +102,9 @@ def test_deadlines_and_devices_do_not_make_another_run_but_seeds_do() -> None:
 def test_every_field_is_an_option_of_the_command() -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    args = parser.parse_args(["--root", "/r", "-d", "910", "-c", "3d_fullres", "-f", "0", "--fp16", "--deadline-s", "9"])
+    args = parser.parse_args(
+        ["--root", "/r", "-d", "910", "-c", "3d_fullres", "-f", "0", "--fp16", "--deadline-s", "9"]
+    )
     config = FederateConfig(**{item.name: getattr(args, item.name) for item in fields(FederateConfig)})
     wanted = {"dataset": "910", "configuration": "3d_fullres", "fold": "0", "fp16": True, "deadline_s": 9.0}
     assert {name: getattr(config, name) for name in wanted} == wanted

@@ -15,7 +15,11 @@ from nnunet_fedharm.federation.durable import file_lock, read_json, write_bytes,
 from nnunet_fedharm.federation.events import EventLog, read_events
 from nnunet_fedharm.federation.state import find_run, load_state, new_state, save_state
 
-WEIGHTS = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array(3, dtype=np.int64), "e": np.zeros((0, 2), np.float32)}
+WEIGHTS = {
+    "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "a": np.array(3, dtype=np.int64),
+    "e": np.zeros((0, 2), np.float32),
+}
 
 
 def test_state_and_weights_come_back_as_they_were(tmp_path: Path) -> None:

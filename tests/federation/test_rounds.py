@@ -1,0 +1,284 @@
+"""The round loop's own logic on scripted nodes: quorum, deadline, bad replies, leaving and coming back."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message
+
+from nnunet_fedharm.errors import FederationError, SiteMismatchError
+from nnunet_fedharm.federation import messages, rounds
+from nnunet_fedharm.federation.codec import Weights, decode, encode
+from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.events import EventLog, read_events
+from nnunet_fedharm.federation.messages import error_reply, json_hash, reply, unpack
+from nnunet_fedharm.federation.roster import Roster
+from nnunet_fedharm.federation.rounds import RoundLoop, quorum_of
+from nnunet_fedharm.federation.state import ServerState, new_state
+from tests.federation.local_grid import LocalGrid
+
+START: Weights = {"harmonizer.k": np.zeros(2, np.float32), "segmenter.w": np.zeros(3, np.float32)}
+
+
+class ScriptedSite:
+    """A node that says who it is and adds `step` to every weight it gets; `behave` may replace its training reply."""
+
+    def __init__(
+        self, name: str, *, step: float, n_steps: int = 1, labelled: int = 2, labels: tuple[str, ...] = ("ball",)
+    ) -> None:
+        self.name, self.step, self.n_steps = name, step, n_steps
+        self.behave: Any = None
+        self.held = ""
+        self.trained: list[tuple[str, int, int]] = []
+        self.facts = {
+            "site": name,
+            "dataset_name": "Dataset001_Blobs",
+            "channels": {"0": "MR"},
+            "labels": {"background": 0, **{label: index + 1 for index, label in enumerate(labels)}},
+            "regions_class_order": None,
+            "file_ending": ".nii.gz",
+            "n_labelled": labelled,
+            "n_unlabelled": 1,
+            "versions": {"nnunetv2": "2.8.1"},
+            "reader": "SimpleITKIO",
+        }
+
+    def __call__(self, message: Message) -> Message | None:
+        kind = message.metadata.message_type
+        if kind == "query.preflight":
+            values = {"site": self.name, "facts": self.facts, "plans_hash": self.held}
+            return Message(reply(messages.PREFLIGHT_REPLY, values), reply_to=message)
+        if kind == "query.plans":
+            self.held = json_hash(unpack(messages.STORE_PLANS, message.content, source="s").values["plans"])
+            values = {"site": self.name, "plans_hash": self.held}
+            return Message(reply(messages.STORE_PLANS_REPLY, values), reply_to=message)
+        if kind == "query.finish":
+            return Message(reply(messages.FINISH_REPLY, {"site": self.name}), reply_to=message)
+        return self._train(message)
+
+    def _train(self, message: Message) -> Message | None:
+        request = unpack(messages.TRAIN, message.content, source="s")
+        self.trained.append((request.values["phase"], request.values["round"], request.values["first_epoch"]))
+        if self.behave is not None:
+            answer: Message | None = self.behave(message)
+            return answer
+        weights = {name: value + np.float32(self.step) for name, value in decode(request.weights, source="s").items()}
+        values = {
+            "site": self.name,
+            "n_steps": self.n_steps,
+            "n_cases": 2,
+            "metrics": {"dice": self.step},
+            "seconds": 0.1,
+        }
+        return Message(reply(messages.TRAIN_REPLY, values, encode(weights)), reply_to=message)
+
+
+class Bench:
+    """A round loop over scripted sites."""
+
+    def __init__(self, folder: Path, nodes: list[ScriptedSite], **options: Any) -> None:
+        names = ",".join(site.name for site in nodes)
+        self.config = FederateConfig(**{"sites": names, "deadline_s": 0.5, "segmenter_rounds": 3, **options})
+        self.grid = LocalGrid({number: site for number, site in enumerate(nodes, start=1)})
+        self.log = EventLog(folder / "events.jsonl")
+        self.state = ServerState(
+            run_id=new_state("0" * 12, {}).run_id, config={}, dataset_name="Dataset001_Blobs", plans={"plans_name": "x"}
+        )
+        self.roster = Roster(self.grid, self.log, self.state.run_id, "1", self.config.site_names)
+        self.saved: list[tuple[dict[str, int], Weights, bool]] = []
+        self.loop = RoundLoop(
+            self.roster,
+            self.config,
+            self.log,
+            "nnUNetTrainerFedHarmNone",
+            2,
+            lambda state, weights, best: self.saved.append((state.rounds_done, weights, best)),
+        )
+        self.roster.wait_for_all(seconds=0.1, check_data=True, deadline_s=1.0)
+
+    def run(self, n_rounds: int = 1, phase: str = "segmenter", weights: Weights = START) -> Weights:
+        self.state, mean = self.loop.run_phase(phase, n_rounds, self.state, weights)
+        return mean
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [event for event in read_events(self.log.path)[0] if event["event"] == name]
+
+
+def test_a_round_averages_by_steps_and_is_checkpointed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [ScriptedSite("A", step=1, n_steps=3), ScriptedSite("B", step=5, n_steps=1)])
+    mean = bench.run()
+    np.testing.assert_allclose(mean["segmenter.w"], 2.0)
+    assert bench.saved[0][0] == {"harmonizer": 0, "segmenter": 1}
+    assert bench.state.history[0]["dice"] == pytest.approx(2.0)
+    assert bench.state.best_dice == pytest.approx(2.0)
+
+
+def test_the_harmonizer_phase_sends_only_the_harmonizer_and_asks_every_site(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=1, labelled=0)]
+    bench = Bench(tmp_path, sites, harmonizer="curve", harmonizer_rounds=1)
+    mean = bench.run(phase="harmonizer")
+    np.testing.assert_allclose(mean["harmonizer.k"], 1.0)
+    np.testing.assert_allclose(mean["segmenter.w"], 0.0)
+    bench.run(weights=mean)
+    assert [len(site.trained) for site in sites] == [2, 1], "a site without labels rests in the segmenter phase"
+
+
+def test_the_clock_runs_over_rounds_with_several_local_epochs(tmp_path: Path) -> None:
+    site = ScriptedSite("A", step=1)
+    Bench(tmp_path, [site], local_epochs=4).run(3)
+    assert site.trained == [("segmenter", 0, 0), ("segmenter", 1, 4), ("segmenter", 2, 8)]
+
+
+def test_an_error_reply_is_set_aside_with_its_reason(tmp_path: Path) -> None:
+    bad = ScriptedSite("C", step=9)
+    bad.behave = lambda message: Message(error_reply("DataError", "Site C lost its disk."), reply_to=message)
+    bench = Bench(tmp_path, [ScriptedSite("A", step=1), ScriptedSite("B", step=3), bad])
+    np.testing.assert_allclose(bench.run()["segmenter.w"], 2.0)
+    assert bench.events("site_set_aside")[0]["reason"] == "Site C lost its disk."
+
+
+def nan_reply(message: Message) -> Message:
+    content = reply(
+        messages.TRAIN_REPLY,
+        {"site": "C", "n_steps": 1, "n_cases": 1, "metrics": {}, "seconds": 0.0},
+        encode(START),
+    )
+    array = content.array_records["weights"]["segmenter.w"]
+    array.data = array.data[:-12] + np.full(3, np.nan, np.float32).tobytes()
+    return Message(content, reply_to=message)
+
+
+def misshapen_reply(message: Message) -> Message:
+    values = {"site": "C", "n_steps": 1, "n_cases": 1, "metrics": {}, "seconds": 0.0}
+    weights = {**START, "segmenter.w": np.zeros(4, np.float32)}
+    return Message(reply(messages.TRAIN_REPLY, values, encode(weights)), reply_to=message)
+
+
+def foreign_reply(message: Message) -> Message:
+    values = {"site": "A", "n_steps": 1, "n_cases": 1, "metrics": {}, "seconds": 0.0}
+    return Message(reply(messages.TRAIN_REPLY, values, encode(START)), reply_to=message)
+
+
+@pytest.mark.parametrize(
+    ("behave", "reason"),
+    [
+        (nan_reply, "segmenter.w from C holds NaN or infinity"),
+        (misshapen_reply, r"segmenter.w from C is float32 \(4,\)"),
+        (foreign_reply, "The reply of C carries the name A"),
+        (
+            lambda message: Message(Error(code=2, reason="traceback with case_042"), reply_to=message),
+            "raised an exception",
+        ),
+        (lambda message: Message(Error(code=5, reason="x"), reply_to=message), "its node is gone"),
+        (lambda message: None, "no reply within"),
+    ],
+)
+def test_a_bad_or_missing_reply_does_not_stop_the_round(tmp_path: Path, behave: Any, reason: str) -> None:
+    bad = ScriptedSite("C", step=9)
+    bad.behave = behave
+    bench = Bench(tmp_path, [ScriptedSite("A", step=1), ScriptedSite("B", step=3), bad])
+    np.testing.assert_allclose(bench.run()["segmenter.w"], 2.0)
+    event = bench.events("site_set_aside")[0]
+    assert event["site"] == "C"
+    assert re.search(reason, event["reason"])
+    assert "case_042" not in bench.log.path.read_text()
+
+
+def test_too_few_replies_repeat_the_round_and_then_stop_with_the_reasons(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3)]
+    for site in sites:
+        site.behave = lambda message: Message(error_reply("X", "no power."), reply_to=message)
+    bench = Bench(tmp_path, sites, max_retries=1)
+    with pytest.raises(FederationError, match=r"Round 1 .* got 0 of 2 needed replies \(A: no power; B: no power\)"):
+        bench.run()
+    assert len(bench.events("round_repeated")) == 2
+    assert bench.saved == []
+
+
+def test_a_site_that_left_comes_back_under_another_node_id(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3), ScriptedSite("C", step=8)]
+    bench = Bench(tmp_path, sites)
+    mean = bench.run(1)
+    del bench.grid.clients[3]
+    mean = bench.run(2, weights=mean)
+    assert bench.state.history[1]["sites"] == ["A", "B"]
+    sites[2].held = ""  # it lost its plans, too
+    bench.grid.clients[77] = sites[2]
+    bench.run(3, weights=mean)
+    assert bench.state.history[2]["sites"] == ["A", "B", "C"]
+    assert sites[2].held == json_hash(bench.state.plans)
+    assert [event["site"] for event in bench.events("site_lost")] == ["C"]
+
+
+def test_a_dead_node_that_flower_still_lists_is_not_asked_again(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3)]
+    bench = Bench(tmp_path, sites)
+    bench.grid.clients[2] = lambda message: None
+    bench.grid.clients[9] = sites[1]
+    bench.run(2)
+    assert bench.roster.nodes["B"] == 9
+    assert bench.grid.sent.count(("query.preflight", 2)) == 1
+
+
+def test_a_site_that_comes_back_with_other_labels_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3), ScriptedSite("C", step=8)]
+    bench = Bench(tmp_path, sites)
+    del bench.grid.clients[3]
+    bench.grid.clients[4] = ScriptedSite("C", step=8, labels=("other",))
+    bench.run(1)
+    assert bench.state.history[0]["sites"] == ["A", "B"]
+    assert "labels" in bench.events("site_refused")[0]["reason"]
+
+
+def test_a_site_that_disagrees_is_refused_by_name_before_anything_runs(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=1), ScriptedSite("C", step=1, labels=("other",))]
+    with pytest.raises(SiteMismatchError, match="C"):
+        Bench(tmp_path, sites)
+
+
+def test_two_nodes_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match="2 nodes call themselves A"):
+        Bench(tmp_path, [ScriptedSite("A", step=1), ScriptedSite("A", step=1), ScriptedSite("B", step=1)], sites="A,B")
+
+
+def test_a_stranger_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SiteMismatchError, match="Site X is not part of this run"):
+        Bench(tmp_path, [ScriptedSite("A", step=1), ScriptedSite("X", step=1)], sites="A,B")
+
+
+def test_without_enough_connected_sites_the_run_stops_and_says_who_is_missing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [ScriptedSite("A", step=1), ScriptedSite("B", step=1)])
+    del bench.grid.clients[2]
+    with pytest.raises(FederationError, match="Only 1 of 2 needed sites are connected; missing: B"):
+        bench.run()
+
+
+def test_the_last_broadcast_names_the_sites_that_got_the_model(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=1)]
+    bench = Bench(tmp_path, sites)
+    del bench.grid.clients[2]
+    state = bench.loop.finish(bench.state, START)
+    assert state.finished_sites == ["A"]
+    bench.grid.clients[5] = sites[1]
+    assert bench.loop.finish(state, START).finished_sites == ["A", "B"]
+    assert bench.grid.sent.count(("query.finish", 1)) == 1, "who holds the model is not sent it again"
+
+
+@pytest.mark.parametrize(
+    ("quorum", "n_sites", "needed"), [(0, 1, 1), (0, 2, 2), (0, 3, 2), (0, 4, 3), (1, 4, 1), (4, 3, 3)]
+)
+def test_the_quorum_is_more_than_half_unless_told(quorum: int, n_sites: int, needed: int) -> None:
+    assert quorum_of(quorum, n_sites) == needed
+
+
+def test_a_phase_without_sites_is_refused() -> None:
+    with pytest.raises(FederationError, match="at least one site with labels"):
+        quorum_of(0, 0)
+
+
+def test_reasons_name_each_site_once() -> None:
+    assert rounds.join_reasons({"B": "Site B is ill.", "A": "no reply"}) == "A: no reply; Site B is ill"
