@@ -1,4 +1,4 @@
-"""Whole runs with the real server and client code in one process: planning, training and checkpoints, without Flower's runtime."""
+"""Whole runs of the real server and client code in one process: plans, training, checkpoints, without Flower's runtime."""
 
 from __future__ import annotations
 
