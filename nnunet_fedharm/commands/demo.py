@@ -176,7 +176,11 @@ def _predict_all(root: Path) -> None:
 
     jobs = [(site, kind) for kind in KINDS for site in HOSPITALS]
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        list(tqdm(pool.map(lambda job: _predict(root, *job), jobs), "predict", len(jobs)))
+        try:
+            list(tqdm(pool.map(lambda job: _predict(root, *job), jobs), "predict", len(jobs)))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C or a failure no further prediction starts
+            raise
 
 
 def _predict(root: Path, site: str, kind: str) -> None:
@@ -206,7 +210,10 @@ def _environment(site_root: NnunetRoot) -> dict[str, str]:
         "nnUNet_preprocessed": str(site_root.preprocessed),
         "nnUNet_results": str(site_root.results),
     }
-    return {**os.environ, **paths, "nnUNet_compile": "f", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    # nnU-Net asks torch for as many threads as there are cores; two processes of it then wait for each other's threads and
+    # take several times the CPU time. The limit is OpenMP's own and holds against torch.set_num_threads.
+    threads = {"OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return {**os.environ, **paths, **threads, "nnUNet_compile": "f"}
 
 
 def trainer_name(kind: str) -> str:
