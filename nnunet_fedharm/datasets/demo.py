@@ -65,7 +65,7 @@ HOSPITALS: dict[str, Hospital] = {
     ),
     "cedar": Hospital(
         scanner=ScannerRange(
-            tone=(2.8, 3.4), bias=(0.01, 0.03), point_spread_mm=(1.0, 2.0), noise=(0.004, 0.008), scale=(2500.0, 3500.0)
+            tone=(5.0, 6.0), bias=(0.05, 0.1), point_spread_mm=(0.5, 1.5), noise=(0.01, 0.02), scale=(2500.0, 3500.0)
         ),
         labelled=False,
         vendor="simulated 3",

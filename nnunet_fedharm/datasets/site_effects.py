@@ -128,7 +128,8 @@ def scan(
     draw: ScannerDraw,
     generator: np.random.Generator,
 ) -> npt.NDArray[np.int16]:
-    """One acquisition: tone, receive field, point spread, Rician noise, raw scale, brain extraction.
+    """One acquisition, in the order of the physics: receive field, point spread, Rician noise, then the vendor's tone
+    curve and raw scale, then brain extraction.
 
     Args:
         signal: u >= 0, the anatomy's true signal.
@@ -142,7 +143,7 @@ def scan(
     """
     if mask.shape != signal.shape:
         raise DataError(f"The brain mask {mask.shape} and the signal {signal.shape} have different shapes.")
-    seen = tone_curve(signal, draw.tone) * receive_field(signal.shape, draw.bias, generator)
-    seen = np.clip(blur_point_spread(seen, draw.point_spread_mm, spacing_mm), 0.0, None)
-    raw = add_rician_noise(seen, draw.noise, generator) * draw.scale
+    received = signal * receive_field(signal.shape, draw.bias, generator)
+    blurred = np.clip(blur_point_spread(received, draw.point_spread_mm, spacing_mm), 0.0, None)
+    raw = tone_curve(add_rician_noise(blurred, draw.noise, generator), draw.tone) * draw.scale
     return np.where(mask, np.clip(np.rint(raw), 1, np.iinfo(np.int16).max), 0).astype(np.int16)
