@@ -152,7 +152,10 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
         """As the base class, on the segmenter alone unless the plans let the segmentation loss move the harmonizer."""
         for parameter in self.harmonizer.parameters():
             parameter.requires_grad_(self.section.schedule.finetune_harmonizer)
-        return super().configure_optimizers()
+        optimizer, scheduler = super().configure_optimizers()
+        for group in optimizer.param_groups:  # the base class has no parameter for it
+            group["momentum"] = self.section.schedule.momentum
+        return optimizer, scheduler
 
     def run_training(self) -> None:
         """Harmonizer phase (if any is left to do), then the base class's training."""

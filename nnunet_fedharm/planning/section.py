@@ -34,6 +34,9 @@ class Schedule:
     """Validation patches batches per segmenter epoch."""
     initial_lr: float = 1e-2
     """Start of nnU-Net's polynomial decay for the segmenter."""
+    momentum: float = 0.99
+    """Nesterov momentum of the segmenter. nnU-Net's 0.99 averages over 100 steps; for rounds or trainings that are not much
+    longer than that, 0.9 with ten times the learning rate learns many times faster at the same effective step."""
     harmonizer_lr: float = 1e-3
     """AdamW learning rate of the harmonizer phase."""
     finetune_harmonizer: bool = False
@@ -51,6 +54,8 @@ class Schedule:
         for name in ("initial_lr", "harmonizer_lr"):
             if not getattr(self, name) > 0:
                 raise PlanError(f"schedule.{name} must be > 0, got {getattr(self, name)}.")
+        if not 0 < self.momentum < 1:
+            raise PlanError(f"schedule.momentum must lie between 0 and 1, got {self.momentum}.")
 
 
 @dataclass(frozen=True, kw_only=True)
