@@ -19,8 +19,8 @@ from nnunet_fedharm.federation.aggregation import finite
 from nnunet_fedharm.federation.codec import Weights, decode, encode
 from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
-from nnunet_fedharm.federation.rounds import travelling
 from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
+from nnunet_fedharm.federation.updates import travelling
 
 app = ClientApp()
 

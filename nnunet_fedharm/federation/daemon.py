@@ -85,7 +85,7 @@ def local_superlink(home: Path, environment: Mapping[str, str]) -> Iterator[subp
         )
     try:
         (home / _DAEMON_FILE).write_text(json.dumps({"pid": process.pid, "port": port}))
-        _wait_until_ready(process, port, log_file)
+        wait_until_ready(process, port, log_file)
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
@@ -179,7 +179,12 @@ def _process_table() -> dict[int, tuple[int, str]]:
     return {int(row[0]): (int(row[1]), row[3]) for row in rows if len(row) == 4 and not row[2].startswith("Z")}
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
+def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
+    """Wait until a SuperLink answers on its port.
+
+    Raises:
+        SetupError: it ended, or did not answer within a minute.
+    """
     end = time.monotonic() + _START_S
     while time.monotonic() < end:
         if process.poll() is not None:

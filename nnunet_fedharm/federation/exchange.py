@@ -37,13 +37,11 @@ class Answers(Generic[T]):
         accepted: key -> what `accept` made of the reply.
         failures: key -> one sentence; an error reply, a reply that was refused, or no reply in time.
         undelivered: keys whose failure is Flower's (node gone, no reply in time), not the site's own words.
-        seconds: key -> time from push to reply.
     """
 
     accepted: dict[str, T] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     undelivered: set[str] = field(default_factory=set)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def exchange(
@@ -74,20 +72,18 @@ def exchange(
     pause = _POLL_S[0]
     while open_requests:
         late = time.monotonic() - start >= deadline_s  # before the pull: what has arrived by now still counts
-        for reply in grid.pull_messages(list(open_requests)):
+        replies = list(grid.pull_messages(list(open_requests)))
+        for reply in replies:
             key = open_requests.pop(reply.metadata.reply_to_message_id, None)
-            if key is None:
-                continue
-            answers.seconds[key] = time.monotonic() - start
-            _take(key, reply, accept, answers)
-            pause = _POLL_S[0]
+            if key is not None:
+                _take(key, reply, accept, answers)
         if late or not open_requests or enough(answers):
             break
         if time.monotonic() - reported > WAITING_EVERY_S:
             reported = time.monotonic()
             waiting(set(open_requests.values()), reported - start)
+        pause = _POLL_S[0] if replies else min(1.5 * pause, _POLL_S[1])
         time.sleep(pause)
-        pause = min(1.5 * pause, _POLL_S[1])
     for key in open_requests.values():
         answers.undelivered.add(key)
         answers.failures[key] = f"no reply within {time.monotonic() - start:.0f} s"

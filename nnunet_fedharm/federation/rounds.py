@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import SiteUpdate, mean_metric, shares, weighted_mean
-from nnunet_fedharm.federation.codec import Weights, decode, encode, payload_bytes
+from nnunet_fedharm.federation.codec import Weights, encode, payload_bytes
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.exchange import Answers, exchange
@@ -25,13 +25,13 @@ from nnunet_fedharm.federation.messages import (
     STORE_PLANS,
     STORE_PLANS_REPLY,
     TRAIN,
-    TRAIN_REPLY,
     json_hash,
     pack,
     unpack_reply,
 )
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.state import ServerState
+from nnunet_fedharm.federation.updates import quorum_of, read_update, travelling
 
 METRICS = ("train_loss", "val_loss", "dice")
 
@@ -277,44 +277,3 @@ def join_reasons(failures: Mapping[str, str]) -> str:
     """Who failed and why, in one line; a sentence that names its site already is not prefixed."""
     named = (text if site in text else f"{site}: {text}" for site, text in sorted(failures.items()))
     return "; ".join(text.rstrip(".") for text in named)
-
-
-def travelling(phase: str, weights: Weights) -> Weights:
-    """Tensors that a phase sends: only the harmonizer's while the segmenter rests, all of them otherwise."""
-    if phase == "segmenter":
-        return weights
-    return {name: value for name, value in weights.items() if name.startswith("harmonizer.")}
-
-
-def quorum_of(quorum: int, n_sites: int) -> int:
-    """Replies that a round of `n_sites` needs: the configured number, or more than half of them where it is 0.
-
-    Raises:
-        FederationError: nobody can take part.
-    """
-    if n_sites == 0:
-        raise FederationError(
-            "No site can take part in this phase. The segmenter phase needs at least one site with labels."
-        )
-    return min(quorum, n_sites) if quorum else n_sites // 2 + 1
-
-
-def read_update(site: str, content: RecordDict, like: Weights) -> tuple[SiteUpdate, int]:
-    """A site's reply as an update, and its bytes.
-
-    Raises:
-        SiteFailure: the site says that it failed.
-        FederationError, ShapeError: the reply does not follow the schema, or its weights do not fit.
-    """
-    message = unpack_reply(TRAIN_REPLY, content, source=site)
-    values = message.values
-    if values["site"] != site:
-        raise FederationError(f"The reply of {site} carries the name {values['site']}.")
-    weights = decode(message.weights, like=like, source=site)
-    metrics = {
-        name: float(value)
-        for name, value in values["metrics"].items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    update = SiteUpdate(weights=weights, n_steps=values["n_steps"], n_cases=values["n_cases"], metrics=metrics)
-    return update, payload_bytes(message.weights)

@@ -17,7 +17,7 @@ from nnunet_fedharm.federation.preparation import Preparation
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.rounds import RoundLoop
 from nnunet_fedharm.federation.site import site_folders
-from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state
+from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state, unfinished_runs
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
 LOCK_WAIT_S = 30.0
@@ -119,6 +119,8 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
 def _open_state(fedharm: Path, config: FederateConfig, log: EventLog) -> tuple[ServerState, Weights | None]:
     former = None if config.restart else find_run(fedharm, config.fingerprint())
     if former is None:
+        for text in unfinished_runs(fedharm, config.identity(), config.segmenter_rounds):
+            log.write("warning", text=text)
         state, weights = new_state(config.fingerprint(), config.identity()), None
         save_state(fedharm / state.run_id, state, None)
     else:

@@ -97,3 +97,20 @@ def find_run(fedharm_folder: Path, fingerprint: str) -> Path | None:
     """Folder of the newest run of this configuration; None where there is none."""
     found = [path.parent for path in fedharm_folder.glob(f"{fingerprint}-*/{STATE_FILE}")]
     return max(found, key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns, default=None)
+
+
+def unfinished_runs(fedharm_folder: Path, config: Mapping[str, Any], segmenter_rounds: int) -> list[str]:
+    """A sentence for every stopped run of another configuration: one changed option starts anew, which may not be meant."""
+    sentences = []
+    for path in sorted(fedharm_folder.glob(f"*/{STATE_FILE}")):
+        try:
+            former = read_json(path)
+        except CheckpointError:
+            continue  # damaged: it cannot be resumed, whatever the configuration
+        changed = sorted(key for key in {*config, *former["config"]} if config.get(key) != former["config"].get(key))
+        wanted = former["config"].get("segmenter_rounds", segmenter_rounds)
+        if changed and not former["finished_sites"] and former["rounds_done"]["segmenter"] < wanted:
+            sentences.append(
+                f"The unfinished run {former['run_id']} differs in {', '.join(changed)} and is left alone."
+            )
+    return sentences

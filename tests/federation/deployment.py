@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fedharm.federation.config import FederateConfig
-from nnunet_fedharm.federation.daemon import descendants, flower_environment, free_port, program, stop_process
+from nnunet_fedharm.federation.daemon import (
+    descendants,
+    flower_environment,
+    free_port,
+    program,
+    wait_until_ready,
+)
 from nnunet_fedharm.federation.events import read_events
 from nnunet_fedharm.federation.launch import app_folder, write_run_config
 
@@ -39,6 +45,7 @@ class Deployment:
         database = self._home("superlink") / "state.db"
         command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.port)]
         self._start("superlink", [*command, "--database", str(database)])
+        wait_until_ready(self.processes["superlink"], self.port, self._home("superlink") / "process.log")
 
     def start_site(self, site: str) -> None:
         """A SuperNode that knows its site by its node config; `flower-supernode` by hand takes the same words."""
@@ -66,9 +73,8 @@ class Deployment:
         process.wait()
 
     def stop(self) -> None:
-        for process in self.processes.values():
-            stop_process(process)
-        self.processes.clear()
+        for name in list(self.processes):
+            self.kill(name)
 
     def events(self) -> list[dict[str, Any]]:
         return read_events(self.events_file)[0]

@@ -17,8 +17,9 @@ from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EventLog, read_events
 from nnunet_fedharm.federation.messages import error_reply, json_hash, reply, unpack
 from nnunet_fedharm.federation.roster import Roster
-from nnunet_fedharm.federation.rounds import RoundLoop, quorum_of
+from nnunet_fedharm.federation.rounds import RoundLoop
 from nnunet_fedharm.federation.state import ServerState, new_state
+from nnunet_fedharm.federation.updates import quorum_of
 from tests.federation.local_grid import LocalGrid
 
 START: Weights = {"harmonizer.k": np.zeros(2, np.float32), "segmenter.w": np.zeros(3, np.float32)}
@@ -83,7 +84,7 @@ class Bench:
     def __init__(self, folder: Path, nodes: list[ScriptedSite], **options: Any) -> None:
         names = ",".join(site.name for site in nodes)
         self.config = FederateConfig(**{"sites": names, "deadline_s": 0.5, "segmenter_rounds": 3, **options})
-        self.grid = LocalGrid({number: site for number, site in enumerate(nodes, start=1)})
+        self.grid = LocalGrid(dict(enumerate(nodes, start=1)))
         self.log = EventLog(folder / "events.jsonl")
         self.state = ServerState(
             run_id=new_state("0" * 12, {}).run_id, config={}, dataset_name="Dataset001_Blobs", plans={"plans_name": "x"}

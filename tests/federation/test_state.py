@@ -13,7 +13,7 @@ import pytest
 from nnunet_fedharm.errors import CheckpointError
 from nnunet_fedharm.federation.durable import file_lock, read_json, write_bytes, write_json
 from nnunet_fedharm.federation.events import EventLog, read_events
-from nnunet_fedharm.federation.state import find_run, load_state, new_state, save_state
+from nnunet_fedharm.federation.state import find_run, load_state, new_state, save_state, unfinished_runs
 
 WEIGHTS = {
     "b": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -129,3 +129,12 @@ def test_events_are_read_from_where_the_reader_stopped(tmp_path: Path) -> None:
     assert [event["event"] for event in first + second] == ["one", "two"]
     assert first[0]["loss"] is None
     assert read_events(path, offset) == ([], offset)
+
+
+def test_a_stopped_run_of_another_configuration_is_mentioned(tmp_path: Path) -> None:
+    stopped = new_state("0" * 12, {"seed": 1, "segmenter_rounds": 3})
+    save_state(tmp_path / stopped.run_id, stopped, None)
+    assert unfinished_runs(tmp_path, {"seed": 1, "segmenter_rounds": 3}, 3) == []
+    assert unfinished_runs(tmp_path, {"seed": 2, "segmenter_rounds": 3}, 3) == [
+        f"The unfinished run {stopped.run_id} differs in seed and is left alone."
+    ]
