@@ -1,7 +1,7 @@
 """Kill a site in a round, then the server in a round, in a real deployment on loopback; print what happened and when.
 
-Run from the repository's root: `PYTHONPATH=. python benchmarks/kill_and_resume.py`. Takes about five minutes on two cores: Flower starts a
-new process for every message. Prints a Markdown table, and the rounds with seconds, bytes and sites.
+Run from the repository's root: `PYTHONPATH=. python benchmarks/kill_and_resume.py`. Takes five to ten minutes on two cores,
+because Flower starts a new process for every message. Prints a Markdown table, and the rounds with seconds, bytes and sites.
 """
 
 from __future__ import annotations

@@ -142,14 +142,15 @@ def stop_process(process: subprocess.Popen[Any]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    end = time.monotonic() + _STOP_S / 2
-    while (left := _alive(family)) and time.monotonic() < end:
-        time.sleep(0.2)
-    for pid in left:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue  # it ended by itself just now
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in _alive(family):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue  # it ended by itself just now
+        end = time.monotonic() + _STOP_S / 4
+        while _alive(family) and time.monotonic() < end:
+            time.sleep(0.2)
 
 
 def descendants(pid: int) -> dict[int, str]:
