@@ -286,6 +286,20 @@ class nnUNetTrainerFedHarmCurve(nnUNetTrainerFedHarm):  # noqa: N801
     kind = "curve"
 
 
+TRAINER_SUFFIX: dict[str, str] = {
+    "none": "None",
+    "nyul": "Nyul",
+    "curve": "Curve",
+}
+"""Harmonizer kind -> end of the trainer's class name."""
+
+
 def trainer_name_for(kind: str) -> str:
-    """Name of the trainer class of a harmonizer kind."""
-    return f"nnUNetTrainerFedHarm{kind.capitalize()}"
+    """Name of the trainer class of a harmonizer kind.
+
+    Raises:
+        PlanError: no trainer trains this kind.
+    """
+    if kind not in TRAINER_SUFFIX:
+        raise PlanError(f"No trainer trains the harmonizer {kind!r}. This release knows {', '.join(TRAINER_SUFFIX)}.")
+    return f"nnUNetTrainerFedHarm{TRAINER_SUFFIX[kind]}"
