@@ -10,7 +10,9 @@ patch's own quantiles (a checkpoint that serves all sites). The choice is discre
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -171,12 +173,23 @@ def patch_quantiles(image: Float[Tensor, "b c *spatial"], mask: Tensor) -> Float
 
     Samples without any voxel give zeros.
     """
+    stride = _even_stride(image.shape[2:])
     values = rearrange(image.float(), "b c ... -> b c (...)")
     inside = rearrange(mask, "b c ... -> b c (...)")
-    stride = max(1, -(-values.shape[-1] // MAX_STYLE_VOXELS))
     values = torch.where(inside[..., ::stride], values[..., ::stride], torch.nan)
     levels = torch.tensor(QUANTILE_LEVELS, device=image.device, dtype=values.dtype)
     return rearrange(torch.nanquantile(values, levels, dim=-1), "q b c -> b c q").nan_to_num(0.0)
+
+
+def _even_stride(spatial: Sequence[int]) -> int:
+    """Stride over the flattened patch that leaves about MAX_STYLE_VOXELS voxels and visits every row and column alike.
+
+    A stride that shares a factor with an axis would see some of its positions only: 128 on 128^3 a single column.
+    """
+    stride = max(1, math.prod(spatial) // MAX_STYLE_VOXELS)
+    while any(math.gcd(stride, size) > 1 for size in spatial):
+        stride += 1
+    return stride
 
 
 def _tensor(array: Any) -> Tensor:

@@ -91,7 +91,9 @@ class CurveHarmonizer(Harmonizer):
             )
 
     def transform(self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor) -> Tensor:
-        return self._residual(image, mask, quantiles, offset)[0]
+        # Half precision would quantise the tone curve; it costs nothing beside the segmenter to leave it out here.
+        with torch.autocast(image.device.type, enabled=False):
+            return self._residual(image.float(), mask, quantiles, offset)[0]
 
     def _residual(
         self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nnunet_fedharm.errors import PlanError, ShapeError
 from nnunet_fedharm.harmonizers import KINDS, LEARNED, Harmonizer, build_harmonizer
+from nnunet_fedharm.harmonizers.base import MAX_STYLE_VOXELS, _even_stride
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style, average_styles, volume_quantiles
 
 SIZES = {2: (24, 20), 3: (12, 14, 10)}
@@ -127,6 +128,24 @@ def test_the_nearest_style_is_found_from_the_patch() -> None:
         [normal, normal.sign() * normal.abs() ** 1.3 * 0.8 + 0.2, normal.sign() * normal.abs() ** 0.8 * 1.1 - 0.3]
     )
     assert harmonizer.nearest_style(patches, patches != 0).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("spatial", [(128, 128, 128), (40, 56, 40), (512, 512), (7, 5)])
+def test_style_voxels_come_from_every_row_and_column(spatial: tuple[int, ...]) -> None:
+    stride = _even_stride(spatial)
+    picked = np.arange(0, np.prod(spatial), stride)
+    for axis, positions in enumerate(np.unravel_index(picked, spatial)):
+        assert len(np.unique(positions)) == spatial[axis]
+    assert len(picked) <= 2 * MAX_STYLE_VOXELS
+
+
+def test_autocast_leaves_the_curve_in_full_precision() -> None:
+    harmonizer, image = scrambled("curve"), padded_noise(2)
+    harmonizer.set_source(style(1.3, 0.8, 0.2))
+    with torch.no_grad():
+        expected = harmonizer(image)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(harmonizer(image), expected, atol=1e-6, rtol=0)
 
 
 def test_a_stored_source_survives_the_state_dict() -> None:
