@@ -45,7 +45,13 @@ class Point:
 
 
 def line_chart(
-    lines: Sequence[Line], *, x_label: str, label: str, width: int = 420, height: int = 210, y_zero: bool = False
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    label: str,
+    width: int = 420,
+    height: int = 210,
+    y_range: tuple[float, float] | None = None,
 ) -> str:
     """Lines over a common x; an empty string if no line has a point.
 
@@ -53,13 +59,13 @@ def line_chart(
         lines: drawn in order.
         x_label: under the axis.
         label: what the chart shows, for screen readers.
-        y_zero: let y start at 0.
+        y_range: range of y; None: what the points need.
     """
     points = [point for line in lines for point in line.points]
     if not points:
         return ""
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    y_ticks = ticks(0.0 if y_zero else min(ys), max(ys))
+    y_ticks = ticks(*(y_range or (min(ys), max(ys))))
     x_ticks = ticks(min(xs), max(xs))
     x_of = _scale(min(xs), max(xs), _LEFT, width - _RIGHT)
     y_of = _scale(y_ticks[0], y_ticks[-1], height - _BOTTOM, _TOP)

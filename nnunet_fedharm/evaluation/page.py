@@ -176,6 +176,8 @@ def _number(value: Mapping[str, float | None], digits: int) -> str:
 def _histograms(histograms: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
     figures = []
     sites: list[str] = []
+    # One scale for all, so that heights can be compared.
+    highest = max((y for by_site in histograms.values() for points in by_site.values() for _, y in points), default=1.0)
     for name, by_site in histograms.items():
         sites = list(by_site)
         lines = [Line(site, f"site-{index + 1}", points) for index, (site, points) in enumerate(by_site.items())]
@@ -185,7 +187,7 @@ def _histograms(histograms: Mapping[str, Mapping[str, Sequence[tuple[float, floa
             label=f"Histograms, {name}",
             width=260,
             height=170,
-            y_zero=True,
+            y_range=(0.0, highest),
         )
         figures.append(f"<figure><figcaption>{escape(name)}</figcaption>{chart}</figure>")
     return (

@@ -85,7 +85,7 @@ def test_a_deformation_folds_no_tissue() -> None:
     gradient = np.stack([np.stack(np.gradient(axis, 4.0)) for axis in displacement])
     jacobian = np.linalg.det(np.moveaxis(gradient, (0, 1), (-2, -1)) + np.eye(3))
     assert displacement.std() > 1.0
-    assert jacobian.min() > 0.2
+    assert jacobian.min() > 0.1
 
 
 def test_subjects_differ_in_anatomy_and_hold_both_tissues_in_human_proportions() -> None:
