@@ -66,7 +66,7 @@ def demo_report(
         training={
             "Harmonizer phase: self-paired loss": training_lines(events, "harmonizer", "train_loss"),
             "Segmenter phase: training loss": training_lines(events, "segmenter", "train_loss"),
-            "Segmenter phase: pseudo Dice on training sites": training_lines(events, "segmenter", "dice"),
+            "Segmenter phase: nnU-Net's pseudo Dice": training_lines(events, "segmenter", "dice"),
         },
         steps=[Step(*step) for step in steps],
         notes=[*_NOTES, _settings_in_words(settings)],

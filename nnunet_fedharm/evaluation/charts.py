@@ -60,13 +60,14 @@ def line_chart(
         x_label: under the axis.
         label: what the chart shows, for screen readers.
         y_range: range of y; None: what the points need.
+        whole_x: x counts something, so ticks are whole numbers.
     """
     points = [point for line in lines for point in line.points]
     if not points:
         return ""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     y_ticks = ticks(*(y_range or (min(ys), max(ys))))
-    x_ticks = ticks(min(xs), max(xs))
+    x_ticks = [tick for tick in ticks(min(xs), max(xs)) if not whole_x or tick == round(tick)]
     x_of = _scale(min(xs), max(xs), _LEFT, width - _RIGHT)
     y_of = _scale(y_ticks[0], y_ticks[-1], height - _BOTTOM, _TOP)
     parts = [_grid_line(y_of(tick), width, f"{tick:g}") for tick in y_ticks]

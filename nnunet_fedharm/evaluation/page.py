@@ -197,7 +197,7 @@ def _histograms(histograms: Mapping[str, Mapping[str, Sequence[tuple[float, floa
 
 
 def _training_chart(name: str, lines: Sequence[Line]) -> str:
-    chart = line_chart(lines, x_label="round", label=name)
+    chart = line_chart(lines, x_label="round", label=name, width=320, height=200, whole_x=True)
     key = _key([(line.style, line.name) for line in lines if line.points])
     return f"<figure><figcaption>{escape(name)}</figcaption>{chart}{key}</figure>" if chart else ""
 
@@ -224,7 +224,7 @@ _PAGE = """<!doctype html>
 <h2 class="next">Intensities inside the brain</h2>$histograms</section></div>
 <section><h2>Held-out cases, per hospital and label</h2>$table</section>
 <section><h2>Where it is right and wrong</h2>$label_key$overlays</section>
-<section><h2>Training</h2><div class="pair">$training</div></section>
+<section><h2>Training</h2><div class="three">$training</div></section>
 <section><h2>What ran, and how long</h2>$steps</section>
 <section class="notes"><h2>Notes</h2>$notes</section>
 </main></body></html>

@@ -18,7 +18,8 @@ section p{margin:0 0 8px;color:var(--muted)}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px 14px}
 .card b{display:block;font-size:22px;line-height:1.25;font-variant-numeric:tabular-nums}
 .card span{color:var(--muted);font-size:13px;line-height:1.35;display:block}
-.next{margin-top:16px}.two{display:grid;grid-template-columns:1fr 1fr;gap:8px}
+.next{margin-top:16px}.three{display:grid;grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:14px}
+.two{display:grid;grid-template-columns:1fr 1fr;gap:8px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse}
 .first{display:grid;grid-template-columns:minmax(0,1.35fr) minmax(0,1fr);gap:14px}
