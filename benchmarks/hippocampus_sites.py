@@ -4,7 +4,7 @@
     python benchmarks/hippocampus_sites.py report --work WORK > docs/benchmarks/hippocampus-sites.md
 
 DATA is the nnU-Net raw dataset `Dataset910_HippocampusSites` with its `imagesTravelling`. Every arm is trained by the
-commands a user would type (`nnunet-fedharm federate`, `nnunet-fedharm plan` + `nnUNetv2_train`), predicted by the stock
+commands a user would type (`nnunet-fedharm federate`, `nnunet-fedharm plan` + nnU-Net's own training entry), predicted by the stock
 `nnUNetv2_predict`, and scored on cases held out before any training. Subjects that travelled are held out at their own
 site too. An arm whose metrics exist is not run again, so an interrupted benchmark goes on where it stopped.
 """
@@ -36,6 +36,14 @@ CONFIGURATION = "3d_fullres"
 KINDS = ("none", "nyul", "curve")
 LABELS = ("all", "A")
 MODES = ("pooled", "federated")
+# What `nnUNetv2_train D C all -tr T -p P -device cpu` does, without its final prediction of every training case.
+TRAIN = """
+import sys, torch
+from nnunetv2.run.run_training import get_trainer_from_args
+dataset, configuration, trainer, plans = sys.argv[1:]
+torch.set_num_threads(2)
+get_trainer_from_args(dataset, configuration, "all", trainer, plans, device=torch.device("cpu")).run_training()
+"""
 
 
 @dataclass(frozen=True)
@@ -209,18 +217,7 @@ def train(arm: Arm, work: Path, size: Size, parallel_sites: int) -> dict[str, An
         seconds = run(
             strings("nnunet-fedharm", "plan", "-d", "910", "-c", CONFIGURATION, *options), log, environment_of(root)
         )
-        command = [
-            "nnUNetv2_train",
-            "910",
-            CONFIGURATION,
-            "all",
-            "-tr",
-            results.split("__")[0],
-            "-p",
-            f"plans_{arm.kind}",
-            "-device",
-            "cpu",
-        ]
+        command = [sys.executable, "-c", TRAIN, "910", CONFIGURATION, results.split("__")[0], f"plans_{arm.kind}"]
         seconds += run(command, log, environment_of(root, nnUNet_n_proc_DA="0"))
         return {"seconds": seconds, "folders": {site: str(root.results / NAME / results) for site in "ABCD"}}
     options = [
