@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError, ShapeError
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
+from nnunet_fedharm.harmonizers.training import HarmonizerTraining, SelfPairedTraining
 
 SITE_LOCAL = ("source_quantiles", "source_offset", "source_known")
 """Buffers that belong to one site's copy and are never sent or averaged."""
@@ -153,6 +154,19 @@ class Harmonizer(nn.Module, ABC):
     def open_gate(self) -> None:
         """Let the residual through: called once the harmonizer phase is over (or has nothing to learn)."""
         self.gate.fill_(1.0)
+
+    def make_training(self, *, lr: float, total_epochs: int) -> HarmonizerTraining:
+        """Optimizers and steps of the harmonizer phase; a harmonizer that needs more than one optimizer brings its own."""
+        return SelfPairedTraining(self, lr=lr, total_epochs=total_epochs)
+
+    def mapping_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that the output depends on: those that a segmentation loss may move."""
+        return self.parameters()
+
+    def reference_sites(self) -> list[int]:
+        """Sites of the bank whose style is the reference; none where the reference is a consensus of several sites."""
+        equal = (self.bank_quantiles == self.reference_quantiles).flatten(1).all(dim=1)
+        return [int(site) for site in equal.nonzero().flatten()]
 
     def self_paired_loss(self, image: Tensor, sites: Int[Tensor, " b"], generator: torch.Generator) -> Tensor:
         """Scalar loss of the unsupervised harmonizer phase; no labels, no other site's image.

@@ -19,11 +19,12 @@ from torch import nn
 
 from nnunet_fedharm.errors import CheckpointError, PlanError
 from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
+from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 from nnunet_fedharm.planning.section import CONFIGURATIONS, FedHarmSection, read_section
 from nnunet_fedharm.sites.registry import SitesFile
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
-from nnunet_fedharm.trainers.harmonizer_phase import HarmonizerOptimizer, harmonizer_epoch, trainable
+from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
 from nnunet_fedharm.trainers.patches import PatchSampler, list_cases
 from nnunet_fedharm.trainers.seeds import derive_seed, torch_generator
 from nnunet_fedharm.trainers.weights import bare_module
@@ -151,6 +152,8 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
     def configure_optimizers(self) -> Any:
         """As the base class, on the segmenter alone unless the plans let the segmentation loss move the harmonizer."""
         for parameter in self.harmonizer.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.harmonizer.mapping_parameters():
             parameter.requires_grad_(self.section.schedule.finetune_harmonizer)
         optimizer, scheduler = super().configure_optimizers()
         for group in optimizer.param_groups:  # the base class has no parameter for it
@@ -170,19 +173,24 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
         schedule = self.section.schedule
         if not self.harmonizer.learned or self.current_epoch > 0 or schedule.harmonizer_epochs == 0:
             return
-        training = HarmonizerOptimizer(self.harmonizer, schedule.harmonizer_lr, schedule.harmonizer_epochs)
+        training = self.harmonizer.make_training(lr=schedule.harmonizer_lr, total_epochs=schedule.harmonizer_epochs)
         self._resume_harmonizer(training)
-        # DDP ranks draw different patches, and a resumed phase does not repeat the draws it has seen.
-        stream = (f"fold_{self.fold}", f"rank_{self.local_rank}", f"epoch_{int(self.harmonizer.trained_epochs)}")
-        sampler = self.harmonizer_sampler(np.random.default_rng(derive_seed(0, *stream, "patches")))
-        generator = torch_generator(0, *stream, "harmonizer")
+        sampler = self.harmonizer_sampler(np.random.default_rng())  # each epoch brings its own generator
         with trainable(self.harmonizer):
             for epoch in range(int(self.harmonizer.trained_epochs), schedule.harmonizer_epochs):
                 training.set_epoch(epoch)
-                loss = harmonizer_epoch(
-                    training, sampler, steps=schedule.iterations_per_epoch, device=self.device, generator=generator
+                # DDP ranks draw different patches; an epoch draws the same whether or not the phase was interrupted before.
+                stream = (f"fold_{self.fold}", f"rank_{self.local_rank}", f"epoch_{epoch}")
+                sampler.rng = np.random.default_rng(derive_seed(0, *stream, "patches"))
+                losses = harmonizer_epoch(
+                    training,
+                    sampler,
+                    steps=schedule.iterations_per_epoch,
+                    device=self.device,
+                    generator=torch_generator(0, *stream, "harmonizer"),
                 )
-                self.print_to_log_file(f"Harmonizer epoch {epoch}: self-paired loss {loss:.4f}")
+                parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+                self.print_to_log_file(f"Harmonizer epoch {epoch}: {parts}")
                 self._save_harmonizer(training)
 
     def harmonizer_sampler(self, rng: np.random.Generator) -> PatchSampler:
@@ -252,19 +260,19 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
             return dict.fromkeys(cases, self.bank[0])
         return {}
 
-    def _save_harmonizer(self, training: HarmonizerOptimizer) -> None:
+    def _save_harmonizer(self, training: HarmonizerTraining) -> None:
         if self.local_rank != 0 or self.disable_checkpointing:
             return
-        state = {"harmonizer": self.harmonizer.state_dict(), "optimizer": training.optimizer.state_dict()}
+        state = {"harmonizer": self.harmonizer.state_dict(), "training": training.state_dict()}
         save_atomically(os.path.join(self.output_folder, HARMONIZER_CHECKPOINT), lambda path: torch.save(state, path))
 
-    def _resume_harmonizer(self, training: HarmonizerOptimizer) -> None:
+    def _resume_harmonizer(self, training: HarmonizerTraining) -> None:
         path = os.path.join(self.output_folder, HARMONIZER_CHECKPOINT)
         if not (self._resume and os.path.isfile(path)):
             return
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.harmonizer.load_state_dict(state["harmonizer"])
-        training.optimizer.load_state_dict(state["optimizer"])
+        training.load_state_dict(state["training"])
         self.print_to_log_file(f"Harmonizer phase resumes at epoch {int(self.harmonizer.trained_epochs)}.")
 
 

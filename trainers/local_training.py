@@ -23,7 +23,7 @@ from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.section import read_section
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
-from nnunet_fedharm.trainers.harmonizer_phase import HarmonizerOptimizer, harmonizer_epoch, trainable
+from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
 from nnunet_fedharm.trainers.results import make_trainer, write_results_folder
 from nnunet_fedharm.trainers.seeds import derive_seed, seed_everything, torch_generator
 from nnunet_fedharm.trainers.weights import Weights, export_weights, load_weights
@@ -152,10 +152,10 @@ class LocalTraining:
         trainer.assemble()
         load_weights(trainer.network, weights)
         schedule = self.section.schedule
-        training = HarmonizerOptimizer(trainer.harmonizer, schedule.harmonizer_lr, schedule.harmonizer_epochs)
+        training = trainer.harmonizer.make_training(lr=schedule.harmonizer_lr, total_epochs=schedule.harmonizer_epochs)
         state = self._restore("harmonizer", round_index)
         if state is not None:
-            training.optimizer.load_state_dict(state["optimizer"])
+            training.load_state_dict(state["training"])
         stream = (self.site, "harmonizer", str(round_index))
         sampler = trainer.harmonizer_sampler(np.random.default_rng(derive_seed(self.seed, *stream, "patches")))
         generator = torch_generator(self.seed, *stream, "styles")
@@ -172,12 +172,12 @@ class LocalTraining:
                         generator=generator,
                     )
                 )
-        self._keep("harmonizer", round_index, {"optimizer": training.optimizer.state_dict()})
+        self._keep("harmonizer", round_index, {"training": training.state_dict()})
         return LocalResult(
             weights=export_weights(trainer.network),
             n_steps=epochs * schedule.iterations_per_epoch,
             n_cases=len(sampler.cases),
-            metrics={"train_loss": float(np.mean(losses))},
+            metrics={"train_loss": float(np.mean([epoch["loss"] for epoch in losses]))},
         )
 
     def _segmenter_round(

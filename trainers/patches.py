@@ -81,6 +81,11 @@ class PatchSampler:
         self.batch_size = batch_size
         self.rng = rng
 
+    def only(self, sites: Sequence[int]) -> PatchSampler | None:
+        """A sampler of these sites' cases that shares this one's source of draws; None where there is no such case."""
+        cases = [case for case in self.cases if case.site in sites]
+        return PatchSampler(cases, self.patch_size, self.batch_size, self.rng) if cases else None
+
     def next(self) -> tuple[Tensor, Tensor]:
         """A batch (B, C, *patch) of float32 and the sites (B,) of its samples."""
         picked = [self.cases[i] for i in self.rng.integers(len(self.cases), size=self.batch_size)]

@@ -136,6 +136,12 @@ def test_the_harmonizer_phase_resumes_where_it_was_interrupted(
     assert "Harmonizer phase resumes at epoch 1" in log
     assert "Harmonizer epoch 1:" in log
     assert "Harmonizer epoch 0:" not in log
+    uninterrupted = our_trainer(active, "curve", "2d", fold=1)
+    uninterrupted._resume = False
+    uninterrupted.initialize()
+    uninterrupted.run_harmonizer_phase()
+    expected = uninterrupted.harmonizer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.harmonizer.state_dict().items())
 
 
 def test_the_segmenter_phase_leaves_the_harmonizer_alone_unless_told_otherwise(active: Planned) -> None:
