@@ -52,6 +52,7 @@ def line_chart(
     width: int = 420,
     height: int = 210,
     y_range: tuple[float, float] | None = None,
+    whole_x: bool = False,
 ) -> str:
     """Lines over a common x; an empty string if no line has a point.
 
