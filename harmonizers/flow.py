@@ -1,0 +1,193 @@
+"""StyleBank-Flow: a flow-matching bridge from what a scanner shows to what the reference would show.
+
+Symbols: x* image with the reference's appearance, x' the same anatomy with another appearance, t in [0, 1],
+x_t = (1 - t) x* + t x', v = x' - x* velocity.
+
+The network predicts v from (x_t, x', t, style code). Harmonizing is `n_steps` Euler steps from t = 1, where the image itself
+stands, to t = 0, without noise: deterministic, and with one step y = x - v(x, x, 1). `FlowMatchEulerDiscreteScheduler` has
+the same conventions (sample = sigma noise + (1 - sigma) data, output = noise - data), with the image in noise's place.
+
+Training is self-paired: x* is a patch of a site that looks like the reference, x' the patch under a random appearance
+(harmonizers/appearance.py). The target is known voxel by voxel, so nothing rewards erasing or inventing structure. Patches of
+other sites cannot be used: where contrast is inverted no histogram match gives the right target. So only trusted sites train
+(`trains_on`), and the others receive the result.
+
+References:
+    Lipman et al., "Flow Matching for Generative Modeling", ICLR 2023; Liu et al., "Flow Straight and Fast", ICLR 2023.
+    Esser et al., "Scaling Rectified Flow Transformers", ICML 2024 (the scheduler's conventions).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_appearance
+from nnunet_fedharm.harmonizers.base import Harmonizer
+from nnunet_fedharm.harmonizers.flow_networks import ResNet3d, UNet2d
+from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
+from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    width: int = 12
+    """Channels inside the network."""
+    depth: int = 3
+    """Residual blocks in 3d; in 2d `UNet2DModel` has depth // 2 layers per block, at least 1."""
+    n_steps: int = 1
+    """Euler steps of harmonization, 1 to 4; cost grows in proportion."""
+    start_share: float = 0.5
+    """Share of training samples at t = 1, where harmonization starts; the rest is uniform in t. With one step all are."""
+    style: bool = True
+    """Tell the network the source's quantiles. Without, it judges by the patch alone."""
+    style_dropout: float = 0.2
+    """Share of training samples whose style is hidden."""
+    trust: float = 0.0
+    """A site trains if its quantiles lie within this mean distance (in standard deviations) of the reference's. The site
+    nearest to the reference always trains; raise it only for sites whose contrast has the reference's order of tissues."""
+    gradient_weight: float = 0.5
+    """Weight of the error in differences between neighbouring voxels: edges and texture."""
+    inverted_share: float = 0.25
+    """Share of training samples with falling tone curves."""
+    free_share: float = 0.15
+    """Share of training samples with tone curves of any shape."""
+    noise: float = 0.15
+    """Largest standard deviation of the noise added in training."""
+
+    def __post_init__(self) -> None:
+        if self.width < 2 or self.width % 2 or self.depth < 1:
+            raise PlanError("harmonizer.width must be even and >= 2, and depth >= 1.")
+        if not 1 <= self.n_steps <= 4:
+            raise PlanError(f"harmonizer.n_steps must be 1 to 4, got {self.n_steps}.")
+        for name in ("start_share", "style_dropout", "inverted_share", "free_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PlanError(f"harmonizer.{name} must lie in [0, 1], got {getattr(self, name)}.")
+        if self.inverted_share + self.free_share > 1:
+            raise PlanError("harmonizer.inverted_share + free_share must be <= 1.")
+        if self.trust < 0 or self.gradient_weight < 0 or self.noise < 0:
+            raise PlanError("harmonizer.trust, gradient_weight and noise must be >= 0.")
+
+    @property
+    def appearance(self) -> AppearanceOptions:
+        """What is left by falling and free curves is shared by bank, rising and unchanged as 3 : 2 : 1."""
+        rest = 1 - self.inverted_share - self.free_share
+        return AppearanceOptions(
+            bank_share=rest / 2,
+            monotone_share=rest / 3,
+            inverted_share=self.inverted_share,
+            free_share=self.free_share,
+            noise=self.noise,
+        )
+
+
+class FlowHarmonizer(Harmonizer):
+    """Design C: flow-matching bridge, one to four deterministic steps."""
+
+    learned = True
+
+    def __init__(
+        self,
+        *,
+        num_channels: int,
+        spatial_dims: int,
+        styles: list[Style],
+        reference: Style | None,
+        config: FlowConfig,
+    ) -> None:
+        super().__init__(num_channels=num_channels, spatial_dims=spatial_dims, styles=styles, reference=reference)
+        from diffusers import FlowMatchEulerDiscreteScheduler  # slow to import: only where this harmonizer is built
+
+        self.config = config
+        self.scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        embedding = 4 * config.width
+        if config.style:
+            self.style_code = nn.Sequential(
+                nn.Linear(2 * num_channels * len(QUANTILE_LEVELS) + 1, embedding),
+                nn.SiLU(),
+                nn.Linear(embedding, embedding),
+            )
+        network = UNet2d if spatial_dims == 2 else ResNet3d
+        # x_t and x', and one channel that tells padding from tissue of mean intensity.
+        self.network = network(2 * num_channels + 1, num_channels, config.width, config.depth)
+
+    @property
+    def reach(self) -> int:
+        """Windows of one volume agree at least this many voxels away from their borders."""
+        return self.network.reach * self.config.n_steps
+
+    def transform(self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor) -> Tensor:
+        code = self._code(quantiles, torch.ones_like(quantiles[:, 0, 0]))
+        steps = self.config.n_steps
+        # The default grid of the scheduler stops short of 0; these sigmas are n equal steps from 1 to 0.
+        self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+        self.scheduler.set_begin_index(0)
+        sample = image
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            time = torch.full_like(quantiles[:, 0, 0], 1 - step / steps)
+            velocity = mask * self.velocity(sample, image, mask, time, code)
+            sample = self.scheduler.step(velocity, timestep, sample).prev_sample
+        return sample - image
+
+    def velocity(
+        self, sample: Tensor, image: Tensor, mask: Tensor, time: Float[Tensor, " b"], code: Float[Tensor, "b e"]
+    ) -> Float[Tensor, "b c *spatial"]:
+        """Predicted v at x_t = sample, on the way from x' = image."""
+        inside = mask.any(dim=1, keepdim=True).to(image.dtype)
+        velocity: Tensor = self.network(torch.cat([sample, image, inside], dim=1), time, code)
+        return velocity
+
+    def trains_on(self, site: int) -> bool:
+        """Whether that site's images are taken for the reference's: the nearest site, and those within `trust`."""
+        distance = (self.bank_quantiles - self.reference_quantiles).abs().mean(dim=(1, 2))
+        return bool(distance[site] <= max(self.config.trust, float(distance.min())))
+
+    def self_paired_loss(self, image: Tensor, sites: Int[Tensor, " b"], generator: torch.Generator) -> Tensor:
+        """Mean absolute error of the velocity, and of its differences between neighbours, in standard deviations."""
+        own, mask = self.bank_quantiles[sites], image != 0
+        reference = self.reference_quantiles.expand_as(own)
+        with torch.no_grad():
+            target = image + mask * apply_displacement(image, quantile_map(own, reference))
+            seen, style = random_appearance(
+                target, mask, reference, self.bank_quantiles, self.bank_offset, self.config.appearance, generator
+            )
+            time = self._draw_times(len(sites), generator).to(image)
+            share = time.reshape(-1, *([1] * (image.ndim - 1)))
+            sample = torch.lerp(target, seen, share)
+        known = (torch.rand(len(sites), generator=generator) >= self.config.style_dropout).to(image)
+        velocity = self.velocity(sample, seen, mask, time, self._code(style, known))
+        return velocity_loss(velocity - (seen - target), mask, self.config.gradient_weight)
+
+    def _draw_times(self, count: int, generator: torch.Generator) -> Float[Tensor, " b"]:
+        at_start = torch.rand(count, generator=generator) < self.config.start_share
+        anywhere = 1 - torch.rand(count, generator=generator)
+        return torch.where(at_start | torch.tensor(self.config.n_steps == 1), torch.ones(count), anywhere)
+
+    def _code(self, quantiles: Float[Tensor, "b c q"], known: Float[Tensor, " b"]) -> Float[Tensor, "b e"]:
+        if not self.config.style:
+            return quantiles.new_zeros(quantiles.shape[0], 4 * self.config.width)
+        pair = torch.stack([quantiles, self.reference_quantiles.expand_as(quantiles) - quantiles], dim=1)
+        features = rearrange(pair, "b two c q -> b (two c q)") * known[:, None]
+        code: Tensor = self.style_code(torch.cat([features, known[:, None]], dim=1))
+        return code
+
+
+def velocity_loss(error: Float[Tensor, "b c *spatial"], mask: Tensor, gradient_weight: float) -> Float[Tensor, ""]:
+    """Mean absolute error inside the mask, plus that of differences along each axis between voxels that are both inside."""
+    error = error.float() * mask
+    loss = error.abs().sum() / mask.sum().clamp(min=1)
+    if gradient_weight == 0:
+        return loss
+    for axis in range(2, error.ndim):
+        size = error.shape[axis] - 1
+        both = mask.narrow(axis, 0, size) & mask.narrow(axis, 1, size)
+        step = error.diff(dim=axis) * both
+        loss = loss + gradient_weight / (error.ndim - 2) * step.abs().sum() / both.sum().clamp(min=1)
+    return loss
