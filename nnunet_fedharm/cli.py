@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "federate": "train across sites through Flower",
     "evaluate": "score predictions: Dice and HD95 per label, case and site",
     "harmonize": "write harmonized volumes as NIfTI",
+    "quality": "compare harmonized volumes with travelling subjects: fidelity, radiomics, site classifier, lesions",
 }
 """Name -> help. The help stands here so that `--help` need not import torch, nnU-Net and Flower."""
 
