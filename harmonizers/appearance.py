@@ -74,27 +74,30 @@ def random_free_curve(count: int, channels: int, generator: torch.Generator) -> 
 def spline_displacement(
     controls: Float[Tensor, "b c m"], low: Float[Tensor, "b c"], high: Float[Tensor, "b c"]
 ) -> Float[Tensor, "b c k"]:
-    """Displacement of the cubic spline through control values spread evenly over [low, high].
+    """Displacement of the Catmull-Rom spline through control values spread evenly over [low, high].
 
-    Outside, the curve goes on with its slope at the end (at most 1 up or down), so a falling curve keeps falling.
+    Outside, the curve goes on straight with its slope at the end, so a falling curve keeps falling.
 
     Args:
         controls: T at the control points, any unit (the result is standardised later).
         low: lower end of the style's intensities, e.g. its 1% quantile.
         high: upper end.
+
+    References:
+        Catmull, Rom, "A class of local interpolating splines", Computer Aided Geometric Design 1974.
     """
-    fine = functional.interpolate(controls[:, :, None], size=(1, KNOTS), mode="bicubic", align_corners=True)[:, :, 0]
+    intervals = controls.shape[-1] - 1
     grid = knot_positions(KNOTS, controls)
-    width = (high - low).clamp(min=MIN_STD)[..., None]
-    position = (grid - low[..., None]) / width  # 0 at low, 1 at high
-    place = position.clamp(0, 1) * (KNOTS - 1)
-    left = place.floor().clamp(0, KNOTS - 2).long()
-    start, end = torch.gather(fine, -1, left), torch.gather(fine, -1, left + 1)
-    inside = start + (place - left) * (end - start)
-    first, last = fine[..., 1:2] - fine[..., :1], fine[..., -1:] - fine[..., -2:-1]
-    slope = torch.where(position < 0, first, last) * (KNOTS - 1) / width
-    beyond = (position - position.clamp(0, 1)) * width
-    return inside + slope.clamp(-1, 1) * beyond - grid
+    place = (grid - low[..., None]) / (high - low).clamp(min=MIN_STD)[..., None] * intervals
+    inside = place.clamp(0, intervals)
+    left = inside.floor().clamp(0, intervals - 1)
+    u, index = inside - left, left.long()
+    before, after = 2 * controls[..., :1] - controls[..., 1:2], 2 * controls[..., -1:] - controls[..., -2:-1]
+    padded = torch.cat([before, controls, after], dim=-1)
+    p0, p1, p2, p3 = (torch.gather(padded, -1, index + step) for step in range(4))
+    cubic = ((3 * (p1 - p2) + p3 - p0) * u + 2 * p0 - 5 * p1 + 4 * p2 - p3) * u + p2 - p0
+    slope = torch.where(place < 0, controls[..., 1:2] - controls[..., :1], controls[..., -1:] - controls[..., -2:-1])
+    return p1 + 0.5 * cubic * u + slope * (place - inside) - grid
 
 
 def standardised(

@@ -163,6 +163,10 @@ class Harmonizer(nn.Module, ABC):
         """Parameters that the output depends on: those that a segmentation loss may move."""
         return self.parameters()
 
+    def trains_on(self, site: int) -> bool:
+        """Whether images of that site of the bank take part in the harmonizer phase; a site without such images sits it out."""
+        return True
+
     def reference_sites(self) -> list[int]:
         """Sites of the bank whose style is the reference; none where the reference is a consensus of several sites."""
         equal = (self.bank_quantiles == self.reference_quantiles).flatten(1).all(dim=1)

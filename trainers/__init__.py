@@ -3,6 +3,7 @@
 from nnunet_fedharm.trainers.fedharm_trainer import (
     nnUNetTrainerFedHarm,
     nnUNetTrainerFedHarmCurve,
+    nnUNetTrainerFedHarmDiffusion,
     nnUNetTrainerFedHarmNone,
     nnUNetTrainerFedHarmNyul,
     trainer_name_for,
@@ -11,6 +12,7 @@ from nnunet_fedharm.trainers.fedharm_trainer import (
 __all__ = [
     "nnUNetTrainerFedHarm",
     "nnUNetTrainerFedHarmCurve",
+    "nnUNetTrainerFedHarmDiffusion",
     "nnUNetTrainerFedHarmNone",
     "nnUNetTrainerFedHarmNyul",
     "trainer_name_for",

@@ -194,11 +194,21 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
                 self._save_harmonizer(training)
 
     def harmonizer_sampler(self, rng: np.random.Generator) -> PatchSampler:
-        """Patches of the fold's training cases and of all unlabelled cases; validation cases take no part."""
+        """Patches of the fold's training cases and of all unlabelled cases; validation cases take no part.
+
+        Raises:
+            PlanError: the harmonizer trains on none of the sites that these cases belong to.
+        """
         labelled = Path(self.preprocessed_dataset_folder)
         unlabelled = labelled.with_name(labelled.name + "_unlabelled")
         train_names = list(self.do_split()[0]) if labelled.is_dir() else []  # a site may have no labels at all
         cases = list_cases([labelled, unlabelled], train_names, self.site_of_case, self.bank)
+        cases = [case for case in cases if self.harmonizer.trains_on(case.site)]
+        if not cases:
+            raise PlanError(
+                f"The harmonizer {self.section.kind!r} trains on images that look like the reference "
+                f"({self.section.reference}), and no training image does. Choose as --reference a site whose images are here."
+            )
         return PatchSampler(cases, self.configuration_manager.patch_size, self.batch_size, rng)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -294,10 +304,17 @@ class nnUNetTrainerFedHarmCurve(nnUNetTrainerFedHarm):  # noqa: N801
     kind = "curve"
 
 
+class nnUNetTrainerFedHarmDiffusion(nnUNetTrainerFedHarm):  # noqa: N801
+    """Flow-matching bridge from the image to the reference's appearance."""
+
+    kind = "diffusion"
+
+
 TRAINER_SUFFIX: dict[str, str] = {
     "none": "None",
     "nyul": "Nyul",
     "curve": "Curve",
+    "diffusion": "Diffusion",
 }
 """Harmonizer kind -> end of the trainer's class name."""
 

@@ -151,6 +151,9 @@ class LocalTraining:
     ) -> LocalResult:
         trainer.assemble()
         load_weights(trainer.network, weights)
+        if not self._takes_part(trainer):
+            # No step, no weight in the mean: the others' result reaches this site with the next round.
+            return LocalResult(weights=export_weights(trainer.network), n_steps=0, n_cases=0, metrics={})
         schedule = self.section.schedule
         training = trainer.harmonizer.make_training(lr=schedule.harmonizer_lr, total_epochs=schedule.harmonizer_epochs)
         state = self._restore("harmonizer", round_index)
@@ -179,6 +182,10 @@ class LocalTraining:
             n_cases=len(sampler.cases),
             metrics={"train_loss": float(np.mean([epoch["loss"] for epoch in losses]))},
         )
+
+    def _takes_part(self, trainer: nnUNetTrainerFedHarm) -> bool:
+        """Whether the harmonizer learns from this site's images; a site without a style is refused where its cases are read."""
+        return self.site not in trainer.bank or trainer.harmonizer.trains_on(trainer.bank.index(self.site))
 
     def _segmenter_round(
         self, trainer: nnUNetTrainerFedHarm, round_index: int, first_epoch: int, epochs: int, weights: Weights

@@ -25,7 +25,13 @@ from nnunet_fedharm.commands.checks import (
 
 HELP = "Check every precondition of training, federation and prediction; each finding names the line that mends it."
 
-TRAINERS = ("nnUNetTrainerFedHarm", "nnUNetTrainerFedHarmNone", "nnUNetTrainerFedHarmNyul", "nnUNetTrainerFedHarmCurve")
+TRAINERS = (
+    "nnUNetTrainerFedHarm",
+    "nnUNetTrainerFedHarmNone",
+    "nnUNetTrainerFedHarmNyul",
+    "nnUNetTrainerFedHarmCurve",
+    "nnUNetTrainerFedHarmDiffusion",
+)
 BRIDGE = Path(__file__).parents[1] / "nnunet_ext" / "nnunet_fedharm_trainers.py"
 
 _DISCOVERY = """

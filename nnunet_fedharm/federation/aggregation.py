@@ -52,7 +52,7 @@ def shares(updates: Mapping[str, SiteUpdate], weighting: str, *, batch_size: int
     elif weighting == "cases":
         amounts = {site: float(update.n_cases) for site, update in updates.items()}
     elif weighting == "sites":
-        amounts = dict.fromkeys(updates, 1.0)
+        amounts = {site: float(update.n_steps > 0) for site, update in updates.items()}  # some may sit a phase out
     else:
         raise FederationError(f"weighting is {weighting!r}; choose steps, cases or sites.")
     total = math.fsum(amounts.values())

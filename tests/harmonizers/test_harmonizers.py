@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnunet_fedharm.errors import PlanError, ShapeError
-from nnunet_fedharm.harmonizers import KINDS, LEARNED, Harmonizer, build_harmonizer
+from nnunet_fedharm.harmonizers import KINDS, Harmonizer, build_harmonizer
 from nnunet_fedharm.harmonizers.base import MAX_STYLE_VOXELS, _even_stride
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style, average_styles, volume_quantiles
 
@@ -158,7 +158,8 @@ def test_a_stored_source_survives_the_state_dict() -> None:
     assert not torch.equal(fresh(image), image)
 
 
-@pytest.mark.parametrize("kind", sorted(LEARNED))
+# White noise is fair to point maps only; networks that see surroundings have tests of their own.
+@pytest.mark.parametrize("kind", ["curve"])
 def test_self_paired_training_brings_a_site_closer_to_the_reference(kind: str) -> None:
     harmonizer = make(kind, 2)
     optimizer = torch.optim.AdamW(harmonizer.parameters(), lr=3e-3)

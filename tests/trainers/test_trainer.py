@@ -22,11 +22,9 @@ from nnunet_fedharm.planning.central import CentralOptions, plan_central
 from nnunet_fedharm.planning.planner import PlanOptions
 from nnunet_fedharm.trainers import (
     nnUNetTrainerFedHarm,
-    nnUNetTrainerFedHarmCurve,
     nnUNetTrainerFedHarmNone,
-    nnUNetTrainerFedHarmNyul,
 )
-from nnunet_fedharm.trainers.results import make_trainer
+from nnunet_fedharm.trainers.results import make_trainer, trainer_class
 from nnunet_fedharm.trainers.seeds import seed_everything
 from tests.trainers.conftest import SCHEDULE, Planned
 
@@ -34,6 +32,7 @@ TRAINERS = {
     "none": "nnUNetTrainerFedHarmNone",
     "nyul": "nnUNetTrainerFedHarmNyul",
     "curve": "nnUNetTrainerFedHarmCurve",
+    "diffusion": "nnUNetTrainerFedHarmDiffusion",
 }
 
 
@@ -294,6 +293,4 @@ def test_regions_and_an_ignore_label_train_as_in_the_stock_trainer(
 
 
 def test_trainers_of_each_kind_exist() -> None:
-    assert {nnUNetTrainerFedHarmNone.kind, nnUNetTrainerFedHarmNyul.kind, nnUNetTrainerFedHarmCurve.kind} == set(
-        TRAINERS
-    )
+    assert {kind: trainer_class(name).kind for kind, name in TRAINERS.items()} == {kind: kind for kind in TRAINERS}
