@@ -19,8 +19,8 @@ TITLES = {
     "nrmse": ("nRMSE to truth", 3),
     "gradient_correlation": ("gradient correlation to truth", 3),
     "edges_kept": ("edges kept", 3),
-    "cnr_over_truth": ("lesion CNR / truth's (median)", 3),
-    "cnr_over_input": ("lesion CNR / input's (median)", 3),
+    "cnr_over_truth": ("region CNR / truth's (median)", 3),
+    "cnr_over_input": ("region CNR / input's (median)", 3),
     "lesion_recall": ("lesion recall", 3),
     "false_lesions": ("false lesions per volume", 2),
     "false_lesions_on_lesion_free": ("false lesions per lesion-free volume", 2),
@@ -115,9 +115,9 @@ def _cell(value: Mapping[str, float | None], digits: int, *, sign: bool) -> str:
         return "-"
     plus = "+" if sign else ""
     text = f"{value['value']:{plus}.{digits}f}"
-    return (
-        text if value["low"] is None else f"{text} [{value['low']:{plus}.{digits}f}, {value['high']:{plus}.{digits}f}]"
-    )
+    if value["low"] is None or value["low"] == value["high"]:
+        return text
+    return f"{text} [{value['low']:{plus}.{digits}f}, {value['high']:{plus}.{digits}f}]"
 
 
 def _finite(value: float) -> float | None:

@@ -52,6 +52,8 @@ def extract_features(
         raise ShapeError(f"Image {image.shape}, region {region.shape} and spacing {spacing_mm} do not fit.")
     if image.ndim == 2:
         image, region, spacing_mm = image[None], region[None], (1.0, *spacing_mm)
+    # pyradiomics refuses a mask that fills its image, so both get a margin; it crops to the mask again by itself.
+    image, region = np.pad(image, 1), np.pad(region, 1)
     pictures = sitk.GetImageFromArray(image.astype(np.float64)), sitk.GetImageFromArray(region.astype(np.uint8))
     for picture in pictures:
         picture.SetSpacing([float(value) for value in spacing_mm[::-1]])  # ITK orders axes (x, y, z)
