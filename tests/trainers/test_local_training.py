@@ -17,7 +17,7 @@ from tests.trainers.conftest import NAME, Planned
 from tests.trainers.test_trainer import TRAINERS
 
 
-def site(planned: Planned, state_folder: Path, kind: str = "curve") -> LocalTraining:
+def site(planned: Planned, state_folder: Path, kind: str = "curve", name: str = "A") -> LocalTraining:
     return LocalTraining(
         root=planned.root,
         dataset_name=NAME,
@@ -25,7 +25,7 @@ def site(planned: Planned, state_folder: Path, kind: str = "curve") -> LocalTrai
         dataset_json=planned.dataset_json,
         configuration="2d",
         fold="all",
-        site="A",
+        site=name,
         trainer_name=TRAINERS[kind],
         state_folder=state_folder,
         seed=11,
@@ -82,6 +82,20 @@ def test_harmonizer_rounds_change_only_the_harmonizer(active: Planned, tmp_path:
     assert changed
     assert all(name.startswith("harmonizer.") for name in changed)
     assert result.n_cases == 8  # unlabelled images take part
+
+
+def test_a_site_that_does_not_look_like_the_reference_sits_out_the_diffusion_harmonizers_rounds(
+    active: Planned, tmp_path: Path
+) -> None:
+    weights = start(active, "diffusion")
+    arguments = {"phase": "harmonizer", "round_index": 0, "first_epoch": 0, "epochs": 1, "weights": weights}
+    away = site(active, tmp_path / "B", "diffusion", "B").run(**arguments)
+    assert (away.n_steps, away.n_cases) == (0, 0)
+    assert all(np.array_equal(weights[name], away.weights[name]) for name in weights)
+    reference = site(active, tmp_path / "A", "diffusion").run(**arguments)
+    assert reference.n_steps > 0
+    assert reference.n_cases == 4  # the reference's own, out of the eight of this pooled dataset
+    assert not equal(away, reference)
 
 
 def test_only_the_last_two_states_are_kept(active: Planned, tmp_path: Path) -> None:
