@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,18 +103,23 @@ def images_in(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def channels_of(case: str, folder: Path, expected: Sequence[str] | None = None) -> dict[str, Path]:
-    """Files of a case, one per channel.
+    """Files of a case: the expected channels, or all that are there.
 
     Raises:
-        DataError: there is none, or the channels are not the expected ones; the message names the missing file.
+        DataError: an expected channel is missing, or there is none; the message names the missing file.
     """
-    found = images_in(folder).get(case, {})
-    missing = [channel for channel in (expected or ["0000"]) if channel not in found]
-    if missing:
-        raise DataError(
-            f"{folder / f'{case}_{missing[0]}.nii.gz'} is missing. Write it, or leave the case out of --pairs."
-        )
-    return found if expected is None else {channel: found[channel] for channel in expected}
+    if expected is None:
+        # Not images_in: for every pair anew, that would read the whole folder with a regular expression.
+        names = sorted(path.name for path in folder.glob(f"{glob.escape(case)}_[0-9][0-9][0-9][0-9].nii*"))
+        expected = [match["channel"] for name in names if (match := _IMAGE_NAME.fullmatch(name))] or ["0000"]
+    found = {}
+    for channel in expected:
+        paths = [folder / f"{case}_{channel}{ending}" for ending in (".nii.gz", ".nii")]
+        existing = [path for path in paths if path.is_file()]
+        if not existing:
+            raise DataError(f"{paths[0]} is missing. Write it, or leave the case out of --pairs.")
+        found[channel] = existing[0]
+    return found
 
 
 def segmentation_file(folder: Path, *cases: str) -> Path:
