@@ -4,8 +4,8 @@
     python benchmarks/hippocampus_sites.py report --work WORK > docs/benchmarks/hippocampus-sites.md
 
 DATA is the nnU-Net raw dataset `Dataset910_HippocampusSites` with its `imagesTravelling`. Every arm is trained by the
-commands a user would type (`nnunet-fedharm federate`, `nnunet-fedharm plan` + nnU-Net's own training entry), predicted by the stock
-`nnUNetv2_predict`, and scored on cases held out before any training. Subjects that travelled are held out at their own
+commands a user would type (`nnunet-fedharm federate`; `nnunet-fedharm plan` and nnU-Net's own training), predicted by the stock
+predictor, and scored on cases held out before any training. Subjects that travelled are held out at their own
 site too. An arm whose metrics exist is not run again, so an interrupted benchmark goes on where it stopped.
 """
 
@@ -43,6 +43,17 @@ from nnunetv2.run.run_training import get_trainer_from_args
 dataset, configuration, trainer, plans = sys.argv[1:]
 torch.set_num_threads(2)
 get_trainer_from_args(dataset, configuration, "all", trainer, plans, device=torch.device("cpu")).run_training()
+"""
+# The stock predictor on stock results folders in one process, without mirroring: all arms alike.
+PREDICT = """
+import json, sys, time, torch
+from pathlib import Path
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+torch.set_num_threads(2)
+for model, images, output in json.loads(sys.argv[1]):
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(model, ("all",))
+    predictor.predict_from_files_sequential(images, output, save_probabilities=False)
 """
 
 
@@ -266,29 +277,21 @@ def strings(*parts: Any) -> list[str]:
 
 
 def evaluate(arm: Arm, work: Path, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """Predict each site's test images with its own results folder by the stock command, and score them."""
-    sites: dict[str, Any] = {}
+    """Predict each site's test images with its own results folder by the stock predictor, and score them."""
+    jobs = []
     for site, folder in trained["folders"].items():
         output = work / "predictions" / arm.name / site
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
-        command = [
-            "nnUNetv2_predict_from_modelfolder",
-            "-i",
-            work / "test" / site / "images",
-            "-o",
-            output,
-            "-m",
-            folder,
-        ]
-        command += ["-f", "all", "-device", "cpu", "-npp", "1", "-nps", "1"]
-        seconds = run(command, work / "logs" / f"{arm.name}.log")
+        jobs.append([str(folder), str(work / "test" / site / "images"), str(output)])
+    run([sys.executable, "-c", PREDICT, json.dumps(jobs)], work / "logs" / f"{arm.name}.log")
+    sites: dict[str, Any] = {}
+    for site, (folder, _, output) in zip(trained["folders"], jobs, strict=True):
         description = json.loads((Path(folder) / "dataset.json").read_text())
-        scores = score_cases(output, work / "test" / site / "labels", description, num_processes=2, progress=False)
-        sites[site] = {
-            "predict_seconds": seconds,
-            "cases": {case: mean_over_labels(found) for case, found in scores.items()},
-        }
+        scores = score_cases(
+            Path(output), work / "test" / site / "labels", description, num_processes=2, progress=False
+        )
+        sites[site] = {"cases": {case: mean_over_labels(found) for case, found in scores.items()}}
     return sites
 
 
@@ -322,7 +325,11 @@ def main() -> None:
         target = arguments.work / "metrics" / f"{arm.name}.json"
         if target.exists() or (arguments.arms and arm.name not in arguments.arms):
             continue
-        trained = train(arm, arguments.work, size, arguments.parallel_sites)
+        record = arguments.work / "trained" / f"{arm.name}.json"
+        if not record.exists():
+            record.parent.mkdir(exist_ok=True)
+            record.write_text(json.dumps(train(arm, arguments.work, size, arguments.parallel_sites)))
+        trained = json.loads(record.read_text())
         entry = {
             "arm": vars(arm),
             "size": vars(size),

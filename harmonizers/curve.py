@@ -41,6 +41,9 @@ class CurveConfig:
     """Smoothness of the gain in voxels (standard deviation of the Gaussian that limits its band)."""
     max_log_gain: float = 0.4
     """|b| is at most this: 0.4 allows factors from 0.67 to 1.49, BrainWeb's 40% field and more."""
+    gain_sd: float = 0.5
+    """|b| is also at most this over mu / sigma, so that the gain moves a mean intensity by at most so many standard
+    deviations. Where contrast is low against the signal (large mu / sigma), a field of 0.4 would bury all tissue contrast."""
     gain_weight: float = 0.1
     """Weight of the squared log gain: without evidence the field stays flat."""
     curvature_weight: float = 1e-3
@@ -51,8 +54,8 @@ class CurveConfig:
             raise PlanError(f"harmonizer.knots must be odd and >= 3, got {self.knots}.")
         if self.max_slope <= 1:
             raise PlanError(f"harmonizer.max_slope must be > 1, got {self.max_slope}.")
-        if self.width < 1 or self.gain_sigma <= 0 or self.max_log_gain <= 0:
-            raise PlanError("harmonizer.width, gain_sigma and max_log_gain must be > 0.")
+        if self.width < 1 or self.gain_sigma <= 0 or self.max_log_gain <= 0 or self.gain_sd <= 0:
+            raise PlanError("harmonizer.width, gain_sigma, max_log_gain and gain_sd must be > 0.")
         if self.gain_weight < 0 or self.curvature_weight < 0:
             raise PlanError("harmonizer.gain_weight and curvature_weight must be >= 0; use 0 to turn a term off.")
 
@@ -101,7 +104,7 @@ class CurveHarmonizer(Harmonizer):
         """Residual, slope logits (B, C, K - 1) and log gain (B, C, *spatial) or None."""
         slope_logits, shift = self._tone_parameters(quantiles)
         displacement = monotone_displacement(slope_logits, shift, self.config.max_slope)
-        log_gain = self.log_gain(image, mask) if self.config.gain else None
+        log_gain = self.log_gain(image, mask, offset) if self.config.gain else None
         gained = torch.zeros_like(image) if log_gain is None else self._gain_change(image, offset, log_gain)
         return gained + apply_displacement(image + gained, displacement.to(image.dtype)), slope_logits, log_gain
 
@@ -112,20 +115,26 @@ class CurveHarmonizer(Harmonizer):
         return predicted[..., 1:], predicted[..., 0]
 
     def _gain_change(self, image: Tensor, offset: Tensor, log_gain: Tensor) -> Tensor:
-        raw_zero = offset.to(image.dtype).reshape(*offset.shape, *([1] * self.spatial_dims))
-        return (image + raw_zero) * torch.expm1(log_gain)
+        return (image + self._per_voxel(offset).to(image.dtype)) * torch.expm1(log_gain)
 
-    def log_gain(self, image: Tensor, mask: Tensor) -> Float[Tensor, "b c *spatial"]:
-        """b(x): smooth, bounded by max_log_gain, from each voxel's surroundings at two scales."""
+    def _per_voxel(self, values: Float[Tensor, "b c"]) -> Tensor:
+        return values.reshape(*values.shape, *([1] * self.spatial_dims))
+
+    def _gain_bound(self, offset: Float[Tensor, "b c"]) -> Float[Tensor, "b c"]:
+        """Largest |b| of each sample and channel."""
+        return (self.config.gain_sd / offset.clamp(min=1e-3)).clamp(max=self.config.max_log_gain)
+
+    def log_gain(self, image: Tensor, mask: Tensor, offset: Float[Tensor, "b c"]) -> Float[Tensor, "b c *spatial"]:
+        """b(x): smooth and bounded, from each voxel's surroundings at two scales."""
         inside = mask.to(image.dtype)
         near = MaskedBlur(inside, self.config.gain_sigma)
         far = MaskedBlur(inside, 2 * self.config.gain_sigma)
         raw = self.gain(torch.cat([near(image), far(image)], dim=1))
-        return self.config.max_log_gain * torch.tanh(near(raw))
+        return self._per_voxel(self._gain_bound(offset)) * torch.tanh(near(raw))
 
     def self_paired_loss(self, image: Tensor, sites: Int[Tensor, " b"], generator: torch.Generator) -> Tensor:
         """Mean absolute error to the own patch mapped to the reference, plus the two regularisers, in standard deviations."""
-        own, _own_offset = self.bank_quantiles[sites], self.bank_offset[sites]
+        own = self.bank_quantiles[sites]
         drawn, drawn_offset = self._draw_styles(len(sites), generator)
         mask = image != 0
         with torch.no_grad():
@@ -133,7 +142,7 @@ class CurveHarmonizer(Harmonizer):
             target = image + mask * apply_displacement(image, quantile_map(own, reference))
             seen = image + mask * apply_displacement(image, quantile_map(own, drawn))
             if self.config.gain:
-                field = random_log_gain(image, self.config.max_log_gain / 2, generator)
+                field = self._per_voxel(self._gain_bound(drawn_offset) / 2) * random_log_gain(image, 1.0, generator)
                 seen = seen + mask * self._gain_change(seen, drawn_offset, field)
         residual, slope_logits, log_gain = self._residual(seen, mask, drawn, drawn_offset)
         error = ((seen + mask * residual - target).abs() * mask).sum() / mask.sum().clamp(min=1)
