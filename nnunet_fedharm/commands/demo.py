@@ -23,6 +23,8 @@ KINDS = ("none", "curve")
 CONFIGURATION = "2d"
 PLANS = "nnUNetFedHarmPlans"
 PAGE = "demo.html"
+SEED = 2026
+"""Not 0: on the subjects of seed 0, held-out ones included, scanner and harmonizer settings of the demo were chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, default=Path("nnunet-fedharm-demo"), help="folder (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny: shows that all steps work, learns next to nothing")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of data and training (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_demo(root: Path, settings: DemoSettings, *, seed: int = 0) -> Path:
+def run_demo(root: Path, settings: DemoSettings, *, seed: int = SEED) -> Path:
     """Data, federation without and with a harmonizer, stock prediction, evaluation, page.
 
     A stopped demo goes on where it stopped when it is started again with the same settings.
