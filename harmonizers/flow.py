@@ -53,11 +53,13 @@ class FlowConfig:
     trust: float = 0.0
     """A site trains if its quantiles lie within this mean distance (in standard deviations) of the reference's. The site
     nearest to the reference always trains; raise it only for sites whose contrast has the reference's order of tissues."""
+    block: int = 16
+    """Every other training step cuts its patches into blocks of this many voxels, each with an appearance of its own."""
     gradient_weight: float = 0.5
     """Weight of the error in differences between neighbouring voxels: edges and texture."""
-    inverted_share: float = 0.25
+    inverted_share: float = 0.35
     """Share of training samples with falling tone curves."""
-    free_share: float = 0.15
+    free_share: float = 0.1
     """Share of training samples with tone curves of any shape."""
     noise: float = 0.15
     """Largest standard deviation of the noise added in training."""
@@ -65,6 +67,8 @@ class FlowConfig:
     def __post_init__(self) -> None:
         if self.width < 2 or self.width % 2 or self.depth < 1:
             raise PlanError("harmonizer.width must be even and >= 2, and depth >= 1.")
+        if self.block < 4:
+            raise PlanError(f"harmonizer.block must be >= 4, got {self.block}.")
         if not 1 <= self.n_steps <= 4:
             raise PlanError(f"harmonizer.n_steps must be 1 to 4, got {self.n_steps}.")
         for name in ("start_share", "style_dropout", "inverted_share", "free_share"):
@@ -115,8 +119,9 @@ class FlowHarmonizer(Harmonizer):
                 nn.Linear(embedding, embedding),
             )
         network = UNet2d if spatial_dims == 2 else ResNet3d
-        # x_t and x', and one channel that tells padding from tissue of mean intensity.
-        self.network = network(2 * num_channels + 1, num_channels, config.width, config.depth)
+        # x_t, x' and what `_matched` adds, and one channel that tells padding from tissue of mean intensity.
+        inputs = (4 if config.style else 2) * num_channels + 1
+        self.network = network(inputs, num_channels, config.width, config.depth)
 
     @property
     def reach(self) -> int:
@@ -124,7 +129,8 @@ class FlowHarmonizer(Harmonizer):
         return self.network.reach * self.config.n_steps
 
     def transform(self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor) -> Tensor:
-        code = self._code(quantiles, torch.ones_like(quantiles[:, 0, 0]))
+        known = torch.ones_like(quantiles[:, 0, 0])
+        code, matched = self._code(quantiles, known), self._matched(image, mask, quantiles, known)
         steps = self.config.n_steps
         # The default grid of the scheduler stops short of 0; these sigmas are n equal steps from 1 to 0.
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
@@ -132,17 +138,32 @@ class FlowHarmonizer(Harmonizer):
         sample = image
         for step, timestep in enumerate(self.scheduler.timesteps):
             time = torch.full_like(quantiles[:, 0, 0], 1 - step / steps)
-            velocity = mask * self.velocity(sample, image, mask, time, code)
+            velocity = mask * self.velocity(sample, matched, mask, time, code)
             sample = self.scheduler.step(velocity, timestep, sample).prev_sample
         return sample - image
 
     def velocity(
-        self, sample: Tensor, image: Tensor, mask: Tensor, time: Float[Tensor, " b"], code: Float[Tensor, "b e"]
+        self, sample: Tensor, matched: Tensor, mask: Tensor, time: Float[Tensor, " b"], code: Float[Tensor, "b e"]
     ) -> Float[Tensor, "b c *spatial"]:
-        """Predicted v at x_t = sample, on the way from x' = image."""
-        inside = mask.any(dim=1, keepdim=True).to(image.dtype)
-        velocity: Tensor = self.network(torch.cat([sample, image, inside], dim=1), time, code)
+        """Predicted v at x_t = sample, on the way from an image whose `_matched` channels are given."""
+        inside = mask.any(dim=1, keepdim=True).to(sample.dtype)
+        velocity: Tensor = self.network(torch.cat([sample, matched, inside], dim=1), time, code)
         return velocity
+
+    def _matched(
+        self, image: Tensor, mask: Tensor, quantiles: Float[Tensor, "b c q"], known: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b m *spatial"]:
+        """x' itself and, where the style is known, x' with its quantiles mapped to the reference's, upright and upside down.
+
+        Two guesses that a histogram allows; the surroundings tell which one to trust, and where.
+        """
+        if not self.config.style:
+            return image
+        reference = self.reference_quantiles.expand_as(quantiles)
+        weight = mask * known.reshape(-1, *([1] * (image.ndim - 1)))
+        upright = image + apply_displacement(image, quantile_map(quantiles, reference).to(image.dtype))
+        fallen = quantile_map(-quantiles.flip(-1), reference).to(image.dtype)
+        return torch.cat([image, upright * weight, (apply_displacement(-image, fallen) - image) * weight], dim=1)
 
     def trains_on(self, site: int) -> bool:
         """Whether that site's images are taken for the reference's: the nearest site, and those within `trust`."""
@@ -150,7 +171,9 @@ class FlowHarmonizer(Harmonizer):
         return bool(distance[site] <= max(self.config.trust, float(distance.min())))
 
     def self_paired_loss(self, image: Tensor, sites: Int[Tensor, " b"], generator: torch.Generator) -> Tensor:
-        """Mean absolute error of the velocity, and of its differences between neighbours, in standard deviations."""
+        """Mean squared error of the velocity, and of its differences between neighbours, in squared standard deviations."""
+        if torch.rand((), generator=generator) < 0.5:  # the other half keeps the surroundings of whole patches
+            image, sites = in_blocks(image, sites, self.config.block)
         own, mask = self.bank_quantiles[sites], image != 0
         reference = self.reference_quantiles.expand_as(own)
         with torch.no_grad():
@@ -162,7 +185,8 @@ class FlowHarmonizer(Harmonizer):
             share = time.reshape(-1, *([1] * (image.ndim - 1)))
             sample = torch.lerp(target, seen, share)
         known = (torch.rand(len(sites), generator=generator) >= self.config.style_dropout).to(image)
-        velocity = self.velocity(sample, seen, mask, time, self._code(style, known))
+        matched = self._matched(seen, mask, style, known)
+        velocity = self.velocity(sample, matched, mask, time, self._code(style, known))
         return velocity_loss(velocity - (seen - target), mask, self.config.gradient_weight)
 
     def _draw_times(self, count: int, generator: torch.Generator) -> Float[Tensor, " b"]:
@@ -179,15 +203,34 @@ class FlowHarmonizer(Harmonizer):
         return code
 
 
+def in_blocks(
+    image: Float[Tensor, "b c *spatial"], sites: Int[Tensor, " b"], size: int
+) -> tuple[Float[Tensor, "n c *block"], Int[Tensor, " n"]]:
+    """Patches cut into blocks of at least `size` voxels along each axis: more appearances in one step at the same cost.
+
+    What a whole number of blocks does not cover is left out.
+    """
+    for axis in range(2, image.ndim):
+        count = max(1, image.shape[axis] // size)
+        length = image.shape[axis] // count
+        blocks = [image.narrow(axis, index * length, length) for index in range(count)]
+        image, sites = torch.cat(blocks), sites.repeat(count)
+    return image, sites
+
+
 def velocity_loss(error: Float[Tensor, "b c *spatial"], mask: Tensor, gradient_weight: float) -> Float[Tensor, ""]:
-    """Mean absolute error inside the mask, plus that of differences along each axis between voxels that are both inside."""
+    """Mean squared error inside the mask, plus that of differences along each axis between voxels that are both inside.
+
+    Squared: where a patch leaves two appearances possible the answer is their mean, and evidence moves it from the start;
+    absolute errors would stay with the likelier one.
+    """
     error = error.float() * mask
-    loss = error.abs().sum() / mask.sum().clamp(min=1)
+    loss = error.square().sum() / mask.sum().clamp(min=1)
     if gradient_weight == 0:
         return loss
     for axis in range(2, error.ndim):
         size = error.shape[axis] - 1
         both = mask.narrow(axis, 0, size) & mask.narrow(axis, 1, size)
         step = error.diff(dim=axis) * both
-        loss = loss + gradient_weight / (error.ndim - 2) * step.abs().sum() / both.sum().clamp(min=1)
+        loss = loss + gradient_weight / (error.ndim - 2) * step.square().sum() / both.sum().clamp(min=1)
     return loss

@@ -21,7 +21,7 @@ from nnunet_fedharm.harmonizers.appearance import (
     spline_displacement,
     standardised,
 )
-from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer, velocity_loss
+from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer, in_blocks, velocity_loss
 from nnunet_fedharm.harmonizers.style import average_styles
 from nnunet_fedharm.harmonizers.tone import apply_displacement, knot_positions
 from tests.harmonizers.test_harmonizers import make, padded_noise, style
@@ -164,7 +164,8 @@ def test_one_step_from_the_image_is_the_image_minus_the_velocity() -> None:
     mask, one = image != 0, torch.ones(2)
     with torch.no_grad():
         quantiles, _ = harmonizer.style_of(image, mask)
-        velocity = harmonizer.velocity(image, image, mask, one, harmonizer._code(quantiles, one))
+        matched = harmonizer._matched(image, mask, quantiles, one)
+        velocity = harmonizer.velocity(image, matched, mask, one, harmonizer._code(quantiles, one))
         torch.testing.assert_close(harmonizer(image), image - mask * velocity)
 
 
@@ -176,7 +177,7 @@ def test_steps_of_a_constant_velocity_add_up_to_it_however_many(monkeypatch: pyt
 
         def constant(
             sample: Tensor,
-            image: Tensor,
+            matched: Tensor,
             mask: Tensor,
             time: Tensor,
             code: Tensor,
@@ -258,8 +259,28 @@ def test_the_loss_counts_only_voxels_inside() -> None:
     error[..., 2:] = 100.0
     assert velocity_loss(error, mask, 1.0) == 0
     error[..., :2] = 2.0
-    assert velocity_loss(error, mask, 0.0) == 2.0
-    assert velocity_loss(error, mask, 1.0) == 2.0  # no differences between neighbours
+    assert velocity_loss(error, mask, 0.0) == 4.0
+    assert velocity_loss(error, mask, 1.0) == 4.0  # no differences between neighbours
+
+
+def test_the_upside_down_guess_undoes_an_inversion() -> None:
+    harmonizer = flow()
+    normal = torch.randn(1, 1, 64, 64, generator=seeded()).clamp(-2, 2)
+    quantiles = -harmonizer.reference_quantiles.flip(-1)[None]
+    matched = harmonizer._matched(-normal, normal != 0, quantiles, torch.ones(1))
+    torch.testing.assert_close(matched[:, 2:], normal, atol=0.05, rtol=0)
+    hidden = harmonizer._matched(-normal, normal != 0, quantiles, torch.zeros(1))
+    assert (hidden[:, 1:] == 0).all()
+
+
+def test_blocks_hold_each_voxel_once_and_keep_their_site() -> None:
+    image = torch.arange(2 * 32 * 40.0).reshape(2, 1, 32, 40)
+    blocks, sites = in_blocks(image, torch.tensor([5, 6]), 16)
+    assert blocks.shape == (8, 1, 16, 20)
+    assert sorted(blocks.flatten().tolist()) == image.flatten().tolist()
+    assert all((block >= 1280).all() == (site == 6) for block, site in zip(blocks, sites.tolist(), strict=True))
+    whole, _ = in_blocks(image, torch.tensor([5, 6]), 64)
+    assert torch.equal(whole, image)
 
 
 @pytest.mark.parametrize(
