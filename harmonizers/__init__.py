@@ -14,15 +14,16 @@ import torch
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.base import SITE_LOCAL, Harmonizer
 from nnunet_fedharm.harmonizers.curve import CurveConfig, CurveHarmonizer
+from nnunet_fedharm.harmonizers.cyclegan import CycleGANConfig, CycleGANHarmonizer
 from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer
 from nnunet_fedharm.harmonizers.none import IdentityHarmonizer
 from nnunet_fedharm.harmonizers.nyul import NyulHarmonizer
 from nnunet_fedharm.harmonizers.style import Style
 
-KINDS: tuple[str, ...] = ("none", "nyul", "curve", "diffusion")
+KINDS: tuple[str, ...] = ("none", "nyul", "curve", "cyclegan", "diffusion")
 """Harmonizers of this release, in the order of what they can do."""
 
-LEARNED: frozenset[str] = frozenset({"curve", "diffusion"})
+LEARNED: frozenset[str] = frozenset({"curve", "cyclegan", "diffusion"})
 """Kinds that have a harmonizer phase."""
 
 __all__ = ["KINDS", "LEARNED", "SITE_LOCAL", "Harmonizer", "build_harmonizer"]
@@ -60,6 +61,8 @@ def build_harmonizer(
         torch.manual_seed(0)  # all sites start from the same weights; the federation overwrites them anyway
         if kind == "curve":
             return CurveHarmonizer(**shape, config=CurveConfig(**_known(kind, options, CurveConfig)))
+        if kind == "cyclegan":
+            return CycleGANHarmonizer(**shape, config=CycleGANConfig(**_known(kind, options, CycleGANConfig)))
         if kind == "diffusion":
             return FlowHarmonizer(**shape, config=FlowConfig(**_known(kind, options, FlowConfig)))
         if kind == "nyul":

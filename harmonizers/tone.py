@@ -43,7 +43,7 @@ def apply_displacement(
     position = (flat.clamp(-TONE_RANGE, TONE_RANGE) + TONE_RANGE) * ((knots - 1) / (2 * TONE_RANGE))
     left = position.detach().floor().clamp(0, knots - 2)
     fraction = position - left
-    index = left.long()
+    index = left.nan_to_num(0.0).long()  # NaN stays NaN through the fraction, and is no index
     low = torch.gather(displacement, -1, index)
     high = torch.gather(displacement, -1, index + 1)
     return (low + fraction * (high - low)).reshape(image.shape)

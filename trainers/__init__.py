@@ -3,6 +3,7 @@
 from nnunet_fedharm.trainers.fedharm_trainer import (
     nnUNetTrainerFedHarm,
     nnUNetTrainerFedHarmCurve,
+    nnUNetTrainerFedHarmCycleGAN,
     nnUNetTrainerFedHarmDiffusion,
     nnUNetTrainerFedHarmNone,
     nnUNetTrainerFedHarmNyul,
@@ -12,6 +13,7 @@ from nnunet_fedharm.trainers.fedharm_trainer import (
 __all__ = [
     "nnUNetTrainerFedHarm",
     "nnUNetTrainerFedHarmCurve",
+    "nnUNetTrainerFedHarmCycleGAN",
     "nnUNetTrainerFedHarmDiffusion",
     "nnUNetTrainerFedHarmNone",
     "nnUNetTrainerFedHarmNyul",

@@ -304,6 +304,12 @@ class nnUNetTrainerFedHarmCurve(nnUNetTrainerFedHarm):  # noqa: N801
     kind = "curve"
 
 
+class nnUNetTrainerFedHarmCycleGAN(nnUNetTrainerFedHarm):  # noqa: N801
+    """Many-to-one CycleGAN."""
+
+    kind = "cyclegan"
+
+
 class nnUNetTrainerFedHarmDiffusion(nnUNetTrainerFedHarm):  # noqa: N801
     """Flow-matching bridge from the image to the reference's appearance."""
 
@@ -314,6 +320,7 @@ TRAINER_SUFFIX: dict[str, str] = {
     "none": "None",
     "nyul": "Nyul",
     "curve": "Curve",
+    "cyclegan": "CycleGAN",
     "diffusion": "Diffusion",
 }
 """Harmonizer kind -> end of the trainer's class name."""

@@ -7,6 +7,7 @@ no `__init__.py` because it may also serve as an entry of the environment variab
 from nnunet_fedharm.trainers import (
     nnUNetTrainerFedHarm,
     nnUNetTrainerFedHarmCurve,
+    nnUNetTrainerFedHarmCycleGAN,
     nnUNetTrainerFedHarmDiffusion,
     nnUNetTrainerFedHarmNone,
     nnUNetTrainerFedHarmNyul,
@@ -15,6 +16,7 @@ from nnunet_fedharm.trainers import (
 __all__ = [
     "nnUNetTrainerFedHarm",
     "nnUNetTrainerFedHarmCurve",
+    "nnUNetTrainerFedHarmCycleGAN",
     "nnUNetTrainerFedHarmDiffusion",
     "nnUNetTrainerFedHarmNone",
     "nnUNetTrainerFedHarmNyul",

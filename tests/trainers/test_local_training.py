@@ -98,6 +98,20 @@ def test_a_site_that_does_not_look_like_the_reference_sits_out_the_diffusion_har
     assert not equal(away, reference)
 
 
+def test_modules_of_one_site_stay_in_its_state_and_live_on(active: Planned, tmp_path: Path) -> None:
+    weights = start(active, "cyclegan")
+    arguments = {"phase": "harmonizer", "first_epoch": 0, "epochs": 1}
+    first = site(active, tmp_path, "cyclegan").run(round_index=0, weights=weights, **arguments)
+    kept = torch.load(tmp_path / "harmonizer_round_00000.pt", weights_only=True)["training"]
+    assert {name.split(".")[0] for name in kept["local"]} == {"generator", "discriminator"}
+    assert set(first.weights) == set(weights)
+    assert not any("backward" in name or "local" in name for name in first.weights)
+    assert any("reference_discriminator" in name for name in first.weights)
+    again = site(active, tmp_path, "cyclegan").run(round_index=1, weights=weights, **arguments)
+    fresh = site(active, tmp_path / "fresh", "cyclegan").run(round_index=1, weights=weights, **arguments)
+    assert not equal(again, fresh)
+
+
 def test_only_the_last_two_states_are_kept(active: Planned, tmp_path: Path) -> None:
     weights = start(active)
     for index in range(4):

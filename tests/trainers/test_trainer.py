@@ -32,6 +32,7 @@ TRAINERS = {
     "none": "nnUNetTrainerFedHarmNone",
     "nyul": "nnUNetTrainerFedHarmNyul",
     "curve": "nnUNetTrainerFedHarmCurve",
+    "cyclegan": "nnUNetTrainerFedHarmCycleGAN",
     "diffusion": "nnUNetTrainerFedHarmDiffusion",
 }
 
@@ -112,10 +113,11 @@ def test_a_whole_training_can_be_stopped_resumed_validated_and_predicted_by_stoc
     assert (tmp_path / "Bcase000.nii.gz").is_file()
 
 
+@pytest.mark.parametrize("kind", ["curve", "cyclegan"])
 def test_the_harmonizer_phase_resumes_where_it_was_interrupted(
-    active: Planned, capsys: pytest.CaptureFixture[str]
+    active: Planned, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interrupted = our_trainer(active, "curve", "2d", fold=1)
+    interrupted = our_trainer(active, kind, "2d", fold=1)
     interrupted.initialize()
     saved = interrupted._save_harmonizer
 
@@ -127,7 +129,7 @@ def test_the_harmonizer_phase_resumes_where_it_was_interrupted(
     with pytest.raises(KeyboardInterrupt):
         interrupted.run_harmonizer_phase()
     assert "Harmonizer epoch 0:" in capsys.readouterr().out
-    resumed = our_trainer(active, "curve", "2d", fold=1)
+    resumed = our_trainer(active, kind, "2d", fold=1)
     resumed.initialize()
     resumed.run_harmonizer_phase()
     assert int(resumed.harmonizer.trained_epochs) == SCHEDULE.harmonizer_epochs
@@ -135,7 +137,7 @@ def test_the_harmonizer_phase_resumes_where_it_was_interrupted(
     assert "Harmonizer phase resumes at epoch 1" in log
     assert "Harmonizer epoch 1:" in log
     assert "Harmonizer epoch 0:" not in log
-    uninterrupted = our_trainer(active, "curve", "2d", fold=1)
+    uninterrupted = our_trainer(active, kind, "2d", fold=1)
     uninterrupted._resume = False
     uninterrupted.initialize()
     uninterrupted.run_harmonizer_phase()

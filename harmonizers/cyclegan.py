@@ -1,0 +1,167 @@
+"""CycleGAN harmonizer, many sites to one reference: a shared generator, and what trains it.
+
+G maps every site to the reference, B maps the reference back to a site, D judges whether a patch looks like the reference
+and D_s whether it looks like a site. Only G is needed for prediction; D travels with it so that all sites face one judge; B
+and D_s stay at the site unless `share_backward` is set. The losses stand in `cyclegan_training`.
+
+| symbol | here |
+|---|---|
+| G: X -> Y | `forward`, the wrapper x + gate * mask * R around `generator` |
+| F: Y -> X | B, `CycleGANTraining.backward` |
+| D_Y, D_X | `reference_discriminator`, `CycleGANTraining.site_discriminator` |
+| lambda | `cycle_weight` |
+
+References:
+    Zhu et al., "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks", ICCV 2017, eq. 3.
+    Roca et al., "IGUANe: a 3D generalizable CycleGAN for multicenter harmonization of brain MR images", MedIA 2025.
+    Mao et al., "Least Squares Generative Adversarial Networks", ICCV 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.harmonizers.base import Harmonizer
+from nnunet_fedharm.harmonizers.cyclegan_training import CycleGANTraining
+from nnunet_fedharm.harmonizers.polarity import INVERTED_BELOW, PolarityJudge, dress, expand
+from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator, ResidualNetwork
+from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleGANConfig:
+    width: int = 12
+    """Channels inside the generators; a step of the segmenter pays for one forward pass of G."""
+    dilations: Sequence[int] = (1, 2, 4)
+    """One residual block each; G sees 1 + their sum voxels in every direction."""
+    discriminator_width: int = 16
+    """Channels after the discriminators' first convolution."""
+    adversarial_weight: float = 1.0
+    """Weight of the least-squares adversarial terms."""
+    cycle_weight: float = 10.0
+    """Lambda of the cycle terms; 0 turns them off."""
+    identity_weight: float = 5.0
+    """Weight of G(reference) = reference; 0 turns it off."""
+    paired_weight: float = 0.0
+    """Weight of the distance between G(pseudo-source) and the reference's own image that it was made from."""
+    pseudo_references: bool = True
+    """Where a site has no image of the reference, train D on its own images mapped to the reference's quantiles. Off: D is
+    not trained at such a site, only asked."""
+    pseudo_sources: bool = True
+    """At the reference, use its images in another site's quantiles (and inverted, if that site is) as what is to be mapped."""
+    polarity: bool = True
+    """Let a judge trained at the reference vote on whether a site's contrast is inverted, and start from the inverse there."""
+    share_backward: bool = False
+    """Export and average B and D_s too, as an exact split of CycleGAN over sites does; off: they never leave the site."""
+    one_sided: bool = False
+    """Train each discriminator on whichever side a site has. Only for one step per exchange: over many local steps a
+    one-sided discriminator learns nothing."""
+
+    def __post_init__(self) -> None:
+        # A frozen configuration holds no list, and plans are JSON, which knows no tuples.
+        object.__setattr__(self, "dilations", tuple(self.dilations))
+        if self.width < 1 or self.discriminator_width < 1:
+            raise PlanError("harmonizer.width and discriminator_width must be >= 1.")
+        if not self.dilations or min(self.dilations) < 1:
+            raise PlanError(f"harmonizer.dilations needs at least one value, all >= 1, got {self.dilations}.")
+        for name in ("adversarial_weight", "cycle_weight", "identity_weight", "paired_weight"):
+            if getattr(self, name) < 0:
+                raise PlanError(f"harmonizer.{name} must be >= 0, got {getattr(self, name)}. Use 0 to turn it off.")
+        if self.one_sided and self.pseudo_references:
+            raise PlanError("harmonizer.one_sided is the mode without pseudo_references; switch one of them off.")
+
+
+class CycleGANHarmonizer(Harmonizer):
+    """G of a many-to-one CycleGAN: x + gate * mask * R(x, style)."""
+
+    learned = True
+    polarity: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_channels: int,
+        spatial_dims: int,
+        styles: list[Style],
+        reference: Style | None,
+        config: CycleGANConfig,
+    ) -> None:
+        super().__init__(num_channels=num_channels, spatial_dims=spatial_dims, styles=styles, reference=reference)
+        self.config = config
+        self.generator = self.new_generator()
+        self.reference_discriminator = self.new_discriminator(conditional=False)
+        if config.polarity:
+            self.polarity_judge = PolarityJudge(
+                channels=num_channels, spatial_dims=spatial_dims, width=config.discriminator_width
+            )
+            self.register_buffer("polarity", torch.ones(len(styles), num_channels))
+        self.shared_backward = self.new_backward() if config.share_backward else None
+
+    def transform(self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor) -> Tensor:
+        base = self.upright(image, quantiles)
+        result: Tensor = (base - image) + self.generator(base, self.style_features(quantiles))
+        return result
+
+    def upright(self, image: Tensor, quantiles: Tensor) -> Tensor:
+        """What the residual is added to: the image itself, or its inverse in the reference's quantiles at an inverted site."""
+        if not self.config.polarity:
+            return image
+        inverted = self.inverted(quantiles)
+        turned = dress(image, quantiles, self.reference_quantiles.expand_as(quantiles), inverted)
+        return torch.where(expand(inverted, image), turned, image)
+
+    def inverted(self, quantiles: Float[Tensor, "b c q"]) -> Bool[Tensor, "b c"]:
+        """Whether the site of the bank that has these quantiles (or the nearest ones) is inverted, per channel."""
+        if not self.config.polarity or not len(self.polarity):
+            return torch.zeros(quantiles.shape[:2], dtype=torch.bool, device=quantiles.device)
+        distance = (quantiles[:, None] - self.bank_quantiles[None]).abs().mean(dim=(2, 3))
+        return self.polarity[distance.argmin(dim=1)] < INVERTED_BELOW
+
+    def style_features(self, quantiles: Float[Tensor, "b c q"]) -> Float[Tensor, "b f"]:
+        """What the networks are told of a site: its quantiles and their distance to the reference's."""
+        reference = self.reference_quantiles.expand_as(quantiles)
+        return rearrange(torch.stack([quantiles, reference - quantiles], dim=1), "b two c q -> b (two c q)")
+
+    def mapping_parameters(self) -> Iterator[nn.Parameter]:
+        """Of G alone: the segmentation loss does not reach the discriminators."""
+        return self.generator.parameters()
+
+    def make_training(self, *, lr: float, total_epochs: int) -> CycleGANTraining:
+        """Two optimizers: one for the generators, one for the discriminators."""
+        return CycleGANTraining(self, lr=lr, total_epochs=total_epochs)
+
+    def new_generator(self) -> ResidualNetwork:
+        """A network of G's and B's form."""
+        return ResidualNetwork(
+            channels=self.num_channels,
+            spatial_dims=self.spatial_dims,
+            style_size=self._style_size,
+            width=self.config.width,
+            dilations=self.config.dilations,
+        )
+
+    def new_discriminator(self, *, conditional: bool) -> PatchDiscriminator:
+        """A judge of the reference, or (conditional) of the site whose style it is told."""
+        return PatchDiscriminator(
+            channels=self.num_channels,
+            spatial_dims=self.spatial_dims,
+            width=self.config.discriminator_width,
+            style_size=self._style_size if conditional else 0,
+        )
+
+    def new_backward(self) -> nn.ModuleDict:
+        """B and D_s."""
+        return nn.ModuleDict(
+            {"generator": self.new_generator(), "discriminator": self.new_discriminator(conditional=True)}
+        )
+
+    @property
+    def _style_size(self) -> int:
+        return 2 * self.num_channels * len(QUANTILE_LEVELS)

@@ -1,0 +1,251 @@
+"""Losses and steps of the CycleGAN harmonizer, centralized and at one site of a federation.
+
+A step has two sides. The source side holds a site's patches x: G(x) has to convince D, B(G(x)) has to be x. The reference
+side holds reals r of D: B(r) has to convince D_s, G(B(r)) and G(r) have to be r. Centralized, r are patches of the reference
+site. In a federation only the reference site has such patches, and a discriminator that sees one side over many local steps
+learns nothing; a site without them therefore makes pseudo-references of its own patches, or leaves D alone.
+
+Pseudo-references are monotone maps; at a site of inverted contrast they teach D that inverted images are real, unless the
+site's polarity is known (see `polarity`). Pseudo-sources are the other way round: the reference site gives its own patches
+the quantiles of the other sites, and so has both sides, with genuine reals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnunet_fedharm.harmonizers.polarity import dress, expand, vote
+from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator, ResidualNetwork
+from nnunet_fedharm.harmonizers.training import HarmonizerTraining
+
+if TYPE_CHECKING:
+    from nnunet_fedharm.harmonizers.cyclegan import CycleGANHarmonizer
+
+Patch = Float[Tensor, "b c *spatial"]
+
+BETAS = (0.5, 0.999)
+"""Adam's, as in the paper: less momentum, because the other player moves."""
+
+HUBER = 0.5
+"""Differences below this many standard deviations count squared, larger ones linearly."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Patches to be mapped to the reference.
+
+    Attributes:
+        image: (B, C, *spatial).
+        sites: index into the bank of the style that each shows.
+        origin: the reference's patch that a pseudo-source was made from; elsewhere the patch itself.
+        paired: True where `origin` is the answer.
+    """
+
+    image: Tensor
+    sites: Tensor
+    origin: Tensor
+    paired: Tensor
+
+
+class CycleGANTraining(HarmonizerTraining):
+    """Alternates a step of the generators and one of the discriminators."""
+
+    uses_references = True
+    harmonizer: CycleGANHarmonizer
+
+    def __init__(self, harmonizer: CycleGANHarmonizer, *, lr: float, total_epochs: int) -> None:
+        super().__init__(harmonizer, lr=lr, total_epochs=total_epochs)
+        self.config = harmonizer.config
+        self.reference_sites = harmonizer.reference_sites()
+        if harmonizer.shared_backward is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)  # not G's start: two networks that begin alike waste the cycle's first steps
+                self.local = harmonizer.new_backward()
+            self.local.to(harmonizer.gate.device)
+        own = self.local if harmonizer.shared_backward is None else harmonizer.shared_backward
+        self.backward = cast(ResidualNetwork, own["generator"])
+        self.site_discriminator = cast(PatchDiscriminator, own["discriminator"])
+        self.optimizers["generators"] = _adam([harmonizer.generator, self.backward], lr)
+        if self.config.polarity:
+            self.optimizers["polarity"] = torch.optim.Adam(harmonizer.polarity_judge.parameters(), lr=lr)
+        self.optimizers["discriminators"] = _adam([harmonizer.reference_discriminator, self.site_discriminator], lr)
+
+    def step(
+        self,
+        image: Tensor,
+        sites: Int[Tensor, " b"],
+        generator: torch.Generator,
+        references: Tensor | None = None,
+    ) -> dict[str, float]:
+        if self.config.polarity:
+            self._polarity_step(image, sites, generator, references)
+        sources = self.sources(image, sites, generator)
+        reals = self.reals(image, sites, references)
+        judges = nn.ModuleList([self.harmonizer.reference_discriminator, self.site_discriminator])
+        with _frozen(judges):
+            parts, fake_reference, fake_source = self.generator_losses(sources, reals)
+            total = torch.stack(list(parts.values())).sum()
+            self.descend("generators", total)
+        judged = self.discriminator_loss(sources, reals, fake_reference, fake_source)
+        if judged is not None:
+            self.descend("discriminators", judged)
+        values = {name: float(value.detach()) for name, value in parts.items()}
+        return {
+            "loss": float(total.detach()),
+            **values,
+            "discriminator": 0.0 if judged is None else float(judged.detach()),
+        }
+
+    def _polarity_step(
+        self, image: Patch, sites: Tensor, generator: torch.Generator, references: Tensor | None
+    ) -> None:
+        """Teach the judge where there are genuine references; let it vote on every other site's patches."""
+        harmonizer, judge = self.harmonizer, self.harmonizer.polarity_judge
+        wanted = harmonizer.reference_quantiles
+        if references is not None:
+            self.descend("polarity", judge.loss(references, wanted.expand(len(references), -1, -1), generator))
+        foreign = ~self._is_reference(sites)
+        with torch.no_grad():
+            log_odds = judge(image, harmonizer.bank_quantiles[sites], wanted.expand(len(image), -1, -1))
+        vote(harmonizer.polarity, log_odds[foreign], sites[foreign])
+
+    def sources(self, image: Patch, sites: Tensor, generator: torch.Generator) -> Sources | None:
+        """The batch's foreign patches, and those of the reference as pseudo-sources where the plans ask for it.
+
+        Without pseudo-sources the reference's own patches are left out: as fakes they would be reals.
+        """
+        others = [site for site in range(len(self.harmonizer.bank_quantiles)) if site not in self.reference_sites]
+        genuine = self._is_reference(sites)
+        if not (self.config.pseudo_sources and others):
+            foreign = image[~genuine]
+            return Sources(foreign, sites[~genuine], foreign, genuine[~genuine]) if len(foreign) else None
+        drawn = torch.tensor(others)[torch.randint(len(others), (len(sites),), generator=generator)].to(sites.device)
+        bank = self.harmonizer.bank_quantiles
+        shown = dress(image, bank[sites], bank[drawn], self.harmonizer.inverted(bank[drawn]))
+        choose = expand(genuine, image)
+        return Sources(torch.where(choose, shown, image), torch.where(genuine, drawn, sites), image, genuine)
+
+    def reals(self, image: Patch, sites: Tensor, references: Tensor | None) -> Tensor | None:
+        """What D is shown as the reference: genuine patches, else pseudo-references, else nothing."""
+        if references is not None:
+            return references
+        if not self.config.pseudo_references:
+            return None
+        own = self.harmonizer.bank_quantiles[sites]
+        return dress(image, own, self.harmonizer.reference_quantiles.expand_as(own), self.harmonizer.inverted(own))
+
+    def generator_losses(
+        self, sources: Sources | None, reals: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """Weighted parts of the generators' loss, and the fakes of both sides (None where a side is missing)."""
+        config, harmonizer = self.config, self.harmonizer
+        nothing = harmonizer.gate.new_zeros(())
+        adversarial, cycle, identity, paired = nothing, nothing, nothing, nothing
+        fake_reference = fake_source = None
+        if sources is not None:
+            style = harmonizer.bank_quantiles[sources.sites]
+            fake_reference = self.forth(sources.image, style)
+            adversarial = adversarial + real_loss(harmonizer.reference_discriminator(fake_reference))
+            cycle = cycle + distance(self.back(fake_reference, style), sources.image, sources.image)
+            paired = distance(fake_reference, sources.origin, sources.image * expand(sources.paired, sources.image))
+        if reals is not None:
+            wanted = harmonizer.bank_quantiles[self._wanted_sites(sources, len(reals))]
+            fake_source = self.back(reals, wanted)
+            adversarial = adversarial + real_loss(
+                self.site_discriminator(fake_source, harmonizer.style_features(wanted))
+            )
+            cycle = cycle + distance(self.forth(fake_source, wanted), reals, reals)
+            own = harmonizer.reference_quantiles.expand(len(reals), -1, -1)
+            identity = distance(self.forth(reals, own), reals, reals)
+        parts = {
+            "adversarial": config.adversarial_weight * adversarial,
+            "cycle": config.cycle_weight * cycle,
+            "identity": config.identity_weight * identity,
+            "paired": config.paired_weight * paired,
+        }
+        return parts, fake_reference, fake_source
+
+    def discriminator_loss(
+        self,
+        sources: Sources | None,
+        reals: Tensor | None,
+        fake_reference: Tensor | None,
+        fake_source: Tensor | None,
+    ) -> Tensor | None:
+        """Least squares of both discriminators; with one side only they are left alone unless `one_sided`."""
+        if (sources is None or reals is None) and not self.config.one_sided:
+            return None
+        harmonizer, terms = self.harmonizer, []
+        if reals is not None and fake_source is not None:
+            wanted = harmonizer.bank_quantiles[self._wanted_sites(sources, len(reals))]
+            terms.append(real_loss(harmonizer.reference_discriminator(reals)))
+            terms.append(fake_loss(self.site_discriminator(fake_source.detach(), harmonizer.style_features(wanted))))
+        if sources is not None and fake_reference is not None:
+            style = harmonizer.style_features(harmonizer.bank_quantiles[sources.sites])
+            terms.append(fake_loss(harmonizer.reference_discriminator(fake_reference.detach())))
+            terms.append(real_loss(self.site_discriminator(sources.image, style)))
+        return torch.stack(terms).sum() / 2 if terms else None
+
+    def forth(self, image: Patch, quantiles: Tensor) -> Patch:
+        """G: to the reference."""
+        return image + (image != 0) * self.harmonizer.transform(image, image != 0, quantiles, quantiles[..., 0])
+
+    def back(self, image: Patch, quantiles: Tensor) -> Patch:
+        """B: from the reference to the site of these quantiles, from the inverse of the image at an inverted site."""
+        inverted = self.harmonizer.inverted(quantiles)
+        reference = self.harmonizer.reference_quantiles.expand_as(quantiles)
+        base = torch.where(expand(inverted, image), dress(image, reference, quantiles, inverted), image)
+        return base + (image != 0) * self.backward(base, self.harmonizer.style_features(quantiles))
+
+    def _wanted_sites(self, sources: Sources | None, count: int) -> Tensor:
+        """Sites that B maps to: those of the sources, cycled to `count`; every site of the bank where there are none."""
+        sites = torch.arange(len(self.harmonizer.bank_quantiles)) if sources is None else sources.sites
+        return sites[torch.arange(count, device=sites.device) % len(sites)].to(self.harmonizer.gate.device)
+
+    def _is_reference(self, sites: Tensor) -> Tensor:
+        chosen = torch.tensor(self.reference_sites, dtype=sites.dtype, device=sites.device)
+        return torch.isin(sites, chosen)
+
+
+def distance(image: Patch, target: Patch, inside: Patch) -> Float[Tensor, ""]:
+    """Mean Huber distance where `inside` is not zero, in standard deviations; 0 where nothing is inside.
+
+    The paper's absolute difference has a kink at zero. A generator that starts as the identity starts in it, and never leaves.
+    """
+    mask = inside != 0
+    error = functional.smooth_l1_loss(image, target, reduction="none", beta=HUBER)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def real_loss(score: Tensor) -> Float[Tensor, ""]:
+    """Mean squared distance of the scores to 1, what a real should get."""
+    return (score - 1).square().mean()
+
+
+def fake_loss(score: Tensor) -> Float[Tensor, ""]:
+    """Mean squared distance of the scores to 0, what a fake should get."""
+    return score.square().mean()
+
+
+def _adam(modules: list[nn.Module], lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam([parameter for module in modules for parameter in module.parameters()], lr=lr, betas=BETAS)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No gradients for the weights inside the block; gradients still pass through."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)

@@ -1,0 +1,93 @@
+"""Which way up a site's contrast is: found from anatomy, without an image leaving its site."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nnunet_fedharm.harmonizers.polarity import INVERTED_BELOW, PolarityJudge, dress, vote
+from tests.harmonizers.test_cyclegan import CLINIC, REFERENCE, gan, training
+from tests.harmonizers.test_harmonizers import make
+
+
+def lakes(seed: int, batch: int = 8) -> Tensor:
+    """Small dark lakes in a bright land, so that inverting them changes what is seen; z-scored."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(batch, 1, 12, 12, generator=generator)
+    image = torch.nn.functional.interpolate((coarse > 0.2).float(), size=(24, 24), mode="bilinear")
+    image = image + 0.1 * torch.randn(image.shape, generator=generator)
+    return (image - image.mean(dim=(1, 2, 3), keepdim=True)) / image.std(dim=(1, 2, 3), keepdim=True)
+
+
+def quantiles(image: Tensor) -> Tensor:
+    levels = torch.linspace(0.01, 0.99, 33)
+    return torch.quantile(image.flatten(2), levels, dim=2).movedim(0, -1).mean(dim=0, keepdim=True)
+
+
+def test_dressing_and_undressing_gives_the_image_back() -> None:
+    image = lakes(0)
+    own, other = quantiles(image).expand(8, -1, -1), torch.linspace(-2, 2, 33).expand(8, 1, -1)
+    inverted = torch.tensor([[True], [False]] * 4)
+    there = dress(image, own, other, inverted)
+    # The inverse carries the other's quantiles, turned, back to the own ones.
+    back = dress(there, other, own, inverted)
+    torch.testing.assert_close(back, image, atol=0.15, rtol=0)
+
+
+def test_the_judge_changes_sign_with_the_image() -> None:
+    judge = PolarityJudge(channels=2, spatial_dims=2, width=4)
+    image = torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    flat = torch.linspace(-2, 2, 33).expand(3, 2, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(judge(-image, flat, flat), -judge(image, flat, flat), atol=1e-5, rtol=1e-4)
+
+
+def test_a_channel_is_judged_by_itself() -> None:
+    judge = PolarityJudge(channels=2, spatial_dims=2, width=4)
+    image = torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    flat = torch.linspace(-2, 2, 33).expand(3, 2, -1)
+    other = image.clone()
+    other[:, 1] = 1.0
+    with torch.no_grad():
+        torch.testing.assert_close(judge(other, flat, flat)[:, 0], judge(image, flat, flat)[:, 0])
+
+
+def test_votes_move_only_the_sites_of_the_batch() -> None:
+    polarity = torch.ones(3, 1)
+    for _ in range(100):
+        vote(polarity, torch.tensor([[-9.0], [9.0]]), torch.tensor([2, 1]))
+    assert polarity[0] == 1.0
+    assert polarity[1] > 0.99
+    assert polarity[2] < INVERTED_BELOW
+
+
+def test_an_untrained_judge_inverts_nothing() -> None:
+    trained = training(gan())
+    for seed in range(10):
+        trained.step(lakes(seed), torch.full((8,), CLINIC), torch.Generator().manual_seed(seed))
+    assert not trained.harmonizer.inverted(trained.harmonizer.bank_quantiles).any()
+
+
+@pytest.mark.parametrize("upset", [True, False])
+def test_an_inverted_site_is_found_and_turned_over(upset: bool) -> None:
+    harmonizer = gan(discriminator_width=12)
+    reference = quantiles(lakes(0, 64))
+    harmonizer.reference_quantiles.copy_(reference[0])
+    site = lambda seed: (-1 if upset else 1) * lakes(seed).sign() * lakes(seed).abs() ** 0.8  # noqa: E731 - another tone
+    for index in range(len(harmonizer.bank_quantiles)):
+        harmonizer.bank_quantiles[index] = reference[0] if index == REFERENCE else quantiles(site(99))[0] + 0.01 * index
+    trained = training(harmonizer, lr=3e-3)
+    for seed in range(150):
+        drawn = torch.Generator().manual_seed(seed)
+        trained._polarity_step(site(seed), torch.full((8,), CLINIC), drawn, lakes(seed + 1000))
+    assert bool(harmonizer.inverted(harmonizer.bank_quantiles[[CLINIC]]).all()) is upset
+    harmonizer.set_batch_styles(torch.full((8,), CLINIC))
+    with torch.no_grad():
+        mapped = harmonizer(site(7))
+    assert float(torch.corrcoef(torch.stack([mapped.flatten(), lakes(7).flatten()]))[0, 1]) > 0.9
+
+
+def test_polarity_travels_with_the_network_and_can_be_switched_off() -> None:
+    assert "polarity" in make("cyclegan").state_dict()
+    assert not any("polarity" in name for name in make("cyclegan", polarity=False).state_dict())
