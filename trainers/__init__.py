@@ -1,14 +1,14 @@
 """nnU-Net trainers with a harmonizer in front, and one site's work in a federated round."""
 
-from nnunet_fedharm.trainers.fedharm_trainer import (
-    nnUNetTrainerFedHarm,
+from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
+from nnunet_fedharm.trainers.kinds import (
     nnUNetTrainerFedHarmCurve,
     nnUNetTrainerFedHarmCycleGAN,
     nnUNetTrainerFedHarmDiffusion,
     nnUNetTrainerFedHarmNone,
     nnUNetTrainerFedHarmNyul,
-    trainer_name_for,
 )
+from nnunet_fedharm.trainers.names import trainer_name_for
 
 __all__ = [
     "nnUNetTrainerFedHarm",

@@ -25,6 +25,7 @@ from nnunet_fedharm.sites.registry import SitesFile
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
 from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
+from nnunet_fedharm.trainers.names import trainer_name_for
 from nnunet_fedharm.trainers.patches import PatchSampler, list_cases
 from nnunet_fedharm.trainers.seeds import derive_seed, torch_generator
 from nnunet_fedharm.trainers.weights import bare_module
@@ -284,54 +285,3 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
         self.harmonizer.load_state_dict(state["harmonizer"])
         training.load_state_dict(state["training"])
         self.print_to_log_file(f"Harmonizer phase resumes at epoch {int(self.harmonizer.trained_epochs)}.")
-
-
-class nnUNetTrainerFedHarmNone(nnUNetTrainerFedHarm):  # noqa: N801
-    """The identity harmonizer: the control of every comparison."""
-
-    kind = "none"
-
-
-class nnUNetTrainerFedHarmNyul(nnUNetTrainerFedHarm):  # noqa: N801
-    """Federated Nyul landmarks."""
-
-    kind = "nyul"
-
-
-class nnUNetTrainerFedHarmCurve(nnUNetTrainerFedHarm):  # noqa: N801
-    """Learned tone curve and gain."""
-
-    kind = "curve"
-
-
-class nnUNetTrainerFedHarmCycleGAN(nnUNetTrainerFedHarm):  # noqa: N801
-    """Many-to-one CycleGAN."""
-
-    kind = "cyclegan"
-
-
-class nnUNetTrainerFedHarmDiffusion(nnUNetTrainerFedHarm):  # noqa: N801
-    """Flow-matching bridge from the image to the reference's appearance."""
-
-    kind = "diffusion"
-
-
-TRAINER_SUFFIX: dict[str, str] = {
-    "none": "None",
-    "nyul": "Nyul",
-    "curve": "Curve",
-    "cyclegan": "CycleGAN",
-    "diffusion": "Diffusion",
-}
-"""Harmonizer kind -> end of the trainer's class name."""
-
-
-def trainer_name_for(kind: str) -> str:
-    """Name of the trainer class of a harmonizer kind.
-
-    Raises:
-        PlanError: no trainer trains this kind.
-    """
-    if kind not in TRAINER_SUFFIX:
-        raise PlanError(f"No trainer trains the harmonizer {kind!r}. This release knows {', '.join(TRAINER_SUFFIX)}.")
-    return f"nnUNetTrainerFedHarm{TRAINER_SUFFIX[kind]}"

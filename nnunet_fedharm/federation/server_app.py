@@ -86,7 +86,7 @@ def run_server(grid: Grid, config: FederateConfig) -> Path:
 
 
 def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) -> Path:
-    from nnunet_fedharm.trainers.fedharm_trainer import trainer_name_for
+    from nnunet_fedharm.trainers.names import trainer_name_for
     from nnunet_fedharm.trainers.results import initial_weights
 
     fedharm = root.path / "fedharm"

@@ -16,7 +16,7 @@ from nnunet_fedharm.planning.merge import merge_summaries
 from nnunet_fedharm.planning.planner import PlanOptions, plan_federation
 from nnunet_fedharm.planning.section import FedHarmSection, Schedule, with_section
 from nnunet_fedharm.planning.summary import summarize_site
-from nnunet_fedharm.trainers.fedharm_trainer import trainer_name_for
+from nnunet_fedharm.trainers.names import trainer_name_for
 from nnunet_fedharm.trainers.results import initial_weights, write_results_folder
 
 SHAPE = (24, 28, 20)
