@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from nnunet_fedharm.harmonizers.polarity import dress, expand, vote
 from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator, ResidualNetwork
-from nnunet_fedharm.harmonizers.training import HarmonizerTraining
+from nnunet_fedharm.harmonizers.training import HarmonizerTraining, average_over_processes, is_distributed
 
 if TYPE_CHECKING:
     from nnunet_fedharm.harmonizers.cyclegan import CycleGANHarmonizer
@@ -95,6 +95,8 @@ class CycleGANTraining(HarmonizerTraining):
             total = torch.stack(list(parts.values())).sum()
             self.descend("generators", total)
         judged = self.discriminator_loss(sources, reals, fake_reference, fake_source)
+        if judged is None and is_distributed():  # the other processes may have both sides, and wait for this one
+            judged = torch.stack([parameter.sum() * 0 for parameter in judges.parameters()]).sum()
         if judged is not None:
             self.descend("discriminators", judged)
         values = {name: float(value.detach()) for name, value in parts.items()}
@@ -110,12 +112,17 @@ class CycleGANTraining(HarmonizerTraining):
         """Teach the judge where there are genuine references; let it vote on every other site's patches."""
         harmonizer, judge = self.harmonizer, self.harmonizer.polarity_judge
         wanted = harmonizer.reference_quantiles
-        if references is not None:
-            self.descend("polarity", judge.loss(references, wanted.expand(len(references), -1, -1), generator))
         foreign = ~self._is_reference(sites)
+        if references is not None:
+            # At a site that has genuine patches only, nobody else trains the judge, and the average of K sites divides its
+            # progress by K; K steps make up for it.
+            alone = not (is_distributed() or bool(foreign.any()))
+            for _ in range(len(harmonizer.bank_quantiles) if alone else 1):
+                self.descend("polarity", judge.loss(references, wanted.expand(len(references), -1, -1), generator))
         with torch.no_grad():
             log_odds = judge(image, harmonizer.bank_quantiles[sites], wanted.expand(len(image), -1, -1))
         vote(harmonizer.polarity, log_odds[foreign], sites[foreign])
+        average_over_processes(harmonizer.polarity)
 
     def sources(self, image: Patch, sites: Tensor, generator: torch.Generator) -> Sources | None:
         """The batch's foreign patches, and those of the reference as pseudo-sources where the plans ask for it.

@@ -128,8 +128,18 @@ class SelfPairedTraining(HarmonizerTraining):
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Mean gradient over DDP processes; the harmonizer phase calls the harmonizer itself, not the DDP wrapper."""
-    if dist.is_available() and dist.is_initialized():
-        for parameter in parameters:
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            average_over_processes(parameter.grad)
+
+
+def average_over_processes(tensor: Tensor) -> None:
+    """Mean over DDP processes, in place; nothing happens in a single process. Every process has to call it."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+
+
+def is_distributed() -> bool:
+    """Whether this is one of several DDP processes."""
+    return dist.is_available() and dist.is_initialized()

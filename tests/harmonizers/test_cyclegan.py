@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from nnunet_fedharm.errors import FedHarmError, PlanError
 from nnunet_fedharm.harmonizers import build_harmonizer
@@ -233,6 +235,25 @@ def test_paired_pseudo_sources_teach_the_tone_of_the_other_sites() -> None:
     with torch.no_grad():
         after = distance(trained.forth(shown, bank[clinic()]), image, image)
     assert after < 0.6 * distance(shown, image, image)
+
+
+def test_a_ddp_process_without_both_sides_still_meets_the_others(tmp_path: Path) -> None:
+    trained = training(gan(pseudo_sources=False))
+    before = copy.deepcopy(trained.harmonizer.reference_discriminator.state_dict())
+    met: list[str] = []
+    descend = trained.descend
+    trained.descend = lambda name, loss: (met.append(name), descend(name, loss))[1]  # type: ignore[method-assign, func-returns-value]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        trained.step(blobs(0), torch.full((4,), REFERENCE), generator(), blobs(1))
+        trained.step(blobs(0), clinic(), generator(), blobs(1))
+    finally:
+        dist.destroy_process_group()
+    assert met == ["polarity", "generators", "discriminators"] * 2
+    alone = training(gan(pseudo_sources=False))
+    alone.step(blobs(0), torch.full((4,), REFERENCE), generator(), blobs(1))
+    after = alone.harmonizer.reference_discriminator.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_loss_that_is_not_finite_stops_before_any_weight_changes() -> None:
