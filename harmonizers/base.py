@@ -167,6 +167,10 @@ class Harmonizer(nn.Module, ABC):
         """Whether images of that site of the bank take part in the harmonizer phase; a site without such images sits it out."""
         return True
 
+    def round_weight(self, site: int) -> float:
+        """What a federated round of that site weighs in the mean, against one that trains everything."""
+        return 1.0
+
     def reference_sites(self) -> list[int]:
         """Sites of the bank whose style is the reference; none where the reference is a consensus of several sites."""
         equal = (self.bank_quantiles == self.reference_quantiles).flatten(1).all(dim=1)

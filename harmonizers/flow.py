@@ -9,8 +9,9 @@ the same conventions (sample = sigma noise + (1 - sigma) data, output = noise - 
 
 Training is self-paired: x* is a patch of a site that looks like the reference, x' the patch under a random appearance
 (harmonizers/appearance.py). The target is known voxel by voxel, so nothing rewards erasing or inventing structure. Patches of
-other sites cannot be used: where contrast is inverted no histogram match gives the right target. So only trusted sites train
-(`trains_on`), and the others receive the result.
+other sites cannot be used: where contrast is inverted no histogram match gives the right target. The other sites only vote on
+whether their contrast is the reference's inverse (harmonizers/polarity.py); where it is, the bridge starts at the image turned
+over and brought to the reference's quantiles.
 
 References:
     Lipman et al., "Flow Matching for Generative Modeling", ICLR 2023; Liu et al., "Flow Straight and Fast", ICLR 2023.
@@ -19,6 +20,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +34,11 @@ from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_appearance
 from nnunet_fedharm.harmonizers.base import Harmonizer
 from nnunet_fedharm.harmonizers.flow_networks import ResNet3d, UNet2d
+from nnunet_fedharm.harmonizers.flow_training import FlowTraining
+from nnunet_fedharm.harmonizers.polarity import INVERTED_BELOW, PolarityJudge, dress, expand
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
+from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +55,16 @@ class FlowConfig:
     """Tell the network the source's quantiles. Without, it judges by the patch alone."""
     style_dropout: float = 0.2
     """Share of training samples whose style is hidden."""
-    trust: float = 0.0
-    """A site trains if its quantiles lie within this mean distance (in standard deviations) of the reference's. The site
-    nearest to the reference always trains; raise it only for sites whose contrast has the reference's order of tissues."""
+    polarity: bool = True
+    """Let a judge trained at the reference vote on whether a site's contrast is inverted, and start from the inverse there.
+    Without it, inverted_share has to teach the network to tell from the surroundings, which takes far longer."""
+    judge_width: int = 12
+    """Channels of the judge's first convolution."""
     block: int = 16
     """Every other training step cuts its patches into blocks of this many voxels, each with an appearance of its own."""
     gradient_weight: float = 0.5
     """Weight of the error in differences between neighbouring voxels: edges and texture."""
-    inverted_share: float = 0.35
+    inverted_share: float = 0.0
     """Share of training samples with falling tone curves."""
     free_share: float = 0.1
     """Share of training samples with tone curves of any shape."""
@@ -76,8 +83,8 @@ class FlowConfig:
                 raise PlanError(f"harmonizer.{name} must lie in [0, 1], got {getattr(self, name)}.")
         if self.inverted_share + self.free_share > 1:
             raise PlanError("harmonizer.inverted_share + free_share must be <= 1.")
-        if self.trust < 0 or self.gradient_weight < 0 or self.noise < 0:
-            raise PlanError("harmonizer.trust, gradient_weight and noise must be >= 0.")
+        if self.judge_width < 1 or self.gradient_weight < 0 or self.noise < 0:
+            raise PlanError("harmonizer.judge_width must be >= 1, gradient_weight and noise >= 0.")
 
     @property
     def appearance(self) -> AppearanceOptions:
@@ -92,10 +99,15 @@ class FlowConfig:
         )
 
 
+VOTE_WEIGHT = 0.25
+"""What a round in which a site only votes weighs in the mean: enough for its vote to arrive, too little to hold the rest up."""
+
+
 class FlowHarmonizer(Harmonizer):
     """Design C: flow-matching bridge, one to four deterministic steps."""
 
     learned = True
+    polarity: Tensor
 
     def __init__(
         self,
@@ -119,8 +131,14 @@ class FlowHarmonizer(Harmonizer):
                 nn.Linear(embedding, embedding),
             )
         network = UNet2d if spatial_dims == 2 else ResNet3d
+        if config.polarity:
+            self.polarity_judge = PolarityJudge(
+                channels=num_channels, spatial_dims=spatial_dims, width=config.judge_width
+            )
+            self.register_buffer("polarity", torch.ones(len(styles), num_channels))
         # x_t, x' and what `_matched` adds, and one channel that tells padding from tissue of mean intensity.
-        inputs = (4 if config.style else 2) * num_channels + 1
+        guesses = 0 if not config.style else 1 if config.polarity else 2
+        inputs = (2 + guesses) * num_channels + 1
         self.network = network(inputs, num_channels, config.width, config.depth)
 
     @property
@@ -129,6 +147,22 @@ class FlowHarmonizer(Harmonizer):
         return self.network.reach * self.config.n_steps
 
     def transform(self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor) -> Tensor:
+        start, quantiles = self.upright(image, quantiles)
+        return self.bridge(start, mask, quantiles) - image
+
+    def upright(self, image: Tensor, quantiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the bridge starts, and its quantiles: the image itself, or its inverse dressed as the reference."""
+        if not self.config.polarity or not len(self.polarity):
+            return image, quantiles
+        distance = (quantiles[:, None] - self.bank_quantiles[None]).abs().mean(dim=(2, 3))
+        inverted = self.polarity[distance.argmin(dim=1)] < INVERTED_BELOW
+        reference = self.reference_quantiles.expand_as(quantiles)
+        turned = dress(image, quantiles, reference, inverted)
+        where = expand(inverted, image)
+        return torch.where(where, turned, image), torch.where(inverted[..., None], reference, quantiles)
+
+    def bridge(self, image: Tensor, mask: Tensor, quantiles: Tensor) -> Tensor:
+        """x at t = 0, from `image` at t = 1."""
         known = torch.ones_like(quantiles[:, 0, 0])
         code, matched = self._code(quantiles, known), self._matched(image, mask, quantiles, known)
         steps = self.config.n_steps
@@ -140,7 +174,7 @@ class FlowHarmonizer(Harmonizer):
             time = torch.full_like(quantiles[:, 0, 0], 1 - step / steps)
             velocity = mask * self.velocity(sample, matched, mask, time, code)
             sample = self.scheduler.step(velocity, timestep, sample).prev_sample
-        return sample - image
+        return sample
 
     def velocity(
         self, sample: Tensor, matched: Tensor, mask: Tensor, time: Float[Tensor, " b"], code: Float[Tensor, "b e"]
@@ -153,22 +187,40 @@ class FlowHarmonizer(Harmonizer):
     def _matched(
         self, image: Tensor, mask: Tensor, quantiles: Float[Tensor, "b c q"], known: Float[Tensor, " b"]
     ) -> Float[Tensor, "b m *spatial"]:
-        """x' itself and, where the style is known, x' with its quantiles mapped to the reference's, upright and upside down.
+        """x' itself and, where the style is known, x' with its quantiles mapped to the reference's: what a histogram allows.
 
-        Two guesses that a histogram allows; the surroundings tell which one to trust, and where.
+        Without the judge also upside down; the surroundings have to tell which one to trust.
         """
         if not self.config.style:
             return image
         reference = self.reference_quantiles.expand_as(quantiles)
         weight = mask * known.reshape(-1, *([1] * (image.ndim - 1)))
         upright = image + apply_displacement(image, quantile_map(quantiles, reference).to(image.dtype))
+        if self.config.polarity:
+            return torch.cat([image, upright * weight], dim=1)
         fallen = quantile_map(-quantiles.flip(-1), reference).to(image.dtype)
         return torch.cat([image, upright * weight, (apply_displacement(-image, fallen) - image) * weight], dim=1)
 
-    def trains_on(self, site: int) -> bool:
-        """Whether that site's images are taken for the reference's: the nearest site, and those within `trust`."""
+    def make_training(self, *, lr: float, total_epochs: int) -> HarmonizerTraining:
+        return FlowTraining(self, lr=lr, total_epochs=total_epochs)
+
+    def mapping_parameters(self) -> Iterator[nn.Parameter]:
+        """Of the bridge alone: the segmentation loss does not reach the judge."""
+        yield from self.network.parameters()
+        if self.config.style:
+            yield from self.style_code.parameters()
+
+    def reference_sites(self) -> list[int]:
+        """The one site whose images are taken for the reference's: itself, or the nearest to a consensus."""
         distance = (self.bank_quantiles - self.reference_quantiles).abs().mean(dim=(1, 2))
-        return bool(distance[site] <= max(self.config.trust, float(distance.min())))
+        return [int(distance.argmin())] if len(distance) else []
+
+    def trains_on(self, site: int) -> bool:
+        """The reference's site trains; the others vote, or sit the phase out where there is no judge."""
+        return self.config.polarity or site in self.reference_sites()
+
+    def round_weight(self, site: int) -> float:
+        return 1.0 if site in self.reference_sites() else VOTE_WEIGHT
 
     def self_paired_loss(self, image: Tensor, sites: Int[Tensor, " b"], generator: torch.Generator) -> Tensor:
         """Mean squared error of the velocity, and of its differences between neighbours, in squared standard deviations."""

@@ -159,6 +159,7 @@ class LocalTraining:
         state = self._restore("harmonizer", round_index)
         if state is not None:
             training.load_state_dict(state["training"])
+        training.begin_round()
         stream = (self.site, "harmonizer", str(round_index))
         sampler = trainer.harmonizer_sampler(np.random.default_rng(derive_seed(self.seed, *stream, "patches")))
         generator = torch_generator(self.seed, *stream, "styles")
@@ -175,10 +176,12 @@ class LocalTraining:
                         generator=generator,
                     )
                 )
+        training.finish_round()
         self._keep("harmonizer", round_index, {"training": training.state_dict()})
+        weight = trainer.harmonizer.round_weight(trainer.bank.index(self.site)) if self.site in trainer.bank else 1.0
         return LocalResult(
             weights=export_weights(trainer.network),
-            n_steps=epochs * schedule.iterations_per_epoch,
+            n_steps=max(1, round(weight * epochs * schedule.iterations_per_epoch)),
             n_cases=len(sampler.cases),
             metrics={"train_loss": float(np.mean([epoch["loss"] for epoch in losses]))},
         )

@@ -21,8 +21,8 @@ from nnunet_fedharm.harmonizers.appearance import (
     spline_displacement,
     standardised,
 )
-from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer, in_blocks, velocity_loss
-from nnunet_fedharm.harmonizers.style import average_styles
+from nnunet_fedharm.harmonizers.flow import VOTE_WEIGHT, FlowConfig, FlowHarmonizer, in_blocks, velocity_loss
+from nnunet_fedharm.harmonizers.style import Style, average_styles
 from nnunet_fedharm.harmonizers.tone import apply_displacement, knot_positions
 from tests.harmonizers.test_harmonizers import make, padded_noise, style
 
@@ -219,38 +219,65 @@ def test_four_channels_are_harmonized_and_learned_together(spatial_dims: int) ->
     assert any("conv_out" in name for name in gradients)
 
 
-def test_only_the_reference_site_trains_by_default() -> None:
-    assert [make("diffusion").trains_on(site) for site in range(3)] == [True, False, False]
-    assert [make("diffusion", trust=10.0).trains_on(site) for site in range(3)] == [True, True, True]
+def test_the_reference_site_trains_and_the_others_vote_or_sit_out() -> None:
+    assert [make("diffusion").trains_on(site) for site in range(3)] == [True, True, True]
+    assert [make("diffusion").round_weight(site) for site in range(3)] == [1.0, VOTE_WEIGHT, VOTE_WEIGHT]
+    assert [make("diffusion", polarity=False).trains_on(site) for site in range(3)] == [True, False, False]
 
 
 def test_with_a_consensus_the_nearest_site_trains() -> None:
     styles = [style(1, 1, 0.4), style(1, 1, 0.1), style(1, 1, -0.6)]
     consensus = average_styles(styles)
     harmonizer = build_harmonizer("diffusion", {}, num_channels=1, spatial_dims=2, styles=styles, reference=consensus)
-    assert [harmonizer.trains_on(site) for site in range(3)] == [False, True, False]
+    assert harmonizer.reference_sites() == [1]
 
 
-def test_training_turns_inverted_images_back() -> None:
-    harmonizer = make("diffusion", 2, width=8, depth=1)
-    optimizer = torch.optim.AdamW(harmonizer.parameters(), lr=5e-3)
-    generator = seeded()
-    for _ in range(120):
-        # Skewed, so that a patch tells whether it is upside down.
-        patch = torch.exp(smooth_patches(4, 24, generator)) / 2.16 - 0.76
-        loss = harmonizer.self_paired_loss(patch, torch.zeros(4, dtype=torch.int64), generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    original = torch.exp(smooth_patches(4, 48, generator)) / 2.16 - 0.76
+def skewed_patches(batch: int, size: int, seed: int) -> Tensor:
+    """Patches with more dark than bright, so that a patch tells whether it is upside down; (batch, 1, size, size)."""
+    return torch.exp(smooth_patches(batch, size, seeded(seed))) / 2.16 - 0.76
+
+
+def test_training_finds_the_inverted_site_and_brings_it_to_the_reference() -> None:
     levels = torch.linspace(0.01, 0.99, 33)
-    quantiles = torch.quantile(-original, levels).numpy().astype(np.float64)[None]
-    from nnunet_fedharm.harmonizers.style import Style
-
-    harmonizer.set_source(Style(quantiles, np.array([2.5]), 1))
+    reference = torch.quantile(skewed_patches(8, 48, 999), levels).numpy().astype(np.float64)[None]
+    offset = np.array([2.5])
+    # The other site shows the reference upside down, in another tone.
+    other = lambda patches: -patches.sign() * patches.abs() ** 0.8  # noqa: E731
+    upside_down = torch.quantile(other(skewed_patches(8, 48, 998)), levels).numpy().astype(np.float64)[None]
+    styles = [Style(reference, offset, 8), Style(upside_down, offset, 8)]
+    harmonizer = build_harmonizer(
+        "diffusion", {"width": 8}, num_channels=1, spatial_dims=2, styles=styles, reference=styles[0]
+    )
+    training = harmonizer.make_training(lr=3e-3, total_epochs=1)
+    for step in range(150):
+        images = torch.cat([skewed_patches(2, 24, 2 * step), other(skewed_patches(2, 24, 2 * step + 1))])
+        parts = training.step(images, torch.tensor([0, 0, 1, 1]), seeded(step), skewed_patches(4, 24, 5000 + step))
+    assert np.isfinite(parts["loss"])
+    assert harmonizer.polarity.flatten().tolist() == [1.0, pytest.approx(-1, abs=0.75)]
+    harmonizer.set_batch_styles(torch.tensor([1, 1]))
+    original = skewed_patches(2, 48, 7)
     with torch.no_grad():
-        restored = harmonizer(-original)
-    assert np.corrcoef(original.flatten(), restored.flatten())[0, 1] > 0.5
+        restored = harmonizer(other(original))
+    assert np.corrcoef(original.flatten(), restored.flatten())[0, 1] > 0.9
+
+
+def test_a_site_without_references_changes_nothing_but_its_vote() -> None:
+    harmonizer = make("diffusion")
+    before = {name: tensor.clone() for name, tensor in harmonizer.state_dict().items()}
+    training = harmonizer.make_training(lr=1e-2, total_epochs=1)
+    parts = training.step(padded_noise(2), torch.tensor([1, 1]), seeded())
+    assert np.isnan(parts["loss"])
+    changed = [name for name, tensor in harmonizer.state_dict().items() if not torch.equal(before[name], tensor)]
+    assert changed == ["polarity"]
+    assert harmonizer.polarity[[0, 2]].flatten().tolist() == [1.0, 1.0]
+
+
+def test_the_segmentation_loss_reaches_the_bridge_and_not_the_judge() -> None:
+    harmonizer = make("diffusion")
+    moved = {id(parameter) for parameter in harmonizer.mapping_parameters()}
+    left = [name for name, parameter in harmonizer.named_parameters() if id(parameter) not in moved]
+    assert left
+    assert all(name.startswith("polarity_judge.") for name in left)
 
 
 def test_the_loss_counts_only_voxels_inside() -> None:
@@ -264,7 +291,7 @@ def test_the_loss_counts_only_voxels_inside() -> None:
 
 
 def test_the_upside_down_guess_undoes_an_inversion() -> None:
-    harmonizer = flow()
+    harmonizer = flow(polarity=False)
     normal = torch.randn(1, 1, 64, 64, generator=seeded()).clamp(-2, 2)
     quantiles = -harmonizer.reference_quantiles.flip(-1)[None]
     matched = harmonizer._matched(-normal, normal != 0, quantiles, torch.ones(1))
@@ -289,7 +316,7 @@ def test_blocks_hold_each_voxel_once_and_keep_their_site() -> None:
         ({"n_steps": 0}, "n_steps must be 1 to 4, got 0"),
         ({"width": 3}, "even"),
         ({"inverted_share": 0.9, "free_share": 0.3}, "<= 1"),
-        ({"trust": -1.0}, ">= 0"),
+        ({"judge_width": 0}, ">= 1"),
         ({"style_dropout": 2.0}, "style_dropout must lie"),
     ],
 )

@@ -84,32 +84,33 @@ def test_harmonizer_rounds_change_only_the_harmonizer(active: Planned, tmp_path:
     assert result.n_cases == 8  # unlabelled images take part
 
 
-def test_a_site_that_does_not_look_like_the_reference_sits_out_the_diffusion_harmonizers_rounds(
+def test_a_site_that_is_not_the_reference_only_votes_in_the_diffusion_harmonizers_rounds(
     active: Planned, tmp_path: Path
 ) -> None:
     weights = start(active, "diffusion")
     arguments = {"phase": "harmonizer", "round_index": 0, "first_epoch": 0, "epochs": 1, "weights": weights}
-    away = site(active, tmp_path / "B", "diffusion", "B").run(**arguments)
+    reference = site(active, tmp_path / "A", "diffusion").run(**arguments)
+    voter = site(active, tmp_path / "B", "diffusion", "B").run(**arguments)
+    assert reference.n_steps == 2
+    assert voter.n_steps == 1  # a quarter of two, and at least one
+    assert any("polarity_judge" in name for name in reference.weights)
+
+
+def test_without_a_judge_such_a_site_sits_the_rounds_out(active: Planned, tmp_path: Path) -> None:
+    options = active.plans["diffusion"]["configurations"]["2d"]["fedharm"]["harmonizer"]
+    options["polarity"] = False
+    try:
+        weights = start(active, "diffusion")
+        arguments = {"phase": "harmonizer", "round_index": 0, "first_epoch": 0, "epochs": 1, "weights": weights}
+        away = site(active, tmp_path / "B", "diffusion", "B").run(**arguments)
+        reference = site(active, tmp_path / "A", "diffusion").run(**arguments)
+    finally:
+        del options["polarity"]
     assert (away.n_steps, away.n_cases) == (0, 0)
     assert all(np.array_equal(weights[name], away.weights[name]) for name in weights)
-    reference = site(active, tmp_path / "A", "diffusion").run(**arguments)
     assert reference.n_steps > 0
     assert reference.n_cases == 4  # the reference's own, out of the eight of this pooled dataset
     assert not equal(away, reference)
-
-
-def test_modules_of_one_site_stay_in_its_state_and_live_on(active: Planned, tmp_path: Path) -> None:
-    weights = start(active, "cyclegan")
-    arguments = {"phase": "harmonizer", "first_epoch": 0, "epochs": 1}
-    first = site(active, tmp_path, "cyclegan").run(round_index=0, weights=weights, **arguments)
-    kept = torch.load(tmp_path / "harmonizer_round_00000.pt", weights_only=True)["training"]
-    assert {name.split(".")[0] for name in kept["local"]} == {"generator", "discriminator"}
-    assert set(first.weights) == set(weights)
-    assert not any("backward" in name or "local" in name for name in first.weights)
-    assert any("reference_discriminator" in name for name in first.weights)
-    again = site(active, tmp_path, "cyclegan").run(round_index=1, weights=weights, **arguments)
-    fresh = site(active, tmp_path / "fresh", "cyclegan").run(round_index=1, weights=weights, **arguments)
-    assert not equal(again, fresh)
 
 
 def test_only_the_last_two_states_are_kept(active: Planned, tmp_path: Path) -> None:

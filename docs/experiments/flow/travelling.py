@@ -5,7 +5,8 @@
 
 DATA is the nnU-Net raw dataset `Dataset910_HippocampusSites` with its `imagesTravelling`: eight subjects of site A rendered at
 the sites B, C and D, so the answer is known voxel by voxel. Those subjects are held out at every site. D is T2-like: its
-contrast is inverted. The harmonizer trains on A alone, the reference; B, C and D give their styles (quantiles) and no image.
+contrast is inverted. The harmonizer trains on A alone, the reference; B, C and D give their styles (quantiles) and vote on
+whether their contrast is A's inverse.
 An arm and seed that the results hold is not run again.
 """
 
@@ -42,18 +43,20 @@ class Arm:
     lr: float = 2e-3
 
 
+INVERTED = {"polarity": False, "inverted_share": 0.35}
+
 ARMS: dict[str, Arm] = {
     "none": Arm("none"),
     "nyul": Arm("nyul"),
     "curve": Arm("curve", lr=3e-3),
     "flow": Arm("diffusion", {"n_steps": 4}, steps=(1, 2, 4)),
-    "flow, t = 1 only": Arm("diffusion", {"n_steps": 1}),
-    "flow, no inverted or free curves": Arm("diffusion", {"inverted_share": 0.0, "free_share": 0.0}),
-    "flow, no free curves": Arm("diffusion", {"inverted_share": 0.4, "free_share": 0.0}),
+    "flow, t = 1 only": Arm("diffusion"),
+    "flow, no judge": Arm("diffusion", {"polarity": False}),
+    "flow, no judge, inverted curves": Arm("diffusion", INVERTED),
+    "flow, inverted curves as well": Arm("diffusion", {"inverted_share": 0.2}),
     "flow, no style code": Arm("diffusion", {"style": False}),
     "flow, no gradient loss": Arm("diffusion", {"gradient_weight": 0.0}),
-    "flow, width 8": Arm("diffusion", {"width": 8}),
-    "flow, 2d": Arm("diffusion", {}, dims=2),
+    "flow, 2d": Arm("diffusion", dims=2),
 }
 
 
@@ -104,6 +107,15 @@ def draw(volume: np.ndarray, dims: int, rng: np.random.Generator) -> np.ndarray:
     return np.flip(patch, [axis for axis in range(dims) if rng.random() < 0.5]).copy()
 
 
+def batch(
+    volumes: list[tuple[np.ndarray, int]], dims: int, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches (B, 1, *PATCH) and their sites (B,)."""
+    picked = [volumes[i] for i in rng.integers(len(volumes), size=BATCH[dims])]
+    patches = torch.from_numpy(np.stack([draw(volume, dims, rng)[None] for volume, _ in picked]))
+    return patches, torch.tensor([site for _, site in picked])
+
+
 def new(arm: Arm, data: Data) -> Harmonizer:
     options = {"num_channels": 1, "spatial_dims": arm.dims, "styles": data.styles, "reference": data.styles[0]}
     return build_harmonizer(arm.kind, arm.options, **options)
@@ -116,11 +128,12 @@ def train(arm: Arm, data: Data, seed: int, steps: int) -> Harmonizer:
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     sites = [site for site in range(len(SITES)) if harmonizer.trains_on(site)]
     volumes = [(volume, site) for site in sites for volume in data.train[SITES[site]]]
+    genuine = [(volume, site) for site in harmonizer.reference_sites() for volume in data.train[SITES[site]]]
     for step in range(steps):
         training.set_epoch(step)
-        picked = [volumes[i] for i in rng.integers(len(volumes), size=BATCH[arm.dims])]
-        image = torch.from_numpy(np.stack([draw(volume, arm.dims, rng)[None] for volume, _ in picked]))
-        training.step(image, torch.tensor([site for _, site in picked]), generator)
+        image, origin = batch(volumes, arm.dims, rng)
+        references = batch(genuine, arm.dims, rng)[0] if training.uses_references else None
+        training.step(image, origin, generator, references)
     return harmonizer
 
 
