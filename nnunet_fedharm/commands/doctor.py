@@ -30,6 +30,7 @@ TRAINERS = (
     "nnUNetTrainerFedHarmNone",
     "nnUNetTrainerFedHarmNyul",
     "nnUNetTrainerFedHarmCurve",
+    "nnUNetTrainerFedHarmCycleGAN",
     "nnUNetTrainerFedHarmDiffusion",
 )
 BRIDGE = Path(__file__).parents[1] / "nnunet_ext" / "nnunet_fedharm_trainers.py"
