@@ -34,6 +34,9 @@ Patch = Float[Tensor, "b c *spatial"]
 BETAS = (0.5, 0.999)
 """Adam's, as in the paper: less momentum, because the other player moves."""
 
+JUDGE_STEPS = 3
+"""Steps of the polarity judge per step of the others: cheap, and G at an inverted site learns nothing before the verdict."""
+
 HUBER = 0.5
 """Differences below this many standard deviations count squared, larger ones linearly."""
 
@@ -106,6 +109,29 @@ class CycleGANTraining(HarmonizerTraining):
             "discriminator": 0.0 if judged is None else float(judged.detach()),
         }
 
+    def begin_round(self) -> None:
+        self._before = [tensor.detach().clone() for tensor in self._trained_by_few()]
+
+    @torch.no_grad()
+    def finish_round(self) -> None:
+        """What only the reference site trains, and each site's own votes, are sent with K times their change.
+
+        The mean over K sites, the others of which send it unchanged, then holds the change itself. Where sites are missing
+        from a round the change is too large by K over their number.
+        """
+        sites = len(self.harmonizer.bank_quantiles)
+        for tensor, before in zip(self._trained_by_few(), self._before, strict=True):
+            tensor.copy_(before + sites * (tensor - before))
+
+    def _trained_by_few(self) -> list[Tensor]:
+        """Shared tensors that one site of the federation changes in a round."""
+        config, tensors = self.config, list[Tensor]()
+        if config.polarity:
+            tensors += [*self.harmonizer.polarity_judge.parameters(), self.harmonizer.polarity]
+        if config.pseudo_sources and not (config.pseudo_references or config.one_sided):
+            tensors += self.harmonizer.reference_discriminator.parameters()
+        return tensors
+
     def _polarity_step(
         self, image: Patch, sites: Tensor, generator: torch.Generator, references: Tensor | None
     ) -> None:
@@ -114,10 +140,7 @@ class CycleGANTraining(HarmonizerTraining):
         wanted = harmonizer.reference_quantiles
         foreign = ~self._is_reference(sites)
         if references is not None:
-            # At a site that has genuine patches only, nobody else trains the judge, and the average of K sites divides its
-            # progress by K; K steps make up for it.
-            alone = not (is_distributed() or bool(foreign.any()))
-            for _ in range(len(harmonizer.bank_quantiles) if alone else 1):
+            for _ in range(JUDGE_STEPS):
                 self.descend("polarity", judge.loss(references, wanted.expand(len(references), -1, -1), generator))
         with torch.no_grad():
             log_odds = judge(image, harmonizer.bank_quantiles[sites], wanted.expand(len(image), -1, -1))

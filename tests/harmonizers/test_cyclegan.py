@@ -179,6 +179,23 @@ def test_both_discriminators_see_as_many_reals_as_fakes() -> None:
     assert sorted(seen) == [("reference", 4), ("reference", 4), ("site", 4), ("site", 4)]
 
 
+def test_the_mean_of_a_round_keeps_what_one_site_alone_has_learned() -> None:
+    sites = {REFERENCE: training(gan()), CLINIC: training(gan()), 2: training(gan())}
+    alone = training(gan())
+    for index, trained in sites.items():
+        trained.begin_round()
+        genuine = blobs(1) if index == REFERENCE else None
+        trained.step(blobs(0), torch.full((4,), index), generator(), genuine)
+        trained.finish_round()
+    alone.step(blobs(0), torch.full((4,), REFERENCE), generator(), blobs(1))
+    for name, expected in alone.harmonizer.polarity_judge.state_dict().items():
+        mean = torch.stack([t.harmonizer.polarity_judge.state_dict()[name] for t in sites.values()]).mean(dim=0)
+        torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-4)
+    votes = torch.stack([trained.harmonizer.polarity for trained in sites.values()]).mean(dim=0)
+    assert votes[REFERENCE] == 1.0
+    assert (votes[[CLINIC, 2]] < 1.0).all()
+
+
 def test_the_backward_generator_stays_at_the_site_unless_the_plans_share_it() -> None:
     local, shared = gan(), gan(share_backward=True)
     assert not any("backward" in name for name in local.state_dict())
@@ -187,6 +204,21 @@ def test_the_backward_generator_stays_at_the_site_unless_the_plans_share_it() ->
         name.removeprefix("shared_backward.") for name in shared.state_dict() if name.startswith("shared_backward.")
     }
     assert training(shared).state_dict()["local"] == {}
+
+
+def test_autocast_changes_the_residual_little_and_keeps_zeros() -> None:
+    harmonizer = gan().eval()
+    torch.nn.init.normal_(harmonizer.generator.tail.weight, std=0.1, generator=generator())
+    harmonizer.polarity[CLINIC] = -1.0
+    harmonizer.set_batch_styles(clinic())
+    with torch.no_grad():
+        expected = harmonizer(blobs(0))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = harmonizer(blobs(0))
+    torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
+    assert (found[:, :, :2] == 0).all()
+    with torch.no_grad():
+        assert torch.equal(harmonizer(blobs(0)), expected)
 
 
 def test_a_segmentation_loss_reaches_the_generator_alone() -> None:

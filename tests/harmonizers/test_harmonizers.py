@@ -88,7 +88,7 @@ def test_mirroring_the_input_mirrors_the_output(kind: str) -> None:
         torch.testing.assert_close(harmonizer(image.flip(3)).flip(3), harmonizer(image), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["nyul", "curve"])
+@pytest.mark.parametrize("kind", ["nyul", "curve", "cyclegan"])
 def test_overlapping_windows_agree_away_from_borders(kind: str) -> None:
     harmonizer = scrambled(kind, **({"gain_sigma": 2.0} if kind == "curve" else {}))
     harmonizer.set_source(style(1.3, 0.8, 0.2))

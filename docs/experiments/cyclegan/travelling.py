@@ -172,8 +172,10 @@ def train_federated(arm: Arm, data: Data, seed: int, steps: int) -> Harmonizer:
         for harmonizer, training, batches, genuine, generator in sites:
             load_weights(harmonizer, weights)
             training.set_epoch(first)
+            training.begin_round()
             for _ in range(arm.local_steps):
                 training.step(*next(batches), generator, None if genuine is None else next(genuine)[0])
+            training.finish_round()
             replies.append(export_weights(harmonizer))
         weights = {name: np.mean([reply[name] for reply in replies], axis=0) for name in weights}
     load_weights(server, weights)
