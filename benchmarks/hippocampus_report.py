@@ -75,7 +75,7 @@ def pairs(entries: Mapping[str, Entry]) -> list[tuple[str, str]]:
     for name in entries:
         mode, labels, kind = name.split("_")
         for other in (
-            f"pooled_{labels}_{kind}" if mode == "federated" else None,
+            f"pooled_{labels}_{kind}" if mode != "pooled" else None,
             f"{mode}_{labels}_none" if kind != "none" else None,
         ):
             if other in entries:
