@@ -5,8 +5,9 @@
 DATA as in travelling.py, WEIGHTS.pt as written there by `--weights`. A U-Net of the benchmark's size (features 8 to 64, patches
 32 x 40 x 32, batch 2, SGD 0.1 with momentum 0.9, Dice and cross-entropy) trains on A without the travelling subjects, mirrored.
 Arms: `none`; `appearances`, the same network under the harmonizer's own random appearances (half of the samples), which is what
-strong augmentation can make of them; `flow`, harmonizer in front in training and testing; `flow, not at A`, the same with A's
-own images left alone. Dice is the mean of both labels on whole volumes: cases of B, C and D, and A's held-out subjects.
+strong augmentation can make of them, and the same with inverted tone curves, since the bridge has a judge for these; `flow`,
+harmonizer in front in training and testing; `flow, not at A`, the same with A's own images left alone. Dice is the mean of both
+labels on whole volumes: cases of B, C and D, and A's held-out subjects.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +29,8 @@ from nnunetv2.utilities.helpers import softmax_helper_dim1
 from torch import Tensor, nn
 from travelling import ARMS, SITES, Data, load, new, read
 
-from nnunet_fedharm.harmonizers.appearance import random_appearance
-from nnunet_fedharm.harmonizers.flow import FlowHarmonizer
+from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_appearance
+from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer
 
 PATCH, BATCH, LR = (32, 40, 32), 2, 0.1
 Case = tuple[np.ndarray, np.ndarray]
@@ -115,17 +117,21 @@ def arms(harmonizer: FlowHarmonizer, data: Data) -> dict[str, tuple[Callable[...
         result: Tensor = harmonizer(image)
         return result
 
-    def appearances(image: Tensor, generator: torch.Generator) -> Tensor:
+    def appearances(options: AppearanceOptions, image: Tensor, generator: torch.Generator) -> Tensor:
         changed, _ = random_appearance(
             image, image != 0, own.expand(len(image), -1, -1), harmonizer.bank_quantiles, harmonizer.bank_offset,
-            harmonizer.config.appearance, generator,
+            options, generator,
         )  # fmt: skip
         chosen = torch.rand(len(image), generator=generator) < 0.5
         return torch.where(chosen[:, None, None, None, None], changed, image)
 
     return {
         "none": (lambda image, _: image, lambda image, _: image),
-        "appearances": (appearances, lambda image, _: image),
+        "appearances": (partial(appearances, harmonizer.config.appearance), lambda image, _: image),
+        "appearances, inverted as well": (
+            partial(appearances, FlowConfig(inverted_share=0.35).appearance),
+            lambda image, _: image,
+        ),
         "flow": (lambda image, _: harmonized(image, "A"), harmonized),
         "flow, not at A": (lambda image, _: image, lambda x, site: x if site[0] == "A" else harmonized(x, site)),
     }
@@ -151,6 +157,8 @@ def main() -> None:
     models: dict[tuple[int, str], nn.Module] = {}
     for seed in range(arguments.seeds):
         for name, (change, front) in arms(harmonizer, data).items():
+            if f"{name}#{seed}" in results:
+                continue
             start = time.process_time()
             plain = (seed, "none")
             share = name == "flow, not at A" and plain in models  # its training is that of `none`

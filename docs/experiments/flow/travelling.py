@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,7 +179,7 @@ def run(arguments: argparse.Namespace) -> None:
                 print(f"{name}, {steps} steps, seed {seed} ({seconds:.0f} s): {line}", flush=True)
             arguments.results.write_text(json.dumps(results, indent=1))
             if arguments.weights and learned:
-                torch.save(harmonizer.state_dict(), arguments.weights / f"{name}#{seed}.pt".replace(" ", "_"))
+                torch.save(harmonizer.state_dict(), arguments.weights / (re.sub(r"\W+", "_", f"{name} {seed}") + ".pt"))
 
 
 def report(arguments: argparse.Namespace) -> None:
