@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_appearance
-from nnunet_fedharm.harmonizers.base import Harmonizer
+from nnunet_fedharm.harmonizers.base import Harmonizer, patch_quantiles
 from nnunet_fedharm.harmonizers.flow_networks import ResNet3d, UNet2d
 from nnunet_fedharm.harmonizers.flow_training import FlowTraining
 from nnunet_fedharm.harmonizers.polarity import INVERTED_BELOW, PolarityJudge, dress, expand
@@ -160,6 +160,18 @@ class FlowHarmonizer(Harmonizer):
         turned = dress(image, quantiles, reference, inverted)
         where = expand(inverted, image)
         return torch.where(where, turned, image), torch.where(inverted[..., None], reference, quantiles)
+
+    @torch.no_grad()
+    def nearest_style(self, image: Tensor, mask: Tensor) -> Int[Tensor, " b"]:
+        """As of the base class, among the styles whose polarity is the one that the judge sees in the patch, if there are any."""
+        if not self.config.polarity:
+            return super().nearest_style(image, mask)
+        quantiles = patch_quantiles(image, mask)
+        log_odds = self.polarity_judge(image, quantiles, self.reference_quantiles.expand_as(quantiles))
+        seen = torch.tanh(log_odds / 2) < INVERTED_BELOW
+        agrees = ((self.polarity < INVERTED_BELOW) == seen[:, None]).all(dim=2)
+        distance = (quantiles[:, None] - self.bank_quantiles).abs().mean(dim=(2, 3))
+        return (distance + 1e3 * ~agrees).argmin(dim=1)
 
     def bridge(self, image: Tensor, mask: Tensor, quantiles: Tensor) -> Tensor:
         """x at t = 0, from `image` at t = 1."""

@@ -261,6 +261,20 @@ def test_training_finds_the_inverted_site_and_brings_it_to_the_reference() -> No
     assert np.corrcoef(original.flatten(), restored.flatten())[0, 1] > 0.9
 
 
+def test_an_unknown_site_gets_the_nearest_style_of_the_polarity_that_the_judge_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    harmonizer = make("diffusion")
+    patches = torch.randn(2, 1, 64, 64, generator=seeded())  # nearest to style 0
+    assert harmonizer.nearest_style(patches, patches != 0).tolist() == [0, 0]  # nothing is inverted yet
+    harmonizer.polarity[2] = -1.0
+    verdict = torch.tensor([[9.0], [-9.0]])
+    monkeypatch.setattr(harmonizer.polarity_judge, "forward", lambda *_: verdict)
+    assert harmonizer.nearest_style(patches, patches != 0).tolist() == [0, 2]
+    harmonizer.polarity[2] = 1.0  # no inverted site in the bank: the nearest of all
+    assert harmonizer.nearest_style(patches, patches != 0).tolist() == [0, 0]
+
+
 def test_a_site_without_references_changes_nothing_but_its_vote() -> None:
     harmonizer = make("diffusion")
     before = {name: tensor.clone() for name, tensor in harmonizer.state_dict().items()}
