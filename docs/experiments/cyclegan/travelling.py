@@ -16,16 +16,14 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 
+from nnunet_fedharm.datasets.travelling import TravellingData, load_travelling
 from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
-from nnunet_fedharm.harmonizers.style import Style, average_styles, volume_quantiles
 from nnunet_fedharm.trainers.weights import export_weights, load_weights
 
 SITES = ("A", "B", "C", "D")
@@ -72,51 +70,10 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def read(path: Path) -> np.ndarray:
-    """Volume (D, H, W), z-scored as nnU-Net does for MR images without a mask."""
-    image = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).astype(np.float32)
-    return (image - image.mean()) / image.std()
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training volumes by site, and per site the pairs (image at the site, the same subject at the reference)."""
-
-    train: dict[str, list[np.ndarray]]
-    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]]
-
-    @cached_property
-    def styles(self) -> list[Style]:
-        styles = []
-        for site in SITES:
-            volumes = [Style(*volume_quantiles(volume[None]), 1) for volume in self.train[site]]
-            styles.append(average_styles(volumes))
-        return styles
-
-
-def load(folder: Path) -> Data:
-    """Read the dataset; subjects that travelled are left out of every site's training."""
-    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {site: [] for site in SITES}
-    travellers = set()
-    for path in sorted((folder / "imagesTravelling").glob("*_0000.nii.gz")):
-        site, number, _ = path.name.split("_")
-        truth = read(folder / "imagesTr" / f"{REFERENCE}_{number}_0000.nii.gz")
-        pairs[site].append((read(path), truth))
-        if number not in travellers:
-            pairs[REFERENCE].append((truth, truth))
-        travellers.add(number)
-    train: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
-    for path in sorted((folder / "imagesTr").glob("*_0000.nii.gz")):
-        site, number, _ = path.name.split("_")
-        if number not in travellers:
-            train[site].append(read(path))
-    return Data(train, pairs)
-
-
 class Patches:
     """Random, randomly mirrored patches of the named sites."""
 
-    def __init__(self, data: Data, sites: Sequence[str], arm: Arm, rng: np.random.Generator) -> None:
+    def __init__(self, data: TravellingData, sites: Sequence[str], arm: Arm, rng: np.random.Generator) -> None:
         self.volumes = [(volume, SITES.index(site)) for site in sites for volume in data.train[site]]
         self.size = (40, 40) if arm.dims == 2 else (24, 24, 24)
         # A site's batch is half of the centralized one, as four sites step at the same time.
@@ -141,7 +98,7 @@ class Patches:
         return np.flip(patch, [axis for axis in range(patch.ndim) if self.rng.random() < 0.5]).copy()
 
 
-def train_central(arm: Arm, data: Data, seed: int, steps: int) -> Harmonizer:
+def train_central(arm: Arm, data: TravellingData, seed: int, steps: int) -> Harmonizer:
     """`steps` steps on patches of all sites."""
     harmonizer = new(arm, data)
     training = harmonizer.make_training(lr=LR[arm.kind], total_epochs=steps)
@@ -155,7 +112,7 @@ def train_central(arm: Arm, data: Data, seed: int, steps: int) -> Harmonizer:
     return harmonizer
 
 
-def train_federated(arm: Arm, data: Data, seed: int, steps: int) -> Harmonizer:
+def train_federated(arm: Arm, data: TravellingData, seed: int, steps: int) -> Harmonizer:
     """`steps` steps at each site, with an equal average of what the package sends after every `local_steps`."""
     server = new(arm, data)
     weights = export_weights(server)
@@ -182,7 +139,7 @@ def train_federated(arm: Arm, data: Data, seed: int, steps: int) -> Harmonizer:
     return server
 
 
-def new(arm: Arm, data: Data) -> Harmonizer:
+def new(arm: Arm, data: TravellingData) -> Harmonizer:
     styles = data.styles
     return build_harmonizer(
         arm.kind,
@@ -195,7 +152,7 @@ def new(arm: Arm, data: Data) -> Harmonizer:
 
 
 @torch.no_grad()
-def measure(harmonizer: Harmonizer, data: Data, dims: int) -> dict[str, dict[str, float]]:
+def measure(harmonizer: Harmonizer, data: TravellingData, dims: int) -> dict[str, dict[str, float]]:
     """Per site, means over the held-out subjects: correlation with the truth, RMSE / std of the truth, change made."""
     harmonizer.eval()
     harmonizer.open_gate()
@@ -223,7 +180,7 @@ def inverted_sites(harmonizer: Harmonizer) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    data = load(arguments.data)
+    data = load_travelling(arguments.data, sites=SITES, reference=REFERENCE)
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     for name in arguments.arms or ARMS:
         arm = ARMS[name]

@@ -27,8 +27,9 @@ from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.helpers import softmax_helper_dim1
 from torch import Tensor, nn
-from travelling import ARMS, SITES, Data, load, new, read
+from travelling import ARMS, SITES, new
 
+from nnunet_fedharm.datasets.travelling import TravellingData, load_travelling, read_z_scored
 from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_appearance
 from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer
 
@@ -46,7 +47,7 @@ def cases_by_site(folder: Path) -> dict[str, list[Case]]:
         label = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "labelsTr" / f"{site}_{number}.nii.gz")))
         held = site == "A" and number in travellers
         if site == "A" or number not in travellers:
-            cases["A held out" if held else site].append((read(path), label.astype(np.int64)))
+            cases["A held out" if held else site].append((read_z_scored(path), label.astype(np.int64)))
     return cases
 
 
@@ -108,7 +109,7 @@ def dice(model: nn.Module, front: Front, cases: list[Case], site: str) -> float:
     return float(np.mean(scores))
 
 
-def arms(harmonizer: FlowHarmonizer, data: Data) -> dict[str, tuple[Callable[..., Tensor], Front]]:
+def arms(harmonizer: FlowHarmonizer, data: TravellingData) -> dict[str, tuple[Callable[..., Tensor], Front]]:
     """Arm -> (change of training images, front-end of testing)."""
     own = harmonizer.bank_quantiles[:1]
 
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=40, help="test cases a site")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    data, cases = load(arguments.data), cases_by_site(arguments.data)
+    data, cases = load_travelling(arguments.data, sites=SITES, reference="A"), cases_by_site(arguments.data)
     harmonizer = new(ARMS[arguments.arm], data)
     harmonizer.load_state_dict(torch.load(arguments.harmonizer, weights_only=True))
     assert isinstance(harmonizer.eval(), FlowHarmonizer)

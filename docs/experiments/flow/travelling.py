@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 
+from nnunet_fedharm.datasets.travelling import TravellingData, load_travelling
 from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
 from nnunet_fedharm.harmonizers.flow import FlowHarmonizer
-from nnunet_fedharm.harmonizers.style import Style, average_styles, volume_quantiles
 
 SITES = ("A", "B", "C", "D")
 PATCH = {2: (40, 40), 3: (32, 40, 32)}
@@ -61,41 +60,6 @@ ARMS: dict[str, Arm] = {
 }
 
 
-def read(path: Path) -> np.ndarray:
-    """Volume (D, H, W), z-scored as nnU-Net does for MR images without a mask."""
-    image = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).astype(np.float32)
-    return (image - image.mean()) / image.std()
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training volumes by site, and per site the pairs (image at the site, the same subject at the reference)."""
-
-    train: dict[str, list[np.ndarray]]
-    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]]
-    styles: list[Style]
-
-
-def load(folder: Path) -> Data:
-    """Read the dataset; subjects that travelled are left out of every site's training and style."""
-    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {site: [] for site in SITES}
-    travellers = set()
-    for path in sorted((folder / "imagesTravelling").glob("*_0000.nii.gz")):
-        site, number, _ = path.name.split("_")
-        truth = read(folder / "imagesTr" / f"A_{number}_0000.nii.gz")
-        pairs[site].append((read(path), truth))
-        if number not in travellers:
-            pairs["A"].append((truth, truth))
-        travellers.add(number)
-    train: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
-    for path in sorted((folder / "imagesTr").glob("*_0000.nii.gz")):
-        site, number, _ = path.name.split("_")
-        if number not in travellers:
-            train[site].append(read(path))
-    styles = [average_styles([Style(*volume_quantiles(v[None]), 1) for v in train[site]]) for site in SITES]
-    return Data(train, pairs, styles)
-
-
 def draw(volume: np.ndarray, dims: int, rng: np.random.Generator) -> np.ndarray:
     """A random, randomly mirrored patch, padded with zeros where the volume is smaller."""
     if dims == 2:
@@ -117,12 +81,12 @@ def batch(
     return patches, torch.tensor([site for _, site in picked])
 
 
-def new(arm: Arm, data: Data) -> Harmonizer:
+def new(arm: Arm, data: TravellingData) -> Harmonizer:
     options = {"num_channels": 1, "spatial_dims": arm.dims, "styles": data.styles, "reference": data.styles[0]}
     return build_harmonizer(arm.kind, arm.options, **options)
 
 
-def train(arm: Arm, data: Data, seed: int, steps: int) -> Harmonizer:
+def train(arm: Arm, data: TravellingData, seed: int, steps: int) -> Harmonizer:
     """`steps` steps on patches of the sites that the harmonizer trains on."""
     harmonizer = new(arm, data)
     training = harmonizer.make_training(lr=arm.lr, total_epochs=steps)
@@ -139,7 +103,7 @@ def train(arm: Arm, data: Data, seed: int, steps: int) -> Harmonizer:
 
 
 @torch.no_grad()
-def measure(harmonizer: Harmonizer, data: Data, dims: int) -> dict[str, dict[str, float]]:
+def measure(harmonizer: Harmonizer, data: TravellingData, dims: int) -> dict[str, dict[str, float]]:
     """Per site, means over the held-out subjects: correlation with the truth, RMSE / std of the truth, change made."""
     harmonizer.eval()
     harmonizer.open_gate()
@@ -157,7 +121,7 @@ def measure(harmonizer: Harmonizer, data: Data, dims: int) -> dict[str, dict[str
 
 
 def run(arguments: argparse.Namespace) -> None:
-    data = load(arguments.data)
+    data = load_travelling(arguments.data, sites=SITES, reference="A")
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     for seed in range(arguments.seeds):
         for name in arguments.arms or ARMS:
