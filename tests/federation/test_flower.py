@@ -135,7 +135,14 @@ def alive(pid: int) -> bool:
 
 def test_ctrl_c_stops_the_daemon_too(tmp_path: Path, make_consortium: Callable[..., Path]) -> None:
     root = make_consortium(tmp_path, {"A": (2, 0), "B": (2, 0)})
-    run = subprocess.Popen(command(tiny(root)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.Popen(
+        command(tiny(root)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A background shell ignores Ctrl-C for its children; a terminal, which this test stands for, does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         end = time.monotonic() + 60
         while not (root / "flower" / "run.log").exists() and time.monotonic() < end:
