@@ -324,7 +324,9 @@ def main() -> None:
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, nargs=several, default=field.default)
     arguments = parser.parse_args()
     size = Size(**{field.name: getattr(arguments, field.name) for field in fields(Size)})
-    arms = [Arm(mode, labels, kind) for labels in LABELS for mode in MODES for kind in KINDS]
+    # With labels at one site nothing is averaged in the segmenter phase, so how often does not matter.
+    several = [Arm("federated-often", "all", kind) for kind in KINDS]
+    arms = [Arm(mode, labels, kind) for labels in LABELS for mode in MODES[:2] for kind in KINDS] + several
     if arguments.action == "report":
         from hippocampus_report import report
 
