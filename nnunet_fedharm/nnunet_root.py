@@ -77,8 +77,7 @@ class NnunetRoot:
                     os.environ[name] = value
 
 
-@contextmanager
-def environment_paths() -> Iterator[tuple[Path, Path, Path]]:
+def environment_paths() -> tuple[Path, Path, Path]:
     """(raw, preprocessed, results) from the environment, as the stock nnU-Net commands use them.
 
     Raises:
@@ -90,4 +89,4 @@ def environment_paths() -> Iterator[tuple[Path, Path, Path]]:
             f"The environment variable {missing[0]} is not set. Export nnUNet_raw, nnUNet_preprocessed and nnUNet_results."
         )
     raw, preprocessed, results = (Path(os.environ[name]) for name in _VARIABLES)
-    yield raw, preprocessed, results
+    return raw, preprocessed, results

@@ -73,5 +73,5 @@ def find_raw_dataset(dataset: str) -> Path:
     """
     if Path(dataset).is_dir():
         return Path(dataset)
-    with environment_paths() as (raw, _, _):
-        return raw / find_dataset(raw, Path(dataset).name)
+    raw, _, _ = environment_paths()
+    return raw / find_dataset(raw, Path(dataset).name)

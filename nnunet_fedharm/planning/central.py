@@ -66,8 +66,8 @@ class EnvironmentRoot(NnunetRoot):
         Raises:
             SetupError: a variable is not set.
         """
-        with environment_paths() as (raw, preprocessed, results):
-            return cls(Path(_HERE), raw, preprocessed, results)
+        raw, preprocessed, results = environment_paths()
+        return cls(Path(_HERE), raw, preprocessed, results)
 
 
 @dataclass(frozen=True, kw_only=True)
