@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers.base import SITE_LOCAL, Harmonizer
+from nnunet_fedharm.harmonizers.base import SITE_LOCAL, SITE_ROWS, Harmonizer
 from nnunet_fedharm.harmonizers.curve import CurveConfig, CurveHarmonizer
 from nnunet_fedharm.harmonizers.cyclegan import CycleGANConfig, CycleGANHarmonizer
 from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer
@@ -26,7 +26,7 @@ KINDS: tuple[str, ...] = ("none", "nyul", "curve", "cyclegan", "diffusion")
 LEARNED: frozenset[str] = frozenset({"curve", "cyclegan", "diffusion"})
 """Kinds that have a harmonizer phase."""
 
-__all__ = ["KINDS", "LEARNED", "SITE_LOCAL", "Harmonizer", "build_harmonizer"]
+__all__ = ["KINDS", "LEARNED", "SITE_LOCAL", "SITE_ROWS", "Harmonizer", "build_harmonizer"]
 
 
 def build_harmonizer(

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers.base import Harmonizer
+from nnunet_fedharm.harmonizers.base import Harmonizer, Source
 from nnunet_fedharm.harmonizers.smooth import MaskedBlur, random_log_gain
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.harmonizers.tone import apply_displacement, monotone_displacement, quantile_map
@@ -93,10 +93,10 @@ class CurveHarmonizer(Harmonizer):
                 _zeroed(conv(config.width // 4 + 1, num_channels, kernel_size=1)),
             )
 
-    def transform(self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor) -> Tensor:
+    def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:
         # Half precision would quantise the tone curve; it costs nothing beside the segmenter to leave it out here.
         with torch.autocast(image.device.type, enabled=False):
-            return self._residual(image.float(), mask, quantiles, offset)[0]
+            return self._residual(image.float(), mask, source.quantiles, source.offset)[0]
 
     def _residual(
         self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers.base import Harmonizer
+from nnunet_fedharm.harmonizers.base import Source
 from nnunet_fedharm.harmonizers.cyclegan_training import CycleGANTraining
-from nnunet_fedharm.harmonizers.polarity import INVERTED_BELOW, PolarityJudge, dress, expand
+from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
 from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator, ResidualNetwork
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 
@@ -79,11 +79,10 @@ class CycleGANConfig:
             raise PlanError("harmonizer.one_sided is the mode without pseudo_references; switch one of them off.")
 
 
-class CycleGANHarmonizer(Harmonizer):
+class CycleGANHarmonizer(JudgedHarmonizer):
     """G of a many-to-one CycleGAN: x + gate * mask * R(x, style)."""
 
     learned = True
-    polarity: Tensor
 
     def __init__(
         self,
@@ -94,36 +93,27 @@ class CycleGANHarmonizer(Harmonizer):
         reference: Style | None,
         config: CycleGANConfig,
     ) -> None:
-        super().__init__(num_channels=num_channels, spatial_dims=spatial_dims, styles=styles, reference=reference)
+        super().__init__(
+            num_channels=num_channels,
+            spatial_dims=spatial_dims,
+            styles=styles,
+            reference=reference,
+            judge_width=config.discriminator_width if config.polarity else None,
+        )
         self.config = config
         self.generator = self.new_generator()
         self.reference_discriminator = self.new_discriminator(conditional=False)
-        if config.polarity:
-            self.polarity_judge = PolarityJudge(
-                channels=num_channels, spatial_dims=spatial_dims, width=config.discriminator_width
-            )
-            self.register_buffer("polarity", torch.ones(len(styles), num_channels))
         self.shared_backward = self.new_backward() if config.share_backward else None
 
-    def transform(self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor) -> Tensor:
-        base = self.upright(image, quantiles)
-        result: Tensor = (base - image) + self.generator(base, self.style_features(quantiles))
+    def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:
+        base, _ = self.upright(image, source)
+        result: Tensor = (base - image) + self.generator(base, self.style_features(source.quantiles))
         return result
 
-    def upright(self, image: Tensor, quantiles: Tensor) -> Tensor:
-        """What the residual is added to: the image itself, or its inverse in the reference's quantiles at an inverted site."""
-        if not self.config.polarity:
-            return image
-        inverted = self.inverted(quantiles)
-        turned = dress(image, quantiles, self.reference_quantiles.expand_as(quantiles), inverted)
-        return torch.where(expand(inverted, image), turned, image)
-
-    def inverted(self, quantiles: Float[Tensor, "b c q"]) -> Bool[Tensor, "b c"]:
-        """Whether the site of the bank that has these quantiles (or the nearest ones) is inverted, per channel."""
-        if not self.config.polarity or not len(self.polarity):
-            return torch.zeros(quantiles.shape[:2], dtype=torch.bool, device=quantiles.device)
-        distance = (quantiles[:, None] - self.bank_quantiles[None]).abs().mean(dim=(2, 3))
-        return self.polarity[distance.argmin(dim=1)] < INVERTED_BELOW
+    def trained_at_reference(self) -> tuple[str, ...]:
+        """The judge; and D, where no other site has reals to show it."""
+        alone = self.config.pseudo_sources and not (self.config.pseudo_references or self.config.one_sided)
+        return ("polarity_judge.", "reference_discriminator.") if alone else ("polarity_judge.",)
 
     def style_features(self, quantiles: Float[Tensor, "b c q"]) -> Float[Tensor, "b f"]:
         """What the networks are told of a site: its quantiles and their distance to the reference's."""

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nnunet_fedharm.harmonizers.polarity import dress, expand, vote
+from nnunet_fedharm.harmonizers.base import Source
+from nnunet_fedharm.harmonizers.polarity import dress, expand, polarity_step
 from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator, ResidualNetwork
-from nnunet_fedharm.harmonizers.training import HarmonizerTraining, average_over_processes, is_distributed
+from nnunet_fedharm.harmonizers.training import HarmonizerTraining, is_distributed
 
 if TYPE_CHECKING:
     from nnunet_fedharm.harmonizers.cyclegan import CycleGANHarmonizer
@@ -77,7 +78,7 @@ class CycleGANTraining(HarmonizerTraining):
         self.backward = cast(ResidualNetwork, own["generator"])
         self.site_discriminator = cast(PatchDiscriminator, own["discriminator"])
         self.optimizers["generators"] = _adam([harmonizer.generator, self.backward], lr)
-        if self.config.polarity:
+        if harmonizer.polarity_judge is not None:
             self.optimizers["polarity"] = torch.optim.Adam(harmonizer.polarity_judge.parameters(), lr=lr)
         self.optimizers["discriminators"] = _adam([harmonizer.reference_discriminator, self.site_discriminator], lr)
 
@@ -88,8 +89,9 @@ class CycleGANTraining(HarmonizerTraining):
         generator: torch.Generator,
         references: Tensor | None = None,
     ) -> dict[str, float]:
-        if self.config.polarity:
-            self._polarity_step(image, sites, generator, references)
+        if references is not None:
+            references = self._dressed_references(references)
+        polarity_step(self, image, sites, generator, references, judge_steps=JUDGE_STEPS)
         sources = self.sources(image, sites, generator)
         reals = self.reals(image, sites, references)
         judges = nn.ModuleList([self.harmonizer.reference_discriminator, self.site_discriminator])
@@ -109,44 +111,6 @@ class CycleGANTraining(HarmonizerTraining):
             "discriminator": 0.0 if judged is None else float(judged.detach()),
         }
 
-    def begin_round(self) -> None:
-        self._before = [tensor.detach().clone() for tensor in self._trained_by_few()]
-
-    @torch.no_grad()
-    def finish_round(self) -> None:
-        """What only the reference site trains, and each site's own votes, are sent with K times their change.
-
-        The mean over K sites, the others of which send it unchanged, then holds the change itself. Where sites are missing
-        from a round the change is too large by K over their number.
-        """
-        sites = len(self.harmonizer.bank_quantiles)
-        for tensor, before in zip(self._trained_by_few(), self._before, strict=True):
-            tensor.copy_(before + sites * (tensor - before))
-
-    def _trained_by_few(self) -> list[Tensor]:
-        """Shared tensors that one site of the federation changes in a round."""
-        config, tensors = self.config, list[Tensor]()
-        if config.polarity:
-            tensors += [*self.harmonizer.polarity_judge.parameters(), self.harmonizer.polarity]
-        if config.pseudo_sources and not (config.pseudo_references or config.one_sided):
-            tensors += self.harmonizer.reference_discriminator.parameters()
-        return tensors
-
-    def _polarity_step(
-        self, image: Patch, sites: Tensor, generator: torch.Generator, references: Tensor | None
-    ) -> None:
-        """Teach the judge where there are genuine references; let it vote on every other site's patches."""
-        harmonizer, judge = self.harmonizer, self.harmonizer.polarity_judge
-        wanted = harmonizer.reference_quantiles
-        foreign = ~self._is_reference(sites)
-        if references is not None:
-            for _ in range(JUDGE_STEPS):
-                self.descend("polarity", judge.loss(references, wanted.expand(len(references), -1, -1), generator))
-        with torch.no_grad():
-            log_odds = judge(image, harmonizer.bank_quantiles[sites], wanted.expand(len(image), -1, -1))
-        vote(harmonizer.polarity, log_odds[foreign], sites[foreign])
-        average_over_processes(harmonizer.polarity)
-
     def sources(self, image: Patch, sites: Tensor, generator: torch.Generator) -> Sources | None:
         """The batch's foreign patches, and those of the reference as pseudo-sources where the plans ask for it.
 
@@ -159,7 +123,7 @@ class CycleGANTraining(HarmonizerTraining):
             return Sources(foreign, sites[~genuine], foreign, genuine[~genuine]) if len(foreign) else None
         drawn = torch.tensor(others)[torch.randint(len(others), (len(sites),), generator=generator)].to(sites.device)
         bank = self.harmonizer.bank_quantiles
-        shown = dress(image, bank[sites], bank[drawn], self.harmonizer.inverted(bank[drawn]))
+        shown = dress(image, bank[sites], bank[drawn], self.inverted(drawn))
         choose = expand(genuine, image)
         return Sources(torch.where(choose, shown, image), torch.where(genuine, drawn, sites), image, genuine)
 
@@ -170,7 +134,17 @@ class CycleGANTraining(HarmonizerTraining):
         if not self.config.pseudo_references:
             return None
         own = self.harmonizer.bank_quantiles[sites]
-        return dress(image, own, self.harmonizer.reference_quantiles.expand_as(own), self.harmonizer.inverted(own))
+        return dress(image, own, self.harmonizer.reference_quantiles.expand_as(own), self.inverted(sites))
+
+    def inverted(self, sites: Int[Tensor, " b"]) -> Bool[Tensor, "b c"]:
+        """Whether the sites' contrast is the reference's upside down, per channel."""
+        return self.harmonizer.bank_source(sites).inverted
+
+    def _dressed_references(self, references: Patch) -> Patch:
+        """Patches of the reference's site in the reference's quantiles: unchanged unless the reference is a consensus."""
+        own = self.harmonizer.bank_quantiles[self.reference_sites[:1]].expand(len(references), -1, -1)
+        upright = torch.zeros(references.shape[:2], dtype=torch.bool, device=references.device)
+        return dress(references, own, self.harmonizer.reference_quantiles.expand_as(own), upright)
 
     def generator_losses(
         self, sources: Sources | None, reals: Tensor | None
@@ -181,20 +155,18 @@ class CycleGANTraining(HarmonizerTraining):
         adversarial, cycle, identity, paired = nothing, nothing, nothing, nothing
         fake_reference = fake_source = None
         if sources is not None:
-            style = harmonizer.bank_quantiles[sources.sites]
-            fake_reference = self.forth(sources.image, style)
+            fake_reference = self.forth(sources.image, harmonizer.bank_source(sources.sites))
             adversarial = adversarial + real_loss(harmonizer.reference_discriminator(fake_reference))
-            cycle = cycle + distance(self.back(fake_reference, style), sources.image, sources.image)
+            cycle = cycle + distance(self.back(fake_reference, sources.sites), sources.image, sources.image)
             paired = distance(fake_reference, sources.origin, sources.image * expand(sources.paired, sources.image))
         if reals is not None:
-            wanted = harmonizer.bank_quantiles[self._wanted_sites(sources, len(reals))]
-            fake_source = self.back(reals, wanted)
+            wanted = harmonizer.bank_source(self._wanted_sites(sources, len(reals)))
+            fake_source = self.back(reals, self._wanted_sites(sources, len(reals)))
             adversarial = adversarial + real_loss(
-                self.site_discriminator(fake_source, harmonizer.style_features(wanted))
+                self.site_discriminator(fake_source, harmonizer.style_features(wanted.quantiles))
             )
             cycle = cycle + distance(self.forth(fake_source, wanted), reals, reals)
-            own = harmonizer.reference_quantiles.expand(len(reals), -1, -1)
-            identity = distance(self.forth(reals, own), reals, reals)
+            identity = distance(self.forth(reals, harmonizer.reference_source(len(reals))), reals, reals)
         parts = {
             "adversarial": config.adversarial_weight * adversarial,
             "cycle": config.cycle_weight * cycle,
@@ -224,16 +196,17 @@ class CycleGANTraining(HarmonizerTraining):
             terms.append(real_loss(self.site_discriminator(sources.image, style)))
         return torch.stack(terms).sum() / 2 if terms else None
 
-    def forth(self, image: Patch, quantiles: Tensor) -> Patch:
+    def forth(self, image: Patch, source: Source) -> Patch:
         """G: to the reference."""
-        return image + (image != 0) * self.harmonizer.transform(image, image != 0, quantiles, quantiles[..., 0])
+        return image + (image != 0) * self.harmonizer.transform(image, image != 0, source)
 
-    def back(self, image: Patch, quantiles: Tensor) -> Patch:
-        """B: from the reference to the site of these quantiles, from the inverse of the image at an inverted site."""
-        inverted = self.harmonizer.inverted(quantiles)
-        reference = self.harmonizer.reference_quantiles.expand_as(quantiles)
-        base = torch.where(expand(inverted, image), dress(image, reference, quantiles, inverted), image)
-        return base + (image != 0) * self.backward(base, self.harmonizer.style_features(quantiles))
+    def back(self, image: Patch, sites: Int[Tensor, " b"]) -> Patch:
+        """B: from the reference to these sites, from the inverse of the image at an inverted one."""
+        source = self.harmonizer.bank_source(sites)
+        reference = self.harmonizer.reference_quantiles.expand_as(source.quantiles)
+        turned = dress(image, reference, source.quantiles, source.inverted)
+        base = torch.where(expand(source.inverted, image), turned, image)
+        return base + (image != 0) * self.backward(base, self.harmonizer.style_features(source.quantiles))
 
     def _wanted_sites(self, sources: Sources | None, count: int) -> Tensor:
         """Sites that B maps to: those of the sources, cycled to `count`; every site of the bank where there are none."""

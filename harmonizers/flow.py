@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_appearance
-from nnunet_fedharm.harmonizers.base import Harmonizer, patch_quantiles
+from nnunet_fedharm.harmonizers.base import Source
 from nnunet_fedharm.harmonizers.flow_networks import ResNet3d, UNet2d
 from nnunet_fedharm.harmonizers.flow_training import FlowTraining
-from nnunet_fedharm.harmonizers.polarity import INVERTED_BELOW, PolarityJudge, dress, expand
+from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
@@ -99,15 +99,10 @@ class FlowConfig:
         )
 
 
-VOTE_WEIGHT = 0.25
-"""What a round in which a site only votes weighs in the mean: enough for its vote to arrive, too little to hold the rest up."""
-
-
-class FlowHarmonizer(Harmonizer):
+class FlowHarmonizer(JudgedHarmonizer):
     """Design C: flow-matching bridge, one to four deterministic steps."""
 
     learned = True
-    polarity: Tensor
 
     def __init__(
         self,
@@ -118,7 +113,13 @@ class FlowHarmonizer(Harmonizer):
         reference: Style | None,
         config: FlowConfig,
     ) -> None:
-        super().__init__(num_channels=num_channels, spatial_dims=spatial_dims, styles=styles, reference=reference)
+        super().__init__(
+            num_channels=num_channels,
+            spatial_dims=spatial_dims,
+            styles=styles,
+            reference=reference,
+            judge_width=config.judge_width if config.polarity else None,
+        )
         from diffusers import FlowMatchEulerDiscreteScheduler  # slow to import: only where this harmonizer is built
 
         self.config = config
@@ -131,11 +132,6 @@ class FlowHarmonizer(Harmonizer):
                 nn.Linear(embedding, embedding),
             )
         network = UNet2d if spatial_dims == 2 else ResNet3d
-        if config.polarity:
-            self.polarity_judge = PolarityJudge(
-                channels=num_channels, spatial_dims=spatial_dims, width=config.judge_width
-            )
-            self.register_buffer("polarity", torch.ones(len(styles), num_channels))
         # x_t, x' and what `_matched` adds, and one channel that tells padding from tissue of mean intensity.
         guesses = 0 if not config.style else 1 if config.polarity else 2
         inputs = (2 + guesses) * num_channels + 1
@@ -146,32 +142,9 @@ class FlowHarmonizer(Harmonizer):
         """Windows of one volume agree at least this many voxels away from their borders."""
         return self.network.reach * self.config.n_steps
 
-    def transform(self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor) -> Tensor:
-        start, quantiles = self.upright(image, quantiles)
+    def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:
+        start, quantiles = self.upright(image, source)
         return self.bridge(start, mask, quantiles) - image
-
-    def upright(self, image: Tensor, quantiles: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the bridge starts, and its quantiles: the image itself, or its inverse dressed as the reference."""
-        if not self.config.polarity or not len(self.polarity):
-            return image, quantiles
-        distance = (quantiles[:, None] - self.bank_quantiles[None]).abs().mean(dim=(2, 3))
-        inverted = self.polarity[distance.argmin(dim=1)] < INVERTED_BELOW
-        reference = self.reference_quantiles.expand_as(quantiles)
-        turned = dress(image, quantiles, reference, inverted)
-        where = expand(inverted, image)
-        return torch.where(where, turned, image), torch.where(inverted[..., None], reference, quantiles)
-
-    @torch.no_grad()
-    def nearest_style(self, image: Tensor, mask: Tensor) -> Int[Tensor, " b"]:
-        """As of the base class, among the styles whose polarity is the one that the judge sees in the patch, if there are any."""
-        if not self.config.polarity:
-            return super().nearest_style(image, mask)
-        quantiles = patch_quantiles(image, mask)
-        log_odds = self.polarity_judge(image, quantiles, self.reference_quantiles.expand_as(quantiles))
-        seen = torch.tanh(log_odds / 2) < INVERTED_BELOW
-        agrees = ((self.polarity < INVERTED_BELOW) == seen[:, None]).all(dim=2)
-        distance = (quantiles[:, None] - self.bank_quantiles).abs().mean(dim=(2, 3))
-        return (distance + 1e3 * ~agrees).argmin(dim=1)
 
     def bridge(self, image: Tensor, mask: Tensor, quantiles: Tensor) -> Tensor:
         """x at t = 0, from `image` at t = 1."""
@@ -222,17 +195,12 @@ class FlowHarmonizer(Harmonizer):
         if self.config.style:
             yield from self.style_code.parameters()
 
-    def reference_sites(self) -> list[int]:
-        """The one site whose images are taken for the reference's: itself, or the nearest to a consensus."""
-        distance = (self.bank_quantiles - self.reference_quantiles).abs().mean(dim=(1, 2))
-        return [int(distance.argmin())] if len(distance) else []
+    def trained_at_reference(self) -> tuple[str, ...]:
+        return ("network.", "style_code.", "polarity_judge.")
 
     def trains_on(self, site: int) -> bool:
         """The reference's site trains; the others vote, or sit the phase out where there is no judge."""
         return self.config.polarity or site in self.reference_sites()
-
-    def round_weight(self, site: int) -> float:
-        return 1.0 if site in self.reference_sites() else VOTE_WEIGHT
 
     def self_paired_loss(self, image: Tensor, sites: Int[Tensor, " b"], generator: torch.Generator) -> Tensor:
         """Mean squared error of the velocity, and of its differences between neighbours, in squared standard deviations."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nnunet_fedharm.harmonizers.base import Harmonizer
+from nnunet_fedharm.harmonizers.base import Harmonizer, Source
 
 
 class IdentityHarmonizer(Harmonizer):
@@ -13,5 +13,5 @@ class IdentityHarmonizer(Harmonizer):
     def forward(self, image: Tensor) -> Tensor:
         return image
 
-    def transform(self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor) -> Tensor:
+    def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:
         return image.new_zeros(()).expand_as(image)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nnunet_fedharm.harmonizers.base import Harmonizer
+from nnunet_fedharm.harmonizers.base import Harmonizer, Source
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
 
@@ -21,6 +21,6 @@ class NyulHarmonizer(Harmonizer):
         super().__init__(num_channels=num_channels, spatial_dims=spatial_dims, styles=styles, reference=reference)
         self.gate.zero_()
 
-    def transform(self, image: Tensor, mask: Tensor, quantiles: Tensor, offset: Tensor) -> Tensor:
-        target = self.reference_quantiles.expand_as(quantiles)
-        return apply_displacement(image, quantile_map(quantiles, target).to(image.dtype))
+    def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:
+        target = self.reference_quantiles.expand_as(source.quantiles)
+        return apply_displacement(image, quantile_map(source.quantiles, target).to(image.dtype))

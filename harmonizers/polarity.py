@@ -8,18 +8,20 @@ Every site then lets it vote on its own patches. Judge and votes are shared; ima
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, Harmonizer, Source, patch_quantiles
 from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator
 from nnunet_fedharm.harmonizers.smooth import random_log_gain
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
-
-INVERTED_BELOW = -0.25
-"""A site counts as inverted when its mean vote, in [-1, 1], falls below this: without evidence nothing is inverted."""
+from nnunet_fedharm.harmonizers.training import HarmonizerTraining, average_over_processes
 
 VOTE_MOMENTUM = 0.05
 """Share of a batch's vote in the running mean."""
@@ -91,9 +93,87 @@ class PolarityJudge(nn.Module):
         return functional.softplus(-self(image * field, reference, reference)).mean()
 
 
+class JudgedHarmonizer(Harmonizer):
+    """A harmonizer that knows which sites are inverted, and starts from the inverse there.
+
+    Args:
+        judge_width: channels of the judge's first convolution; None does without a judge, and nothing is inverted.
+        shape: arguments of `Harmonizer`.
+    """
+
+    def __init__(self, *, judge_width: int | None, **shape: Any) -> None:
+        super().__init__(**shape)
+        self.polarity_judge = None
+        if judge_width is not None:
+            self.polarity_judge = PolarityJudge(
+                channels=self.num_channels, spatial_dims=self.spatial_dims, width=judge_width
+            )
+
+    def upright(self, image: Tensor, source: Source) -> tuple[Tensor, Tensor]:
+        """Where the mapping starts, and its quantiles: the image itself, or its inverse dressed as the reference."""
+        if self.polarity_judge is None:
+            return image, source.quantiles
+        inverted, reference = source.inverted, self.reference_quantiles.expand_as(source.quantiles)
+        turned = dress(image, source.quantiles, reference, inverted)
+        quantiles = torch.where(inverted[..., None], reference, source.quantiles)
+        return torch.where(expand(inverted, image), turned, image), quantiles
+
+    @torch.no_grad()
+    def nearest_style(self, image: Tensor, mask: Tensor) -> Int[Tensor, " b"]:
+        """As of the base class, among the styles whose polarity is the one that the judge sees in the patch, if there are any."""
+        if self.polarity_judge is None:
+            return super().nearest_style(image, mask)
+        quantiles = patch_quantiles(image, mask)
+        log_odds = self.polarity_judge(image, quantiles, self.reference_quantiles.expand_as(quantiles))
+        seen = torch.tanh(log_odds / 2) < INVERTED_BELOW
+        agrees = ((self.bank_polarity < INVERTED_BELOW) == seen[:, None]).all(dim=2)
+        distance = (quantiles[:, None] - self.bank_quantiles).abs().mean(dim=(2, 3))
+        return (distance + 1e3 * ~agrees).argmin(dim=1)
+
+    @torch.no_grad()
+    def votes(self, image: Float[Tensor, "b c *spatial"], quantiles: Float[Tensor, "b c q"]) -> Float[Tensor, "b c"]:
+        """The judge's probability that each channel of each patch is the right way up, as a number between -1 and 1.
+
+        Raises:
+            PlanError: this harmonizer has no judge.
+        """
+        if self.polarity_judge is None:
+            raise PlanError("This harmonizer was planned without a judge of polarity (harmonizer.polarity is false).")
+        log_odds: Tensor = self.polarity_judge(image, quantiles, self.reference_quantiles.expand_as(quantiles))
+        return torch.tanh(log_odds / 2)
+
+
+def polarity_step(
+    training: HarmonizerTraining,
+    image: Float[Tensor, "b c *spatial"],
+    sites: Int[Tensor, " b"],
+    generator: torch.Generator,
+    references: Float[Tensor, "b c *spatial"] | None,
+    *,
+    judge_steps: int,
+) -> None:
+    """Teach the judge where there are genuine references; let it vote on every other site's patches.
+
+    Args:
+        training: of a `JudgedHarmonizer`, with an optimizer named "polarity".
+        judge_steps: steps of the judge, all on the same references.
+    """
+    harmonizer = training.harmonizer
+    if not isinstance(harmonizer, JudgedHarmonizer) or harmonizer.polarity_judge is None:
+        return
+    if references is not None:
+        wanted = harmonizer.reference_quantiles.expand(len(references), -1, -1)
+        for _ in range(judge_steps):
+            training.descend("polarity", harmonizer.polarity_judge.loss(references, wanted, generator))
+    foreign = ~torch.isin(sites, torch.tensor(harmonizer.reference_sites(), device=sites.device))
+    if foreign.any():
+        votes = harmonizer.votes(image[foreign], harmonizer.bank_quantiles[sites[foreign]])
+        vote(harmonizer.bank_polarity, votes, sites[foreign])
+    average_over_processes(harmonizer.bank_polarity)
+
+
 @torch.no_grad()
-def vote(polarity: Float[Tensor, "k c"], log_odds: Float[Tensor, "b c"], sites: Int[Tensor, " b"]) -> None:
+def vote(polarity: Float[Tensor, "k c"], votes: Float[Tensor, "b c"], sites: Int[Tensor, " b"]) -> None:
     """Move the running mean votes of the batch's sites, in place."""
-    votes = torch.tanh(log_odds / 2)  # the judge's probability, as a number between -1 and 1
     for site in sites.unique():
         polarity[site].lerp_(votes[sites == site].mean(dim=0), VOTE_MOMENTUM)

@@ -78,12 +78,6 @@ class HarmonizerTraining(ABC):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * (1 - epoch / self.total_epochs)
 
-    def begin_round(self) -> None:  # noqa: B027 - most trainings have nothing to note
-        """Called in a federated round once the shared weights are loaded."""
-
-    def finish_round(self) -> None:  # noqa: B027
-        """Called in a federated round before the weights are sent."""
-
     def state_dict(self) -> dict[str, Any]:
         """Optimizers and site-local modules: everything but the harmonizer's own weights."""
         return {

@@ -23,6 +23,7 @@ from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 from nnunet_fedharm.planning.section import CONFIGURATIONS, FedHarmSection, read_section
 from nnunet_fedharm.sites.registry import SitesFile
 from nnunet_fedharm.trainers.checkpoints import save_atomically
+from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_gain
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
 from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
 from nnunet_fedharm.trainers.names import trainer_name_for
@@ -192,25 +193,50 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
                 )
                 parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
                 self.print_to_log_file(f"Harmonizer epoch {epoch}: {parts}")
+                if epoch == schedule.harmonizer_epochs - 1:
+                    self.close_gates_without_gain(sampler)
                 self._save_harmonizer(training)
 
-    def harmonizer_sampler(self, rng: np.random.Generator) -> PatchSampler:
-        """Patches of the fold's training cases and of all unlabelled cases; validation cases take no part.
+    def close_gates_without_gain(self, sampler: PatchSampler) -> None:
+        """Shut the gates of sites whose patches do not come nearer to the reference; see `trainers.gates`."""
+        gains = close_without_gain(self.harmonizer, sampler, self.device)
+        for site, gain in gains.items():
+            verdict = "gate open" if gain > 0 else "gate shut: nothing is gained"
+            self.print_to_log_file(f"Site {self.bank[site]} comes {gain:+.4f} sd nearer to the reference: {verdict}.")
 
-        Raises:
-            PlanError: the harmonizer trains on none of the sites that these cases belong to.
-        """
+    def on_train_end(self) -> None:
+        """As the base class, after the labelled sites' gates were judged by validation Dice."""
+        if not self.disable_checkpointing:  # a federated site judges its gate once, when it gets the final weights
+            for site, (opened, shut) in close_where_dice_falls(self).items():
+                verdict = "gate open" if opened > shut else "gate shut"
+                self.print_to_log_file(
+                    f"Site {site}: validation Dice {opened:.4f} harmonized, {shut:.4f} as it is: {verdict}."
+                )
+        super().on_train_end()
+
+    def all_patches(self, rng: np.random.Generator) -> PatchSampler:
+        """Patches of the fold's training cases and of all unlabelled cases; validation cases take no part."""
         labelled = Path(self.preprocessed_dataset_folder)
         unlabelled = labelled.with_name(labelled.name + "_unlabelled")
         train_names = list(self.do_split()[0]) if labelled.is_dir() else []  # a site may have no labels at all
         cases = list_cases([labelled, unlabelled], train_names, self.site_of_case, self.bank)
-        cases = [case for case in cases if self.harmonizer.trains_on(case.site)]
-        if not cases:
+        return PatchSampler(cases, self.configuration_manager.patch_size, self.batch_size, rng)
+
+    def harmonizer_sampler(self, rng: np.random.Generator) -> PatchSampler:
+        """`all_patches` of the sites that the harmonizer trains on.
+
+        Raises:
+            PlanError: the harmonizer trains on none of the sites that these cases belong to.
+        """
+        everything = self.all_patches(rng)
+        sites = {case.site for case in everything.cases if self.harmonizer.trains_on(case.site)}
+        sampler = everything.only(sorted(sites))
+        if sampler is None:
             raise PlanError(
                 f"The harmonizer {self.section.kind!r} trains on images that look like the reference "
                 f"({self.section.reference}), and no training image does. Choose as --reference a site whose images are here."
             )
-        return PatchSampler(cases, self.configuration_manager.patch_size, self.batch_size, rng)
+        return sampler
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Base step, with each sample's site told to the harmonizer."""

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from nnunet_fedharm.errors import CheckpointError, FederationError
+from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.section import read_section
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
+from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_gain
 from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
 from nnunet_fedharm.trainers.results import make_trainer, write_results_folder
 from nnunet_fedharm.trainers.seeds import derive_seed, seed_everything, torch_generator
@@ -143,8 +145,32 @@ class LocalTraining:
             weights,
             epoch=epoch,
             which=("final", "best", "latest"),
-            source=self.section.styles.get(self.site),
+            site=self.site,
+            gate=self._judged_gate(weights),
         )
+
+    def _judged_gate(self, weights: Weights) -> float | None:
+        """This site's gate under the final weights: by its images, then by validation Dice if it has labels; None: the bank's."""
+        if self.section.kind not in LEARNED or self.site not in self.section.styles:
+            return None
+        with self.root.activate():
+            seed_everything(self.seed, self.site, "gate")
+            trainer = make_trainer(
+                self.trainer_name, self.plans, self.configuration, self.fold, self.dataset_json, self.device
+            )
+            # A site without labels has nothing to validate on, and with fold "all" neither has any other.
+            labelled = self.fold != "all" and Path(trainer.preprocessed_dataset_folder).is_dir()
+            trainer.initialize() if labelled else trainer.assemble()
+            load_weights(trainer.network, weights)
+            trainer.disable_checkpointing = True
+            index, harmonizer = trainer.bank.index(self.site), trainer.harmonizer
+            sampler = trainer.all_patches(np.random.default_rng(derive_seed(self.seed, self.site, "gate", "patches")))
+            close_without_gain(harmonizer, sampler, trainer.device)
+            if labelled:
+                trainer.on_train_start()
+                close_where_dice_falls(trainer)
+                trainer.on_train_end()
+            return float(harmonizer.bank_gate[index])
 
     def _harmonizer_round(
         self, trainer: nnUNetTrainerFedHarm, round_index: int, first_epoch: int, epochs: int, weights: Weights
@@ -159,7 +185,6 @@ class LocalTraining:
         state = self._restore("harmonizer", round_index)
         if state is not None:
             training.load_state_dict(state["training"])
-        training.begin_round()
         stream = (self.site, "harmonizer", str(round_index))
         sampler = trainer.harmonizer_sampler(np.random.default_rng(derive_seed(self.seed, *stream, "patches")))
         generator = torch_generator(self.seed, *stream, "styles")
@@ -176,12 +201,12 @@ class LocalTraining:
                         generator=generator,
                     )
                 )
-        training.finish_round()
+        if first_epoch + epochs >= schedule.harmonizer_epochs:
+            trainer.close_gates_without_gain(sampler)
         self._keep("harmonizer", round_index, {"training": training.state_dict()})
-        weight = trainer.harmonizer.round_weight(trainer.bank.index(self.site)) if self.site in trainer.bank else 1.0
         return LocalResult(
             weights=export_weights(trainer.network),
-            n_steps=max(1, round(weight * epochs * schedule.iterations_per_epoch)),
+            n_steps=epochs * schedule.iterations_per_epoch,
             n_cases=len(sampler.cases),
             metrics={"train_loss": float(np.mean([epoch["loss"] for epoch in losses]))},
         )

@@ -13,7 +13,6 @@ import torch
 
 from nnunet_fedharm import trainers
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
@@ -90,7 +89,8 @@ def write_results_folder(
     epoch: int,
     history: Mapping[str, Sequence[float]] | None = None,
     which: Sequence[Which] = ("latest",),
-    source: Style | None = None,
+    site: str | None = None,
+    gate: float | None = None,
 ) -> Path:
     """Write plans, dataset.json, fingerprint, progress.png and checkpoints as the stock trainer would.
 
@@ -100,7 +100,8 @@ def write_results_folder(
         epoch: last finished epoch of the shared clock.
         history: nnU-Net logger lists (`train_losses`, `val_losses`, `mean_fg_dice`), one value per round.
         which: checkpoints to write. A folder with a final one has no latest one, as with the stock trainer, unless asked for.
-        source: style of the one site this folder serves; None serves every site of the bank.
+        site: the one site this folder serves, by its row of the bank; None (or a site without a style) serves every site.
+        gate: that site's gate, if it is not the bank's.
 
     Returns:
         The fold's folder.
@@ -113,7 +114,8 @@ def write_results_folder(
         trainer = make_trainer(trainer_name, plans, configuration, fold, dataset_json)
         trainer.assemble()
         load_weights(trainer.network, weights)
-        trainer.harmonizer.set_source(source)
+        if site in trainer.bank:
+            trainer.harmonizer.serve(trainer.bank.index(site), gate=gate)
         _fill_log(trainer, history or {})
         trainer.current_epoch = epoch
         base, folder = Path(trainer.output_folder_base), Path(trainer.output_folder)

@@ -11,7 +11,7 @@ resampling, and y is in the units of x: mean and standard deviation of the case 
 histogram becomes the reference's.
 
 Source style, in this order: the site that is named, the style stored in the checkpoint (a site's own results folder),
-the style of the whole volume (a server's results folder). Stock `nnUNetv2_predict` sees patches only and takes the
+the style and polarity of the whole volume (a server's results folder). Stock `nnUNetv2_predict` sees patches only and takes the
 nearest style of the bank in the last case.
 """
 
@@ -31,7 +31,7 @@ from einops import rearrange
 from nnunet_fedharm.errors import CheckpointError, PlanError
 from nnunet_fedharm.evaluation.volumes import read_images
 from nnunet_fedharm.harmonizers import Harmonizer
-from nnunet_fedharm.harmonizers.style import Style, volume_quantiles
+from nnunet_fedharm.harmonizers.adaptation import kept_source, measure_source
 from nnunet_fedharm.planning.section import FedHarmSection, read_section
 from nnunet_fedharm.sites.files import CaseFiles, read_json
 
@@ -48,7 +48,6 @@ class HarmonizerModel:
         section: the plans' `fedharm` section (style bank, reference).
         plans, configuration: nnU-Net's PlansManager and ConfigurationManager.
         dataset_json: channels, labels, file ending.
-        stored: style of the one site that the checkpoint serves; None if it serves every site of the bank.
     """
 
     harmonizer: Harmonizer
@@ -56,7 +55,6 @@ class HarmonizerModel:
     plans: Any
     configuration: Any
     dataset_json: dict[str, Any]
-    stored: Style | None
 
 
 def load_harmonizer(
@@ -98,7 +96,7 @@ def load_harmonizer(
     network.load_state_dict(state["network_weights"])
     # nn.Module attributes are typed Tensor | Module.
     harmonizer: Harmonizer = network.harmonizer.to(device).eval()  # type: ignore[assignment, union-attr]
-    return HarmonizerModel(harmonizer, section, plans, configuration, dataset_json, _stored_style(harmonizer))
+    return HarmonizerModel(harmonizer, section, plans, configuration, dataset_json)
 
 
 def harmonize_case(model: HarmonizerModel, case: CaseFiles, *, site: str | None = None) -> Volume:
@@ -121,7 +119,7 @@ def harmonize_case(model: HarmonizerModel, case: CaseFiles, *, site: str | None 
     z, _, properties = preprocessor.run_case_npy(
         raw, None, properties, model.plans, model.configuration, model.dataset_json
     )
-    with _source_style(model, np.asarray(z), site):
+    with _source(model, np.asarray(z), site):
         residual = _residual(model.harmonizer, torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32)))
     forward = [0, *(axis + 1 for axis in model.plans.transpose_forward)]
     backward = [0, *(axis + 1 for axis in model.plans.transpose_backward)]
@@ -166,21 +164,18 @@ def _standard_deviation(model: HarmonizerModel, channel: int, values: Volume, in
 
 
 @contextmanager
-def _source_style(model: HarmonizerModel, z: npt.NDArray[np.floating[Any]], site: str | None) -> Iterator[None]:
-    """Set the source style of one case; afterwards the checkpoint's own holds again."""
-    if site is not None and site not in model.section.styles:
-        raise PlanError(
-            f"The plans have no style of site {site!r}. They have: {', '.join(model.section.styles) or 'none'}."
-        )
-    if site is None and model.stored is not None:
+def _source(model: HarmonizerModel, z: npt.NDArray[np.floating[Any]], site: str | None) -> Iterator[None]:
+    """Set the source of one case; afterwards the checkpoint's own holds again."""
+    sites = list(model.section.styles)
+    if site is not None and site not in sites:
+        raise PlanError(f"The plans have no style of site {site!r}. They have: {', '.join(sites) or 'none'}.")
+    with kept_source(model.harmonizer):
+        if site is not None:
+            model.harmonizer.serve(sites.index(site))
+        elif not bool(model.harmonizer.source_known):
+            style, polarity = measure_source(model.harmonizer, torch.from_numpy(np.ascontiguousarray(z, np.float32)))
+            model.harmonizer.set_source(style, polarity=polarity)
         yield
-        return
-    style = model.section.styles[site] if site is not None else Style(*volume_quantiles(z), n_cases=1)
-    model.harmonizer.set_source(style)
-    try:
-        yield
-    finally:
-        model.harmonizer.set_source(model.stored)
 
 
 @torch.no_grad()
@@ -192,15 +187,6 @@ def _residual(harmonizer: Harmonizer, z: torch.Tensor) -> Volume:
     slices = rearrange(z, "c d h w -> d c h w")
     changed = torch.cat([harmonizer(batch.to(device)).cpu() for batch in slices.split(SLICES_AT_ONCE)])
     return np.ascontiguousarray(rearrange(changed - slices, "d c h w -> c d h w").numpy())
-
-
-def _stored_style(harmonizer: Harmonizer) -> Style | None:
-    if not bool(harmonizer.source_known):
-        return None
-    quantiles, offset = (
-        buffer.double().cpu().numpy() for buffer in (harmonizer.source_quantiles, harmonizer.source_offset)
-    )
-    return Style(quantiles, offset, n_cases=1)
 
 
 def _find_checkpoint(folder: Path, fold: str | None, checkpoint: str) -> Path:

@@ -90,7 +90,7 @@ def results_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
             weights,
             epoch=1,
             which=("final",),
-            source=styles[source] if source else None,
+            site=source,
         )
         return fold.parent
 

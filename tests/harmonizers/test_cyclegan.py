@@ -186,21 +186,34 @@ def test_both_discriminators_see_as_many_reals_as_fakes() -> None:
     assert sorted(seen) == [("reference", 4), ("reference", 4), ("site", 4), ("site", 4)]
 
 
-def test_the_mean_of_a_round_keeps_what_one_site_alone_has_learned() -> None:
-    sites = {REFERENCE: training(gan()), CLINIC: training(gan()), 2: training(gan())}
-    alone = training(gan())
-    for index, trained in sites.items():
-        trained.begin_round()
-        genuine = blobs(1) if index == REFERENCE else None
-        trained.step(blobs(0), torch.full((4,), index), generator(), genuine)
-        trained.finish_round()
-    alone.step(blobs(0), torch.full((4,), REFERENCE), generator(), blobs(1))
-    for name, expected in alone.harmonizer.polarity_judge.state_dict().items():
-        mean = torch.stack([t.harmonizer.polarity_judge.state_dict()[name] for t in sites.values()]).mean(dim=0)
-        torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-4)
-    votes = torch.stack([trained.harmonizer.polarity for trained in sites.values()]).mean(dim=0)
-    assert votes[REFERENCE] == 1.0
-    assert (votes[[CLINIC, 2]] < 1.0).all()
+def test_only_the_references_site_moves_what_is_declared_as_trained_there() -> None:
+    for options in ({}, {"pseudo_references": False}):
+        at_clinic = training(gan(**options))
+        before = copy.deepcopy(at_clinic.harmonizer.state_dict())
+        at_clinic.step(blobs(0), clinic(), generator(), None)
+        prefixes = at_clinic.harmonizer.trained_at_reference()
+        assert "polarity_judge." in prefixes
+        for name, tensor in at_clinic.harmonizer.state_dict().items():
+            if name.startswith(prefixes):
+                assert torch.equal(before[name], tensor), name
+
+
+def test_a_site_moves_its_own_row_of_the_votes_alone() -> None:
+    at_clinic = training(gan())
+    at_clinic.step(blobs(0), clinic(), generator(), None)
+    votes = at_clinic.harmonizer.bank_polarity
+    assert (votes[[REFERENCE, 2]] == 1.0).all()
+    assert (votes[CLINIC] < 1.0).all()
+
+
+def test_the_references_of_a_consensus_are_dressed_in_its_quantiles() -> None:
+    harmonizer = gan()
+    harmonizer.reference_quantiles.copy_((harmonizer.bank_quantiles[0] + harmonizer.bank_quantiles[1]) / 2)
+    trained = training(harmonizer)
+    assert len(trained.reference_sites) == 1
+    dressed = trained._dressed_references(blobs(1))
+    assert not torch.equal(dressed, blobs(1))
+    assert torch.equal(training(gan())._dressed_references(blobs(1)), blobs(1))
 
 
 def test_the_backward_generator_stays_at_the_site_unless_the_plans_share_it() -> None:
@@ -216,7 +229,7 @@ def test_the_backward_generator_stays_at_the_site_unless_the_plans_share_it() ->
 def test_autocast_changes_the_residual_little_and_keeps_zeros() -> None:
     harmonizer = gan().eval()
     torch.nn.init.normal_(harmonizer.generator.tail.weight, std=0.1, generator=generator())
-    harmonizer.polarity[CLINIC] = -1.0
+    harmonizer.bank_polarity[CLINIC] = -1.0
     harmonizer.set_batch_styles(clinic())
     with torch.no_grad():
         expected = harmonizer(blobs(0))
@@ -272,7 +285,7 @@ def test_paired_pseudo_sources_teach_the_tone_of_the_other_sites() -> None:
     bank = harmonizer.bank_quantiles
     shown = dress(image, bank[REFERENCE].expand(4, -1, -1), bank[clinic()], upright)
     with torch.no_grad():
-        after = distance(trained.forth(shown, bank[clinic()]), image, image)
+        after = distance(trained.forth(shown, harmonizer.bank_source(clinic())), image, image)
     assert after < 0.6 * distance(shown, image, image)
 
 

@@ -21,7 +21,7 @@ from nnunet_fedharm.harmonizers.appearance import (
     spline_displacement,
     standardised,
 )
-from nnunet_fedharm.harmonizers.flow import VOTE_WEIGHT, FlowConfig, FlowHarmonizer, in_blocks, velocity_loss
+from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer, in_blocks, velocity_loss
 from nnunet_fedharm.harmonizers.style import Style, average_styles
 from nnunet_fedharm.harmonizers.tone import apply_displacement, knot_positions
 from tests.harmonizers.test_harmonizers import make, padded_noise, style
@@ -163,7 +163,7 @@ def test_one_step_from_the_image_is_the_image_minus_the_velocity() -> None:
     harmonizer.set_source(style(1.3, 0.8, 0.2))
     mask, one = image != 0, torch.ones(2)
     with torch.no_grad():
-        quantiles, _ = harmonizer.style_of(image, mask)
+        quantiles = harmonizer.source_of(image, mask).quantiles
         matched = harmonizer._matched(image, mask, quantiles, one)
         velocity = harmonizer.velocity(image, matched, mask, one, harmonizer._code(quantiles, one))
         torch.testing.assert_close(harmonizer(image), image - mask * velocity)
@@ -187,6 +187,7 @@ def test_steps_of_a_constant_velocity_add_up_to_it_however_many(monkeypatch: pyt
             return torch.full_like(sample, 0.5)
 
         monkeypatch.setattr(harmonizer, "velocity", constant)
+        harmonizer.set_source(style(1.3, 0.8, 0.2))
         torch.testing.assert_close(harmonizer(image), image - 0.5 * (image != 0))
         assert times == pytest.approx([1 - step / n_steps for step in range(n_steps)])
 
@@ -221,7 +222,6 @@ def test_four_channels_are_harmonized_and_learned_together(spatial_dims: int) ->
 
 def test_the_reference_site_trains_and_the_others_vote_or_sit_out() -> None:
     assert [make("diffusion").trains_on(site) for site in range(3)] == [True, True, True]
-    assert [make("diffusion").round_weight(site) for site in range(3)] == [1.0, VOTE_WEIGHT, VOTE_WEIGHT]
     assert [make("diffusion", polarity=False).trains_on(site) for site in range(3)] == [True, False, False]
 
 
@@ -253,7 +253,7 @@ def test_training_finds_the_inverted_site_and_brings_it_to_the_reference() -> No
         images = torch.cat([skewed_patches(2, 24, 2 * step), other(skewed_patches(2, 24, 2 * step + 1))])
         parts = training.step(images, torch.tensor([0, 0, 1, 1]), seeded(step), skewed_patches(4, 24, 5000 + step))
     assert np.isfinite(parts["loss"])
-    assert harmonizer.polarity.flatten().tolist() == [1.0, pytest.approx(-1, abs=0.75)]
+    assert harmonizer.bank_polarity.flatten().tolist() == [1.0, pytest.approx(-1, abs=0.75)]
     harmonizer.set_batch_styles(torch.tensor([1, 1]))
     original = skewed_patches(2, 48, 7)
     with torch.no_grad():
@@ -267,11 +267,11 @@ def test_an_unknown_site_gets_the_nearest_style_of_the_polarity_that_the_judge_s
     harmonizer = make("diffusion")
     patches = torch.randn(2, 1, 64, 64, generator=seeded())  # nearest to style 0
     assert harmonizer.nearest_style(patches, patches != 0).tolist() == [0, 0]  # nothing is inverted yet
-    harmonizer.polarity[2] = -1.0
+    harmonizer.bank_polarity[2] = -1.0
     verdict = torch.tensor([[9.0], [-9.0]])
     monkeypatch.setattr(harmonizer.polarity_judge, "forward", lambda *_: verdict)
     assert harmonizer.nearest_style(patches, patches != 0).tolist() == [0, 2]
-    harmonizer.polarity[2] = 1.0  # no inverted site in the bank: the nearest of all
+    harmonizer.bank_polarity[2] = 1.0  # no inverted site in the bank: the nearest of all
     assert harmonizer.nearest_style(patches, patches != 0).tolist() == [0, 0]
 
 
@@ -282,8 +282,8 @@ def test_a_site_without_references_changes_nothing_but_its_vote() -> None:
     parts = training.step(padded_noise(2), torch.tensor([1, 1]), seeded())
     assert np.isnan(parts["loss"])
     changed = [name for name, tensor in harmonizer.state_dict().items() if not torch.equal(before[name], tensor)]
-    assert changed == ["polarity"]
-    assert harmonizer.polarity[[0, 2]].flatten().tolist() == [1.0, 1.0]
+    assert changed == ["bank_polarity"]
+    assert harmonizer.bank_polarity[[0, 2]].flatten().tolist() == [1.0, 1.0]
 
 
 def test_the_segmentation_loss_reaches_the_bridge_and_not_the_judge() -> None:

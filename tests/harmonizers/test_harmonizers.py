@@ -49,8 +49,9 @@ def scrambled(kind: str, **options: object) -> Harmonizer:
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("channels", [1, 4])
 def test_before_training_the_output_is_the_input_bit_for_bit(kind: str, spatial_dims: int, channels: int) -> None:
-    image = padded_noise(spatial_dims, channels)
-    assert torch.equal(make(kind, spatial_dims, channels)(image), image)
+    image, harmonizer = padded_noise(spatial_dims, channels), make(kind, spatial_dims, channels)
+    harmonizer.set_batch_styles(torch.tensor([1, 2]))  # the reference's own gate is shut for good
+    assert torch.equal(harmonizer(image), image)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,9 +75,11 @@ def test_padding_stays_zero_and_the_rest_changes(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["nyul", "curve"])
 def test_a_batch_equals_its_elements_one_by_one(kind: str) -> None:
     harmonizer, image = scrambled(kind, channels=2), padded_noise(2, channels=2, batch=3)
+    image = image.sign() * image.abs() ** 1.3 * 0.8 + 0.2 * (image != 0)  # style 1: the reference's gate is shut
     with torch.no_grad():
         together = harmonizer(image)
         alone = torch.cat([harmonizer(image[i : i + 1]) for i in range(3)])
+    assert not torch.equal(together, image)
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-6)
 
 
@@ -212,3 +215,41 @@ def test_a_style_survives_json() -> None:
     np.testing.assert_array_equal(copy.quantiles, original.quantiles)
     with pytest.raises(PlanError, match="NaN"):
         Style(np.full((1, len(QUANTILE_LEVELS)), np.nan), np.zeros(1), 1)
+
+
+@pytest.mark.parametrize("kind", ["nyul", "curve", "cyclegan", "diffusion"])
+def test_the_reference_keeps_its_images_and_the_others_do_not(kind: str) -> None:
+    harmonizer, image = scrambled(kind), padded_noise(2, batch=3)
+    reference = harmonizer.reference_sites()[0]
+    harmonizer.set_batch_styles(torch.tensor([reference, 1, 2]))
+    with torch.no_grad():
+        mixed = harmonizer(image)
+    assert torch.equal(mixed[0], image[0])
+    assert not torch.equal(mixed[1], image[1])
+    harmonizer.set_batch_styles(torch.full((3,), reference))
+    with torch.no_grad():
+        assert harmonizer(image) is image  # nothing is computed where no gate is open
+
+
+def test_a_site_of_the_bank_is_served_with_its_polarity_and_gate() -> None:
+    harmonizer, image = scrambled("diffusion"), padded_noise(2)
+    harmonizer.bank_polarity[1] = -1.0
+    harmonizer.set_batch_styles(torch.full((2,), 1))
+    with torch.no_grad():
+        told = harmonizer(image)
+        harmonizer.set_batch_styles(None)
+        harmonizer.serve(1)
+        assert torch.equal(harmonizer(image), told)
+        harmonizer.serve(1, gate=0.0)
+        assert harmonizer(image) is image
+        fresh = scrambled("diffusion")
+        fresh.load_state_dict(harmonizer.state_dict())
+        assert fresh(image) is image
+
+
+def test_a_shut_gate_still_computes_what_ddp_waits_for() -> None:
+    harmonizer, image = scrambled("curve"), padded_noise(2)
+    harmonizer.serve(0)
+    loss = harmonizer(image).square().sum()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in harmonizer.parameters())

@@ -84,18 +84,6 @@ def test_harmonizer_rounds_change_only_the_harmonizer(active: Planned, tmp_path:
     assert result.n_cases == 8  # unlabelled images take part
 
 
-def test_a_site_that_is_not_the_reference_only_votes_in_the_diffusion_harmonizers_rounds(
-    active: Planned, tmp_path: Path
-) -> None:
-    weights = start(active, "diffusion")
-    arguments = {"phase": "harmonizer", "round_index": 0, "first_epoch": 0, "epochs": 1, "weights": weights}
-    reference = site(active, tmp_path / "A", "diffusion").run(**arguments)
-    voter = site(active, tmp_path / "B", "diffusion", "B").run(**arguments)
-    assert reference.n_steps == 2
-    assert voter.n_steps == 1  # a quarter of two, and at least one
-    assert any("polarity_judge" in name for name in reference.weights)
-
-
 def test_without_a_judge_such_a_site_sits_the_rounds_out(active: Planned, tmp_path: Path) -> None:
     options = active.plans["diffusion"]["configurations"]["2d"]["fedharm"]["harmonizer"]
     options["polarity"] = False
