@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.harmonizers.augment import AugmentConfig, AugmentHarmonizer
 from nnunet_fedharm.harmonizers.base import SITE_LOCAL, SITE_ROWS, Harmonizer
 from nnunet_fedharm.harmonizers.curve import CurveConfig, CurveHarmonizer
 from nnunet_fedharm.harmonizers.cyclegan import CycleGANConfig, CycleGANHarmonizer
@@ -20,7 +21,7 @@ from nnunet_fedharm.harmonizers.none import IdentityHarmonizer
 from nnunet_fedharm.harmonizers.nyul import NyulHarmonizer
 from nnunet_fedharm.harmonizers.style import Style
 
-KINDS: tuple[str, ...] = ("none", "nyul", "curve", "cyclegan", "diffusion")
+KINDS: tuple[str, ...] = ("none", "augment", "nyul", "curve", "cyclegan", "diffusion")
 """Harmonizers of this release, in the order of what they can do."""
 
 LEARNED: frozenset[str] = frozenset({"curve", "cyclegan", "diffusion"})
@@ -59,6 +60,8 @@ def build_harmonizer(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # all sites start from the same weights; the federation overwrites them anyway
+        if kind == "augment":
+            return AugmentHarmonizer(**shape, config=AugmentConfig(**_known(kind, options, AugmentConfig)))
         if kind == "curve":
             return CurveHarmonizer(**shape, config=CurveConfig(**_known(kind, options, CurveConfig)))
         if kind == "cyclegan":

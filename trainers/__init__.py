@@ -2,6 +2,7 @@
 
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.kinds import (
+    nnUNetTrainerFedHarmAugment,
     nnUNetTrainerFedHarmCurve,
     nnUNetTrainerFedHarmCycleGAN,
     nnUNetTrainerFedHarmDiffusion,
@@ -12,6 +13,7 @@ from nnunet_fedharm.trainers.names import trainer_name_for
 
 __all__ = [
     "nnUNetTrainerFedHarm",
+    "nnUNetTrainerFedHarmAugment",
     "nnUNetTrainerFedHarmCurve",
     "nnUNetTrainerFedHarmCycleGAN",
     "nnUNetTrainerFedHarmDiffusion",

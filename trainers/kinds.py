@@ -11,6 +11,12 @@ class nnUNetTrainerFedHarmNone(nnUNetTrainerFedHarm):  # noqa: N801
     kind = "none"
 
 
+class nnUNetTrainerFedHarmAugment(nnUNetTrainerFedHarm):  # noqa: N801
+    """No harmonizer: strong augmentation of appearance."""
+
+    kind = "augment"
+
+
 class nnUNetTrainerFedHarmNyul(nnUNetTrainerFedHarm):  # noqa: N801
     """Federated Nyul landmarks."""
 

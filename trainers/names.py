@@ -6,6 +6,7 @@ from nnunet_fedharm.errors import PlanError
 
 TRAINER_SUFFIX: dict[str, str] = {
     "none": "None",
+    "augment": "Augment",
     "nyul": "Nyul",
     "curve": "Curve",
     "cyclegan": "CycleGAN",

@@ -28,6 +28,7 @@ HELP = "Check every precondition of training, federation and prediction; each fi
 TRAINERS = (
     "nnUNetTrainerFedHarm",
     "nnUNetTrainerFedHarmNone",
+    "nnUNetTrainerFedHarmAugment",
     "nnUNetTrainerFedHarmNyul",
     "nnUNetTrainerFedHarmCurve",
     "nnUNetTrainerFedHarmCycleGAN",

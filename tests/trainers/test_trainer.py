@@ -30,6 +30,7 @@ from tests.trainers.conftest import SCHEDULE, Planned
 
 TRAINERS = {
     "none": "nnUNetTrainerFedHarmNone",
+    "augment": "nnUNetTrainerFedHarmAugment",
     "nyul": "nnUNetTrainerFedHarmNyul",
     "curve": "nnUNetTrainerFedHarmCurve",
     "cyclegan": "nnUNetTrainerFedHarmCycleGAN",
@@ -75,7 +76,8 @@ def test_logits_at_step_0_equal_the_plain_networks_bit_for_bit(active: Planned, 
     for trainer in (stock_trainer(active, configuration), our_trainer(active, kind, configuration)):
         torch.manual_seed(3)
         trainer.initialize()
-        networks.append(trainer.network)
+        networks.append(trainer.network.eval())  # strong augmentation is for training mode
+    networks[1].harmonizer.set_batch_styles(torch.tensor([1, 1]))  # a site whose gate is open
     image = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
     image[:, :, :3] = 0
     with torch.no_grad():
