@@ -64,6 +64,9 @@ class CycleGANConfig:
     one_sided: bool = False
     """Train each discriminator on whichever side a site has. Only for one step per exchange: over many local steps a
     one-sided discriminator learns nothing."""
+    optimizer: str = "adam"
+    """adam; or sgd, with momentum and without clipping: linear in the gradient, so that the mean of the sites' weights after one
+    step each is one step on the mean of their gradients."""
 
     def __post_init__(self) -> None:
         # A frozen configuration holds no list, and plans are JSON, which knows no tuples.
@@ -75,6 +78,8 @@ class CycleGANConfig:
         for name in ("adversarial_weight", "cycle_weight", "identity_weight", "paired_weight"):
             if getattr(self, name) < 0:
                 raise PlanError(f"harmonizer.{name} must be >= 0, got {getattr(self, name)}. Use 0 to turn it off.")
+        if self.optimizer not in ("adam", "sgd"):
+            raise PlanError(f"harmonizer.optimizer must be adam or sgd, got {self.optimizer!r}.")
         if self.one_sided and self.pseudo_references:
             raise PlanError("harmonizer.one_sided is the mode without pseudo_references; switch one of them off.")
 

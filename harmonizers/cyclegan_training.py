@@ -12,6 +12,7 @@ the quantiles of the other sites, and so has both sides, with genuine reals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ Patch = Float[Tensor, "b c *spatial"]
 
 BETAS = (0.5, 0.999)
 """Adam's, as in the paper: less momentum, because the other player moves."""
+
+MOMENTUM = 0.9
+"""Of SGD; linear in the gradients, so that sites' momenta average as their gradients do."""
 
 JUDGE_STEPS = 3
 """Steps of the polarity judge per step of the others: cheap, and G at an inverted site learns nothing before the verdict."""
@@ -77,10 +81,14 @@ class CycleGANTraining(HarmonizerTraining):
         own = self.local if harmonizer.shared_backward is None else harmonizer.shared_backward
         self.backward = cast(ResidualNetwork, own["generator"])
         self.site_discriminator = cast(PatchDiscriminator, own["discriminator"])
-        self.optimizers["generators"] = _adam([harmonizer.generator, self.backward], lr)
+        if self.config.optimizer == "sgd":
+            self.clip = math.inf  # clipping is not linear in the gradient either
+        self.optimizers["generators"] = self._optimizer([harmonizer.generator, self.backward])
         if harmonizer.polarity_judge is not None:
             self.optimizers["polarity"] = torch.optim.Adam(harmonizer.polarity_judge.parameters(), lr=lr)
-        self.optimizers["discriminators"] = _adam([harmonizer.reference_discriminator, self.site_discriminator], lr)
+        self.optimizers["discriminators"] = self._optimizer(
+            [harmonizer.reference_discriminator, self.site_discriminator]
+        )
 
     def step(
         self,
@@ -209,9 +217,17 @@ class CycleGANTraining(HarmonizerTraining):
         return base + (image != 0) * self.backward(base, self.harmonizer.style_features(source.quantiles))
 
     def _wanted_sites(self, sources: Sources | None, count: int) -> Tensor:
-        """Sites that B maps to: those of the sources, cycled to `count`; every site of the bank where there are none."""
-        sites = torch.arange(len(self.harmonizer.bank_quantiles)) if sources is None else sources.sites
+        """Sites that B maps to: those of the sources, cycled to `count`; where there are none every site but the reference's."""
+        bank = range(len(self.harmonizer.bank_quantiles))
+        others = [site for site in bank if site not in self.reference_sites] or list(bank)
+        sites = torch.tensor(others) if sources is None else sources.sites
         return sites[torch.arange(count, device=sites.device) % len(sites)].to(self.harmonizer.gate.device)
+
+    def _optimizer(self, modules: list[nn.Module]) -> torch.optim.Optimizer:
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        if self.config.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=self.lr, momentum=MOMENTUM)
+        return torch.optim.Adam(parameters, lr=self.lr, betas=BETAS)
 
     def _is_reference(self, sites: Tensor) -> Tensor:
         chosen = torch.tensor(self.reference_sites, dtype=sites.dtype, device=sites.device)
@@ -236,10 +252,6 @@ def real_loss(score: Tensor) -> Float[Tensor, ""]:
 def fake_loss(score: Tensor) -> Float[Tensor, ""]:
     """Mean squared distance of the scores to 0, what a fake should get."""
     return score.square().mean()
-
-
-def _adam(modules: list[nn.Module], lr: float) -> torch.optim.Adam:
-    return torch.optim.Adam([parameter for module in modules for parameter in module.parameters()], lr=lr, betas=BETAS)
 
 
 @contextmanager

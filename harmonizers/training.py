@@ -37,6 +37,7 @@ class HarmonizerTraining(ABC):
     Attributes:
         optimizers: by name; their states are kept between rounds.
         local: modules that never leave the site.
+        clip: bound on the gradient's norm in `descend`.
     """
 
     uses_references: bool = False
@@ -48,6 +49,7 @@ class HarmonizerTraining(ABC):
         self.total_epochs = total_epochs
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.local = nn.ModuleDict()
+        self.clip = GRADIENT_CLIP
 
     @abstractmethod
     def step(
@@ -107,7 +109,7 @@ class HarmonizerTraining(ABC):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
+        torch.nn.utils.clip_grad_norm_(parameters, self.clip)
         optimizer.step()
 
 
