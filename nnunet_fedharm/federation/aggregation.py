@@ -1,4 +1,4 @@
-"""Means over sites: pure functions.
+"""From the sites' replies to the next global tensors: pure functions.
 
 References:
     McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017, alg. 1.
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from nnunet_fedharm.errors import FederationError, ShapeError
 from nnunet_fedharm.federation.codec import Weights
+from nnunet_fedharm.federation.ownership import Ownership
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class SiteUpdate:
     """What one site sends back in a round.
 
     Attributes:
-        weights: name -> array after local training.
+        weights: name -> array after local training; of tables of rows the site's own row, (1, ...).
         n_steps: optimizer steps taken in this round.
         n_cases: training cases at the site.
         metrics: train_loss, val_loss, dice (mean foreground pseudo Dice), seconds; absent where not measured.
@@ -50,15 +51,65 @@ def shares(updates: Mapping[str, SiteUpdate], weighting: str, *, batch_size: int
     if weighting == "steps":
         amounts = {site: float(update.n_steps * batch_size) for site, update in updates.items()}
     elif weighting == "cases":
-        amounts = {site: float(update.n_cases) for site, update in updates.items()}
+        amounts = {site: float(update.n_cases * (update.n_steps > 0)) for site, update in updates.items()}
     elif weighting == "sites":
-        amounts = {site: float(update.n_steps > 0) for site, update in updates.items()}  # some may sit a phase out
+        amounts = {site: float(update.n_steps > 0) for site, update in updates.items()}
     else:
         raise FederationError(f"weighting is {weighting!r}; choose steps, cases or sites.")
     total = math.fsum(amounts.values())
     if not total > 0:
         raise FederationError(f"No site did any work in this round (weighting {weighting!r}).")
     return {site: amount / total for site, amount in amounts.items()}
+
+
+def aggregate(
+    former: Weights, updates: Mapping[str, SiteUpdate], share: Mapping[str, float], ownership: Ownership
+) -> Weights:
+    """The next global tensors.
+
+    Rows come from their sites word for word; what only the reference's sites train is their mean; the rest is the mean over all
+    sites that took a step. A tensor or row whose owners are not there stays as it was.
+
+    Args:
+        former: global tensors before the round.
+        updates: site -> reply, with the tensors of `ownership.contribution`.
+        share: site -> share, 0 for a site that took no step; renormalised over the sites of each mean.
+        ownership: of the phase.
+
+    Raises:
+        ShapeError: names or shapes differ; the message names the site.
+    """
+    alone = ownership.reference_only & set(former)
+    common = set(former) - alone - ownership.rows - ownership.fixed
+    active = {site for site in updates if share[site] > 0}
+    merged = dict(former)
+    for names, sites in ((common, active), (alone, active & ownership.reference_sites)):
+        if names and sites:
+            total = math.fsum(share[site] for site in sites)
+            sent = {site: {name: _of(updates[site].weights, name, site) for name in names} for site in sites}
+            merged |= weighted_mean(sent, {site: share[site] / total for site in sites})
+    for name in ownership.rows & set(former):
+        merged[name] = _with_rows(name, former[name], updates, ownership.bank)
+    return merged
+
+
+def _with_rows(
+    name: str, table: npt.NDArray[Any], updates: Mapping[str, SiteUpdate], bank: tuple[str, ...]
+) -> npt.NDArray[Any]:
+    filled = table.copy()
+    for row, site in enumerate(bank):
+        if site in updates:
+            own = _of(updates[site].weights, name, site)
+            if own.shape != (1, *table.shape[1:]):
+                raise ShapeError(f"{name}: {site} sent {own.shape}, its row is {(1, *table.shape[1:])}.")
+            filled[row] = own[0]
+    return filled
+
+
+def _of(weights: Weights, name: str, site: str) -> npt.NDArray[Any]:
+    if name not in weights:
+        raise ShapeError(f"{site} sent no {name}.")
+    return weights[name]
 
 
 def weighted_mean(weights: Mapping[str, Weights], share: Mapping[str, float]) -> Weights:

@@ -19,6 +19,7 @@ from nnunet_fedharm.federation.aggregation import finite
 from nnunet_fedharm.federation.codec import Weights, decode, encode
 from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
+from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
 from nnunet_fedharm.federation.updates import travelling
 
@@ -159,7 +160,9 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
         "metrics": finite(result.metrics),
         "seconds": round(time.monotonic() - start, 3),
     }
-    return reply(messages.TRAIN_REPLY, answer, encode(travelling(phase, result.weights), fp16=values["fp16"]))
+    ownership = ownership_of(federation["plans"], values["configuration"], phase)
+    changed = ownership.contribution(site.name, travelling(phase, result.weights))
+    return reply(messages.TRAIN_REPLY, answer, encode(changed, fp16=values["fp16"]))
 
 
 def _finish(site: Site, request: Unpacked) -> RecordDict:

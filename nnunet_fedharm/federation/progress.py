@@ -81,6 +81,9 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "round_repeated": lambda event: (
         f"{event['phase']} round {event['round']} has {event['replies']} of {event['quorum']} needed replies: once more"
     ),
+    "reference_missing": lambda event: (
+        f"  no reply of the reference ({', '.join(event['sites'])}): what only it trains stays as it was"
+    ),
     "site_finished": lambda event: f"  {event['site']} holds the final model",
     "finished": _finished,
     "failed": lambda event: f"failed: {event['error']}",

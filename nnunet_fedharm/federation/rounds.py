@@ -14,7 +14,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.federation.aggregation import SiteUpdate, mean_metric, shares, weighted_mean
+from nnunet_fedharm.federation.aggregation import SiteUpdate, aggregate, mean_metric, shares
 from nnunet_fedharm.federation.codec import Weights, encode, payload_bytes
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EventLog
@@ -29,6 +29,7 @@ from nnunet_fedharm.federation.messages import (
     pack,
     unpack_reply,
 )
+from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.federation.updates import quorum_of, read_update, travelling
@@ -43,6 +44,7 @@ class RoundLoop:
     Attributes:
         trainer_name: nnU-Net trainer class that the sites use.
         batch_size: of the plans.
+        ownership: phase -> whose word counts for which tensor.
         checkpoint: called after each round with state, weights and whether it is the best so far.
     """
 
@@ -51,6 +53,7 @@ class RoundLoop:
     log: EventLog
     trainer_name: str
     batch_size: int
+    ownership: Mapping[str, Ownership]
     checkpoint: Callable[[ServerState, Weights, bool], None]
 
     def run_phase(self, phase: str, rounds: int, state: ServerState, weights: Weights) -> tuple[ServerState, Weights]:
@@ -64,9 +67,9 @@ class RoundLoop:
         return state, weights
 
     def sites_of(self, phase: str) -> tuple[str, ...]:
-        """Sites that take part in a phase: all in the harmonizer phase, those with labels in the segmenter phase."""
+        """Sites that take part: in the harmonizer phase all that train or vote, in the segmenter phase those with labels."""
         if phase == "harmonizer":
-            return self.roster.expected
+            return tuple(site for site in self.roster.expected if site not in self.ownership[phase].idle)
         return tuple(site for site in self.roster.expected if self.roster.facts[site].n_labelled)
 
     def _run_round(self, phase: str, rounds: int, state: ServerState, weights: Weights) -> tuple[ServerState, Weights]:
@@ -75,7 +78,8 @@ class RoundLoop:
         self.log.write("round_start", phase=phase, round=number + 1, rounds=rounds)
         updates, traffic = self._collect(phase, number, state, weights)
         share = shares(updates, self.config.weighting, batch_size=self.batch_size)
-        mean = weights | weighted_mean({site: update.weights for site, update in updates.items()}, share)
+        self._report_missing_reference(phase, number, updates)
+        mean = weights | aggregate(travelling(phase, weights), updates, share, self.ownership[phase])
         metrics = {name: mean_metric(updates, share, name) for name in METRICS}
         dice = metrics["dice"]
         is_best = phase == "segmenter" and dice is not None and (state.best_dice is None or dice > state.best_dice)
@@ -92,6 +96,11 @@ class RoundLoop:
         self.checkpoint(state, mean, is_best)
         self.log.write("round_end", rounds=rounds, best=is_best, **entry)
         return state, mean
+
+    def _report_missing_reference(self, phase: str, number: int, updates: Mapping[str, SiteUpdate]) -> None:
+        ownership = self.ownership[phase]
+        if ownership.reference_only and not ownership.reference_sites & set(updates):
+            self.log.write("reference_missing", phase=phase, round=number + 1, sites=sorted(ownership.reference_sites))
 
     def _collect(
         self, phase: str, number: int, state: ServerState, weights: Weights
@@ -179,7 +188,7 @@ class RoundLoop:
         start = time.monotonic()
 
         def accept(site: str, content: RecordDict) -> tuple[SiteUpdate, int]:
-            update, size = read_update(site, content, like)
+            update, size = read_update(site, content, self.ownership[phase].contribution(site, like))
             self.log.write(
                 "site_trained",
                 site=site,

@@ -13,6 +13,8 @@ from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig, warnings_of
 from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
+from nnunet_fedharm.federation.messages import PHASES
+from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.preparation import Preparation
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.rounds import RoundLoop
@@ -105,7 +107,8 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
         _write_results(root, config, new, mean, trainer_name, ("best", "latest") if is_best else ("latest",))
 
     batch_size = int(state.plans["configurations"][config.configuration]["batch_size"])
-    loop = RoundLoop(roster, config, log, trainer_name, batch_size, checkpoint)
+    ownership = {phase: ownership_of(state.plans, config.configuration, phase) for phase in PHASES}
+    loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint)
     state, weights = loop.run_phase("harmonizer", config.harmonizer_rounds, state, weights)
     state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, weights)
     results = _write_results(root, config, state, weights, trainer_name, _last_checkpoints(state))

@@ -11,7 +11,7 @@ from nnunet_fedharm.federation.messages import TRAIN_REPLY, unpack_reply
 
 
 def travelling(phase: str, weights: Weights) -> Weights:
-    """Tensors that a phase sends: only the harmonizer's while the segmenter rests, all of them otherwise."""
+    """Tensors that a phase sends to its sites: only the harmonizer's while the segmenter rests, all of them otherwise."""
     if phase == "segmenter":
         return weights
     return {name: value for name, value in weights.items() if name.startswith("harmonizer.")}

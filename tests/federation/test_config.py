@@ -56,7 +56,7 @@ def test_flower_may_hand_over_an_integer_for_a_float_or_a_dataset_number() -> No
     [
         ({"configuration": "3d_lowres"}, "configuration is '3d_lowres'; choose one of 2d, 3d_fullres"),
         ({"configuration": "3d_cascade_fullres"}, "choose one of 2d, 3d_fullres"),
-        ({"harmonizer": "magic"}, "choose one of none, nyul, curve"),
+        ({"harmonizer": "magic"}, "choose one of none, augment, nyul, curve"),
         ({"fold": "5"}, "fold is '5'"),
         ({"segmenter_rounds": -1}, "segmenter-rounds must be >= 0, got -1"),
         ({"harmonizer_rounds": -1}, "harmonizer-rounds must be >= 0"),

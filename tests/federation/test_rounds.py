@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nnunet_fedharm.federation.codec import Weights, decode, encode
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EventLog, read_events
 from nnunet_fedharm.federation.messages import error_reply, json_hash, reply, unpack
+from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.rounds import RoundLoop
 from nnunet_fedharm.federation.state import ServerState, new_state
@@ -23,6 +25,19 @@ from nnunet_fedharm.federation.updates import quorum_of
 from tests.federation.local_grid import LocalGrid
 
 START: Weights = {"harmonizer.k": np.zeros(2, np.float32), "segmenter.w": np.zeros(3, np.float32)}
+OWNED: Weights = {
+    **START,
+    "harmonizer.bank": np.zeros((3, 2), np.float32),
+    "harmonizer.judge": np.zeros((20, 5), np.float32),
+    "harmonizer.rows": np.full((3, 1), 0.5, np.float32),
+}
+OWNERSHIP = Ownership(
+    ("A", "B", "C"),
+    rows=frozenset({"harmonizer.rows"}),
+    fixed=frozenset({"harmonizer.bank"}),
+    reference_only=frozenset({"harmonizer.judge"}),
+    reference_sites=frozenset({"A"}),
+)
 
 
 class ScriptedSite:
@@ -33,6 +48,7 @@ class ScriptedSite:
     ) -> None:
         self.name, self.step, self.n_steps = name, step, n_steps
         self.behave: Any = None
+        self.ownership = Ownership()
         self.held = ""
         self.trained: list[tuple[str, int, int]] = []
         self.facts = {
@@ -67,7 +83,8 @@ class ScriptedSite:
         if self.behave is not None:
             answer: Message | None = self.behave(message)
             return answer
-        weights = {name: value + np.float32(self.step) for name, value in decode(request.weights, source="s").items()}
+        received = self.ownership.contribution(self.name, decode(request.weights, source="s"))
+        weights = {name: value + np.float32(self.step) for name, value in received.items()}
         values = {
             "site": self.name,
             "n_steps": self.n_steps,
@@ -81,7 +98,12 @@ class ScriptedSite:
 class Bench:
     """A round loop over scripted sites."""
 
-    def __init__(self, folder: Path, nodes: list[ScriptedSite], **options: Any) -> None:
+    def __init__(
+        self, folder: Path, nodes: list[ScriptedSite], ownership: Ownership | None = None, **options: Any
+    ) -> None:
+        ownership = ownership or Ownership()
+        for node in nodes:
+            node.ownership = ownership
         names = ",".join(site.name for site in nodes)
         self.config = FederateConfig(**{"sites": names, "deadline_s": 0.5, "segmenter_rounds": 3, **options})
         self.grid = LocalGrid(dict(enumerate(nodes, start=1)))
@@ -97,6 +119,7 @@ class Bench:
             self.log,
             "nnUNetTrainerFedHarmNone",
             2,
+            {"harmonizer": ownership, "segmenter": Ownership(ownership.bank, ownership.rows)},
             lambda state, weights, best: self.saved.append((state.rounds_done, weights, best)),
         )
         self.roster.wait_for_all(seconds=0.1, check_data=True, deadline_s=1.0)
@@ -126,6 +149,63 @@ def test_the_harmonizer_phase_sends_only_the_harmonizer_and_asks_every_site(tmp_
     np.testing.assert_allclose(mean["segmenter.w"], 0.0)
     bench.run(weights=mean)
     assert [len(site.trained) for site in sites] == [2, 1], "a site without labels rests in the segmenter phase"
+
+
+def learned(folder: Path, sites: list[ScriptedSite], ownership: Ownership = OWNERSHIP, **options: Any) -> Bench:
+    return Bench(folder, sites, ownership, harmonizer="cyclegan", harmonizer_rounds=3, **options)
+
+
+def test_rows_and_the_references_tensors_come_from_their_sites_alone(tmp_path: Path) -> None:
+    bench = learned(tmp_path, [ScriptedSite("A", step=1), ScriptedSite("B", step=3), ScriptedSite("C", step=8)])
+    mean = bench.run(phase="harmonizer", weights=OWNED)
+    np.testing.assert_allclose(mean["harmonizer.k"], 4.0)
+    np.testing.assert_allclose(mean["harmonizer.judge"], 1.0)
+    np.testing.assert_array_equal(mean["harmonizer.rows"], np.float32([[1.5], [3.5], [8.5]]))
+    np.testing.assert_array_equal(mean["harmonizer.bank"], 0.0)
+    sent = {event["site"]: event["bytes_up"] for event in bench.events("site_trained")}
+    assert sent["A"] > sent["B"] + OWNED["harmonizer.judge"].nbytes
+    assert sent["B"] == sent["C"]
+
+
+def test_a_missing_site_undoes_nothing_and_its_row_waits_for_it(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3), ScriptedSite("C", step=8)]
+    bench = learned(tmp_path, sites)
+    first = bench.run(1, phase="harmonizer", weights=OWNED)
+    del bench.grid.clients[1], bench.grid.clients[2]
+    bench.grid.clients[2] = sites[1]
+    second = bench.run(2, phase="harmonizer", weights=first)
+    np.testing.assert_array_equal(second["harmonizer.judge"], first["harmonizer.judge"])
+    np.testing.assert_array_equal(second["harmonizer.rows"], np.float32([[1.5], [6.5], [16.5]]))
+    np.testing.assert_allclose(second["harmonizer.k"], first["harmonizer.k"] + 5.5)
+    assert [(event["round"], event["sites"]) for event in bench.events("reference_missing")] == [(2, ["A"])]
+    bench.grid.clients[7] = sites[0]
+    third = bench.run(3, phase="harmonizer", weights=second)
+    np.testing.assert_allclose(third["harmonizer.judge"], 2.0)
+    np.testing.assert_array_equal(third["harmonizer.rows"], np.float32([[2.5], [9.5], [24.5]]))
+
+
+def test_a_site_that_took_no_step_carries_no_weight_but_its_row(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3, n_steps=0), ScriptedSite("C", step=5)]
+    for folder, weighting in (("s", "steps"), ("c", "cases"), ("e", "sites")):
+        mean = learned(tmp_path / folder, sites, weighting=weighting).run(phase="harmonizer", weights=OWNED)
+        np.testing.assert_allclose(mean["harmonizer.k"], 3.0)
+        np.testing.assert_array_equal(mean["harmonizer.rows"], np.float32([[1.5], [3.5], [5.5]]))
+
+
+def test_sites_that_sit_the_phase_out_are_not_asked(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3), ScriptedSite("C", step=8)]
+    alone = replace(OWNERSHIP, idle=frozenset({"B", "C"}))
+    learned(tmp_path, sites, alone).run(phase="harmonizer", weights=OWNED)
+    assert [len(site.trained) for site in sites] == [1, 0, 0]
+
+
+def test_more_than_a_sites_own_share_is_refused(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3), ScriptedSite("C", step=8)]
+    bench = learned(tmp_path, sites)
+    sites[1].ownership = Ownership()  # B sends everything that it got
+    mean = bench.run(phase="harmonizer", weights=OWNED)
+    np.testing.assert_array_equal(mean["harmonizer.rows"], np.float32([[1.5], [0.5], [8.5]]))
+    assert "unknown 'harmonizer.bank'" in bench.events("site_set_aside")[0]["reason"]
 
 
 def test_the_clock_runs_over_rounds_with_several_local_epochs(tmp_path: Path) -> None:
