@@ -6,7 +6,6 @@ number of epochs, and kind and sizes of the harmonizer too, so `nnUNetv2_predict
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,19 +18,16 @@ from torch import nn
 
 from nnunet_fedharm.errors import CheckpointError, PlanError
 from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
-from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 from nnunet_fedharm.planning.section import CONFIGURATIONS, FedHarmSection, read_section
 from nnunet_fedharm.sites.registry import SitesFile
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_gain
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
-from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
 from nnunet_fedharm.trainers.names import trainer_name_for
 from nnunet_fedharm.trainers.patches import PatchSampler, list_cases
-from nnunet_fedharm.trainers.seeds import derive_seed, torch_generator
+from nnunet_fedharm.trainers.phases import GroupedPolyLRScheduler, HarmonizerPhase, give_own_group
+from nnunet_fedharm.trainers.seeds import seed_everything
 from nnunet_fedharm.trainers.weights import bare_module
-
-HARMONIZER_CHECKPOINT = "checkpoint_harmonizer.pth"
 
 
 class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainers by this spelling
@@ -53,7 +49,7 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
     ) -> None:
         # Checked before the base class creates folders and logs, so that a refused run leaves nothing behind.
         self.section = self._checked_section(plans, configuration)
-        self._resume = bool(plans.get("continue_training", False))
+        self.continued = bool(plans.get("continue_training", False))
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = self.section.schedule
         self.num_epochs = schedule.segmenter_epochs
@@ -62,6 +58,7 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
         self.initial_lr = schedule.initial_lr
         self.site_of_case: dict[str, str] = {}
         self.bank = list(self.section.styles)
+        self.harmonizer_phase = HarmonizerPhase(self)
 
     @classmethod
     def _checked_section(cls, plans: dict[str, Any], configuration: str) -> FedHarmSection:
@@ -113,7 +110,8 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
         return cast(Harmonizer, bare_module(self.network).harmonizer)
 
     def initialize(self) -> None:
-        """As the base class; then the case -> site map, which needs the preprocessed folder."""
+        """As the base class, from seeded weights; then the case -> site map, which needs the preprocessed folder."""
+        self._seed("weights")
         super().initialize()
         self.site_of_case = self._read_sites()
 
@@ -153,14 +151,19 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
 
     def configure_optimizers(self) -> Any:
         """As the base class, on the segmenter alone unless the plans let the segmentation loss move the harmonizer."""
+        schedule = self.section.schedule
         for parameter in self.harmonizer.parameters():
             parameter.requires_grad_(False)
-        for parameter in self.harmonizer.mapping_parameters():
-            parameter.requires_grad_(self.section.schedule.finetune_harmonizer)
         optimizer, scheduler = super().configure_optimizers()
         for group in optimizer.param_groups:  # the base class has no parameter for it
-            group["momentum"] = self.section.schedule.momentum
-        return optimizer, scheduler
+            group["momentum"] = schedule.momentum
+        mapping = list(self.harmonizer.mapping_parameters())
+        if schedule.phases != "finetune" or not mapping:
+            return optimizer, scheduler
+        for parameter in mapping:
+            parameter.requires_grad_(True)
+        give_own_group(optimizer, mapping, schedule.finetune_lr_factor)
+        return optimizer, GroupedPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def run_training(self) -> None:
         """Harmonizer phase (if any is left to do), then the base class's training."""
@@ -171,31 +174,19 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
         super().run_training()
 
     def run_harmonizer_phase(self) -> None:
-        """Train H without labels; resumes from its own checkpoint after `--c`."""
-        schedule = self.section.schedule
-        if not self.harmonizer.learned or self.current_epoch > 0 or schedule.harmonizer_epochs == 0:
-            return
-        training = self.harmonizer.make_training(lr=schedule.harmonizer_lr, total_epochs=schedule.harmonizer_epochs)
-        self._resume_harmonizer(training)
-        sampler = self.harmonizer_sampler(np.random.default_rng())  # each epoch brings its own generator
-        with trainable(self.harmonizer):
-            for epoch in range(int(self.harmonizer.trained_epochs), schedule.harmonizer_epochs):
-                training.set_epoch(epoch)
-                # DDP ranks draw different patches; an epoch draws the same whether or not the phase was interrupted before.
-                stream = (f"fold_{self.fold}", f"rank_{self.local_rank}", f"epoch_{epoch}")
-                sampler.rng = np.random.default_rng(derive_seed(0, *stream, "patches"))
-                losses = harmonizer_epoch(
-                    training,
-                    sampler,
-                    steps=schedule.iterations_per_epoch,
-                    device=self.device,
-                    generator=torch_generator(0, *stream, "harmonizer"),
-                )
-                parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-                self.print_to_log_file(f"Harmonizer epoch {epoch}: {parts}")
-                if epoch == schedule.harmonizer_epochs - 1:
-                    self.close_gates_without_gain(sampler)
-                self._save_harmonizer(training)
+        """Train H without labels as far as the next segmenter epoch needs it; resumes from its own checkpoint after `--c`."""
+        self.harmonizer_phase.catch_up(self.current_epoch)
+
+    def on_epoch_start(self) -> None:
+        """As the base class, after the harmonizer's block where phases alternate."""
+        if self.section.schedule.phases == "alternate":
+            self.run_harmonizer_phase()
+        super().on_epoch_start()
+
+    def on_train_epoch_start(self) -> None:
+        """As the base class, which draws on unseeded generators: with a seed an epoch draws the same after `--c` too."""
+        self._seed(f"rank_{self.local_rank}", f"epoch_{self.current_epoch}", "segmenter")
+        super().on_train_epoch_start()
 
     def close_gates_without_gain(self, sampler: PatchSampler) -> None:
         """Shut the gates of sites whose patches do not come nearer to the reference; see `trainers.gates`."""
@@ -297,17 +288,6 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
             return dict.fromkeys(cases, self.bank[0])
         return {}
 
-    def _save_harmonizer(self, training: HarmonizerTraining) -> None:
-        if self.local_rank != 0 or self.disable_checkpointing:
-            return
-        state = {"harmonizer": self.harmonizer.state_dict(), "training": training.state_dict()}
-        save_atomically(os.path.join(self.output_folder, HARMONIZER_CHECKPOINT), lambda path: torch.save(state, path))
-
-    def _resume_harmonizer(self, training: HarmonizerTraining) -> None:
-        path = os.path.join(self.output_folder, HARMONIZER_CHECKPOINT)
-        if not (self._resume and os.path.isfile(path)):
-            return
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.harmonizer.load_state_dict(state["harmonizer"])
-        training.load_state_dict(state["training"])
-        self.print_to_log_file(f"Harmonizer phase resumes at epoch {int(self.harmonizer.trained_epochs)}.")
+    def _seed(self, *names: str) -> None:
+        if self.section.schedule.seed is not None:
+            seed_everything(self.section.schedule.seed, f"fold_{self.fold}", *names)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from nnunet_fedharm.errors import CheckpointError, FederationError
+from nnunet_fedharm.errors import CheckpointError, FederationError, PlanError
 from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.section import read_section
@@ -68,6 +68,9 @@ class LocalTraining:
         state_folder: where the durable state of this run lies.
         seed: the run's seed.
         device: "cpu" or "cuda".
+
+    Raises:
+        PlanError: no `fedharm` section, or phases that alternate.
     """
 
     def __init__(
@@ -97,6 +100,11 @@ class LocalTraining:
         self.seed = seed
         self.device = device
         self.section = read_section(plans["configurations"][configuration], configuration_name=configuration)
+        if self.section.schedule.phases == "alternate":
+            raise PlanError(
+                "schedule.phases is 'alternate', which trains on one machine only: rounds train the harmonizer first, then the "
+                "segmenter. Choose 'frozen' or 'finetune'."
+            )
 
     def run(self, *, phase: Phase, round_index: int, first_epoch: int, epochs: int, weights: Weights) -> LocalResult:
         """Train `epochs` local epochs from the given weights.

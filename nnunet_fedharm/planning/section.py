@@ -18,6 +18,7 @@ SECTION = "fedharm"
 SECTION_VERSION = 1
 CONSENSUS = "consensus"
 CONFIGURATIONS = ("2d", "3d_fullres")
+PHASES = ("frozen", "alternate", "finetune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,16 @@ class Schedule:
     longer than that, 0.9 with ten times the learning rate learns many times faster at the same effective step."""
     harmonizer_lr: float = 1e-3
     """AdamW learning rate of the harmonizer phase."""
-    finetune_harmonizer: bool = False
-    """Let the segmentation loss move the harmonizer too. Off where some sites have no labels."""
+    phases: str = "frozen"
+    """frozen: the harmonizer, then the segmenter behind the frozen harmonizer. alternate: blocks of both in turn. finetune: as
+    frozen, but in the segmenter phase the segmentation loss moves the harmonizer too; not where some sites have no labels."""
+    alternate_every: int = 50
+    """Segmenter epochs in one block of `alternate`; the harmonizer epochs are spread evenly before the blocks."""
+    finetune_lr_factor: float = 0.1
+    """Learning rate of the harmonizer in `finetune`, as a share of the segmenter's."""
+    seed: int | None = None
+    """Seed of the first weights and of every draw; with nnUNet_n_proc_DA=0 on a CPU a training then repeats exactly. None:
+    nnU-Net's own behaviour, no seed."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -48,14 +57,32 @@ class Schedule:
             ("segmenter_epochs", 1),
             ("iterations_per_epoch", 1),
             ("val_iterations_per_epoch", 1),
+            ("alternate_every", 1),
         ):
             if getattr(self, name) < least:
                 raise PlanError(f"schedule.{name} must be >= {least}, got {getattr(self, name)}.")
-        for name in ("initial_lr", "harmonizer_lr"):
+        if self.phases not in PHASES:
+            raise PlanError(f"schedule.phases is {self.phases!r}; choose one of {', '.join(PHASES)}.")
+        if self.phases == "alternate" and self.harmonizer_epochs == 0:
+            raise PlanError(
+                "schedule.phases is 'alternate', but harmonizer_epochs is 0: there is nothing to alternate with. "
+                "Give harmonizer_epochs, or choose 'frozen'."
+            )
+        if self.seed is not None and self.seed < 0:
+            raise PlanError(f"schedule.seed must be >= 0 or null, got {self.seed}.")
+        for name in ("initial_lr", "harmonizer_lr", "finetune_lr_factor"):
             if not getattr(self, name) > 0:
                 raise PlanError(f"schedule.{name} must be > 0, got {getattr(self, name)}.")
         if not 0 < self.momentum < 1:
             raise PlanError(f"schedule.momentum must lie between 0 and 1, got {self.momentum}.")
+
+    def harmonizer_epochs_before(self, segmenter_epoch: int) -> int:
+        """Harmonizer epochs that are done when a segmenter epoch (from 0) starts; all of them unless phases alternate."""
+        if self.phases != "alternate":
+            return self.harmonizer_epochs
+        blocks = -(-self.segmenter_epochs // self.alternate_every)
+        block = min(segmenter_epoch // self.alternate_every, blocks - 1) + 1
+        return -(-self.harmonizer_epochs * block // blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +151,11 @@ class FedHarmSection:
             )
         schedule_keys = {item.name for item in fields(Schedule)}
         schedule = dict(data.get("schedule", {}))
+        if "finetune_harmonizer" in schedule:
+            raise PlanError(
+                'The fedharm schedule has the old key \'finetune_harmonizer\'. Write "phases": "finetune" instead of true, '
+                '"phases": "frozen" instead of false.'
+            )
         _refuse_unknown(set(schedule) - schedule_keys, schedule_keys, "fedharm schedule")
         return cls(
             kind=str(data["kind"]),

@@ -45,14 +45,14 @@ def plans_file(folders: Path, name: str = "nnUNetFedHarmPlans") -> dict[str, Any
 def test_small_plans_of_both_configurations_are_ready_to_train(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("-c", "2d", "3d_fullres", *SMALL, "--harmonizer-epochs", "2", "--finetune-harmonizer") == 0
+    assert run("-c", "2d", "3d_fullres", *SMALL, "--harmonizer-epochs", "2", "--phases", "finetune") == 0
     printed = capsys.readouterr().out
     assert "nnUNetv2_train 017 2d 0 -tr nnUNetTrainerFedHarmCurve -p nnUNetFedHarmPlans" in printed
     plans = plans_file(folders)
     for name in ("2d", "3d_fullres"):
         section = read_section(plans["configurations"][name])
         assert (section.kind, section.reference, list(section.styles)) == ("curve", "consensus", ["A", "B"])
-        assert (section.schedule.harmonizer_epochs, section.schedule.finetune_harmonizer) == (2, True)
+        assert (section.schedule.harmonizer_epochs, section.schedule.phases) == (2, "finetune")
         folder = folders / "preprocessed" / NAME / f"nnUNetFedHarmPlans_{name}"
         assert len(list(folder.glob("*.pkl"))) == 5
     assert not (folders / "preprocessed" / NAME / "nnUNetPlans.json").exists()
@@ -129,8 +129,8 @@ def test_every_option_shows_its_help_and_keeps_its_default() -> None:
     add_dataclass_options(parser, PlanOptions, skip={"plans_name"})
     text = " ".join(parser.format_help().split())
     assert "AdamW learning rate of the harmonizer phase. Default: 0.001." in text
-    given = parser.parse_args(["--segmenter-epochs", "7", "--patch-size", "4", "5", "6", "--no-finetune-harmonizer"])
-    assert read_dataclass_options(given, Schedule) == Schedule(segmenter_epochs=7, finetune_harmonizer=False)
+    given = parser.parse_args(["--segmenter-epochs", "7", "--patch-size", "4", "5", "6", "--seed", "3"])
+    assert read_dataclass_options(given, Schedule) == Schedule(segmenter_epochs=7, seed=3)
     assert read_dataclass_options(given, PlanOptions, plans_name="X") == PlanOptions(
         patch_size=(4, 5, 6), plans_name="X"
     )

@@ -123,13 +123,13 @@ def test_the_harmonizer_phase_resumes_where_it_was_interrupted(
 ) -> None:
     interrupted = our_trainer(active, kind, "2d", fold=1)
     interrupted.initialize()
-    saved = interrupted._save_harmonizer
+    saved = interrupted.harmonizer_phase.save
 
     def stop_after_saving(training: Any) -> None:
         saved(training)
         raise KeyboardInterrupt
 
-    interrupted._save_harmonizer = stop_after_saving  # type: ignore[method-assign]
+    interrupted.harmonizer_phase.save = stop_after_saving  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         interrupted.run_harmonizer_phase()
     assert "Harmonizer epoch 0:" in capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_the_harmonizer_phase_resumes_where_it_was_interrupted(
     assert "Harmonizer epoch 1:" in log
     assert "Harmonizer epoch 0:" not in log
     uninterrupted = our_trainer(active, kind, "2d", fold=1)
-    uninterrupted._resume = False
+    uninterrupted.continued = False
     uninterrupted.initialize()
     uninterrupted.run_harmonizer_phase()
     expected = uninterrupted.harmonizer.state_dict()
@@ -154,11 +154,11 @@ def test_the_segmenter_phase_leaves_the_harmonizer_alone_unless_told_otherwise(a
     frozen.initialize()
     assert not any(parameter.requires_grad for parameter in frozen.harmonizer.parameters())
     plans = active.plans["curve"]
-    plans["configurations"]["2d"]["fedharm"]["schedule"]["finetune_harmonizer"] = True
+    plans["configurations"]["2d"]["fedharm"]["schedule"]["phases"] = "finetune"
     try:
         moved = our_trainer(active, "curve", "2d")
     finally:
-        plans["configurations"]["2d"]["fedharm"]["schedule"]["finetune_harmonizer"] = False
+        plans["configurations"]["2d"]["fedharm"]["schedule"]["phases"] = "frozen"
     first_losses(moved, steps=2)
     assert float(moved.harmonizer.tone[-1].weight.detach().abs().sum()) > 0
 

@@ -1,0 +1,60 @@
+"""The schedule in the plans: what its fields mean together, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.planning.section import PHASES, FedHarmSection, Schedule
+
+
+@given(harmonizer=st.integers(1, 60), segmenter=st.integers(1, 60), every=st.integers(1, 70))
+def test_alternating_blocks_spend_both_budgets_evenly(harmonizer: int, segmenter: int, every: int) -> None:
+    schedule = Schedule(
+        phases="alternate", harmonizer_epochs=harmonizer, segmenter_epochs=segmenter, alternate_every=every
+    )
+    due = [schedule.harmonizer_epochs_before(epoch) for epoch in range(segmenter)]
+    assert due[0] >= 1
+    assert due[-1] == harmonizer
+    assert all(later >= earlier for earlier, later in pairwise(due))
+    blocks = sorted(set(range(0, segmenter, every)))
+    sizes = [due[start] - (due[start - 1] if start else 0) for start in blocks]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(due[epoch] == due[epoch - 1] for epoch in range(1, segmenter) if epoch not in blocks)
+
+
+@pytest.mark.parametrize("phases", ["frozen", "finetune"])
+def test_other_phases_need_the_whole_harmonizer_first(phases: str) -> None:
+    assert Schedule(phases=phases, harmonizer_epochs=7).harmonizer_epochs_before(0) == 7
+
+
+def test_the_section_survives_json() -> None:
+    section = FedHarmSection(kind="curve", schedule=Schedule(phases="alternate", harmonizer_epochs=3, seed=2))
+    assert FedHarmSection.from_dict(json.loads(json.dumps(section.to_dict()))) == section
+
+
+def test_the_old_key_is_refused_with_what_to_write() -> None:
+    data = FedHarmSection(kind="curve").to_dict()
+    data["schedule"]["finetune_harmonizer"] = True
+    with pytest.raises(PlanError, match=r'\'finetune_harmonizer\'\. Write "phases": "finetune" instead of true'):
+        FedHarmSection.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phases": "together"}, f"choose one of {', '.join(PHASES)}"),
+        ({"phases": "alternate"}, "nothing to alternate with"),
+        ({"alternate_every": 0}, "alternate_every must be >= 1"),
+        ({"finetune_lr_factor": 0.0}, "finetune_lr_factor must be > 0"),
+        ({"seed": -1}, "seed must be >= 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Schedule(**changes)
