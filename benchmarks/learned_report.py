@@ -1,0 +1,258 @@
+"""Tables of `learned_harmonizers.py` as Markdown on standard output."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SITES = "ABCD"
+RESAMPLES = 2000
+Scores = npt.NDArray[np.float64]
+"""(seeds, cases)."""
+LABEL = {
+    "none": "none (nnU-Net's augmentation)",
+    "augment": "strong augmentation",
+    "inverse": "inverse alone (judge and quantile map)",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Arms that differ by their seed alone."""
+
+    scenario: str
+    kind: str
+    dims: str
+    mode: str
+    augmentation: bool
+
+    @property
+    def title(self) -> str:
+        name = LABEL.get(self.kind, self.kind) if self.augmentation else "none, without augmentation"
+        return f"{name}{', ' + self.mode if self.mode and self.kind != 'inverse' else ''}"
+
+
+class Results:
+    """All metrics of a work folder."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.entries: dict[Row, list[Mapping[str, Any]]] = defaultdict(list)
+        for path in sorted((work / "metrics").glob("*.json")):
+            entry = json.loads(path.read_text())
+            arm = entry["arm"]
+            self.entries[Row(arm["scenario"], arm["kind"], arm["dims"], arm["mode"], arm["augmentation"])].append(entry)
+
+    def scores(self, row: Row, site: str, metric: str) -> Scores | None:
+        """(seeds, cases) of a row's test site, cases sorted by name; None where nothing was measured."""
+        found = [entry["sites"][site]["cases"] for entry in self.entries.get(row, []) if site in entry["sites"]]
+        if not found:
+            return None
+        return np.array([[cases[name][metric] for name in sorted(cases)] for cases in found])
+
+    def rows(self, scenarios: Iterable[str], dims: str) -> list[Row]:
+        order = ["none", "augment", "nyul", "curve", "inverse", "cyclegan", "diffusion"]
+        chosen = [row for row in self.entries if row.scenario in scenarios and row.dims == dims]
+        return sorted(chosen, key=lambda row: (not row.augmentation, order.index(row.kind), row.mode))
+
+    def oracle(self, site: str, dims: str, metric: str) -> Scores | None:
+        return self.scores(Row("A" if site == "A" else f"own-{site}", "none", dims, "", True), site, metric)
+
+
+def mean_cell(scores: Scores | None, digits: int = 3) -> str:
+    """Mean over cases and seeds, and the range of the seeds' means."""
+    if scores is None:
+        return "-"
+    means = np.nanmean(scores, axis=1)
+    spread = f" ({means.min():.{digits}f} to {means.max():.{digits}f})" if len(means) > 1 else ""
+    return f"{means.mean():.{digits}f}{spread}"
+
+
+def resampled(scores: Scores, generator: np.random.Generator, cases: npt.NDArray[np.int64]) -> float:
+    """Mean after drawing seeds with replacement, of the cases drawn (the same ones for every method)."""
+    seeds = generator.integers(len(scores), size=len(scores))
+    return float(np.mean(scores[seeds][:, cases]))
+
+
+def gap_recovered(triples: list[tuple[Scores, Scores, Scores]]) -> tuple[float, float, float, float, float, float]:
+    """Gap recovered and gap over sites, each with a 95% bootstrap interval over seeds and cases.
+
+    Args:
+        triples: per site (method, none, oracle), each (seeds, cases) on the same cases.
+    """
+
+    def of(means: list[tuple[float, float, float]]) -> tuple[float, float]:
+        gained, gap = sum(m - n for m, n, _ in means), sum(o - n for _, n, o in means)
+        return gained / gap, gap / len(means)
+
+    generator = np.random.default_rng(0)
+    draws = []
+    for _ in range(RESAMPLES):
+        means = []
+        for triple in triples:
+            cases = generator.integers(triple[0].shape[1], size=triple[0].shape[1])
+            method, none, oracle = (resampled(scores, generator, cases) for scores in triple)
+            means.append((method, none, oracle))
+        draws.append(of(means))
+    value, gap = of([(float(m.mean()), float(n.mean()), float(o.mean())) for m, n, o in triples])
+    (low, gap_low), (high, gap_high) = np.percentile(np.array(draws), [2.5, 97.5], axis=0)
+    return value, float(low), float(high), gap, float(gap_low), float(gap_high)
+
+
+def gap_cell(triples: list[tuple[Scores, Scores, Scores]]) -> str:
+    if not triples:
+        return "-"
+    value, low, high, _, gap_low, _ = gap_recovered(triples)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]" if gap_low > 0 else "no gap"
+
+
+def report(work: Path) -> None:
+    """Print every table for what was measured."""
+    results = Results(work)
+    for dims in ("3d", "2d"):
+        rows = results.rows(["A"], dims)
+        if rows:
+            print(f"\n### Labels at A alone, {dims.upper()}: Dice\n")
+            one_site_table(results, rows, dims, "dice", 3)
+            print(f"\n### Labels at A alone, {dims.upper()}: HD95 in mm\n")
+            one_site_table(results, rows, dims, "hd95_mm", 2)
+    print("\n### One site without labels, 3D: Dice at that site\n")
+    left_out_table(results, "dice", 3)
+    print("\n### One site without labels, 3D: HD95 in mm at that site\n")
+    left_out_table(results, "hd95_mm", 2)
+    print("\n### Polarity votes and gates\n")
+    polarity_table(results)
+    print("\n### Quality on travelling subjects, first seed\n")
+    quality_table(work)
+    print("\n### Cost\n")
+    cost_table(results)
+
+
+def one_site_table(results: Results, rows: list[Row], dims: str, metric: str, digits: int) -> None:
+    none = Row("A", "none", dims, "", True)
+    with_gap = metric == "dice"
+    more = " | worst site | gap recovered at D | gap recovered at B, C and D" if with_gap else ""
+    print(f"| harmonizer | seeds | {' | '.join(SITES)}{more} |\n|---|---|{'---|' * (4 + 3 * with_gap)}")
+    for row in rows:
+        found = {site: results.scores(row, site, metric) for site in SITES}
+        cells = [mean_cell(found[site], digits) for site in SITES]
+        if with_gap:
+            means = [float(scores.mean()) for scores in found.values() if scores is not None]
+            cells.append(f"{min(means):.3f}")
+            if row == none:
+                cells += ["0", "0"]
+            else:
+                cells += [gap_cell(triples_of(results, row, none, sites, dims)) for sites in ("D", "BCD")]
+        print(f"| {row.title} | {len(results.entries[row])} | {' | '.join(cells)} |")
+    cells = [mean_cell(results.oracle(site, dims, metric), digits) for site in SITES]
+    if with_gap:
+        oracles = [results.oracle(site, dims, metric) for site in SITES]
+        cells += [f"{min(float(o.mean()) for o in oracles if o is not None):.3f}", "1", "1"]
+    print(f"| oracle: the site's own labels | | {' | '.join(cells)} |")
+    if with_gap:
+        print()
+        for site in "BCD":
+            triples = triples_of(results, none, none, site, dims)
+            if triples:
+                *_, gap, low, high = gap_recovered(triples)
+                print(f"Gap at {site} (oracle - none): {gap:+.3f} [{low:+.3f}, {high:+.3f}].")
+
+
+def triples_of(results: Results, row: Row, none: Row, sites: str, dims: str) -> list[tuple[Scores, Scores, Scores]]:
+    """(method, none, oracle) of each site; empty where one of them was not measured."""
+    triples = []
+    for site in sites:
+        found = (
+            results.scores(row, site, "dice"),
+            results.scores(none, site, "dice"),
+            results.oracle(site, dims, "dice"),
+        )
+        if any(scores is None for scores in found):
+            return []
+        triples.append(found)
+    return triples  # type: ignore[return-value]  # no None is left
+
+
+def left_out_table(results: Results, metric: str, digits: int) -> None:
+    kinds = {(row.kind, row.mode, row.title) for row in results.rows([f"not-{site}" for site in SITES], "3d")}
+    order = ["none", "augment", "nyul", "curve", "cyclegan", "diffusion"]
+    with_gap = metric == "dice"
+    print(f"| harmonizer | {' | '.join(SITES)}{' | worst | gap recovered at D' if with_gap else ''} |")
+    print("|---|" + "---|" * (4 + 2 * with_gap))
+    for kind, mode, title in sorted(kinds, key=lambda item: (order.index(item[0]), item[1])):
+        found = {site: results.scores(Row(f"not-{site}", kind, "3d", mode, True), site, metric) for site in SITES}
+        cells = [mean_cell(found[site], digits) for site in SITES]
+        if with_gap:
+            means = [float(scores.mean()) for scores in found.values() if scores is not None]
+            none = Row("not-D", "none", "3d", "", True)
+            triples = triples_of(results, Row("not-D", kind, "3d", mode, True), none, "D", "3d")
+            cells += [f"{min(means):.3f}", "0" if kind == "none" else gap_cell(triples)]
+        print(f"| {title} | {' | '.join(cells)} |")
+    cells = [mean_cell(results.oracle(site, "3d", metric), digits) for site in SITES]
+    print(f"| oracle: the site's own labels alone | {' | '.join(cells)}{' | | 1' if with_gap else ''} |")
+
+
+def polarity_table(results: Results) -> None:
+    print(f"| harmonizer | votes of {', '.join(SITES)} by seed | gates |\n|---|---|---|")
+    for dims in ("3d", "2d"):
+        for row in results.rows(["A"], dims):
+            if row.kind in ("cyclegan", "diffusion"):
+                votes = "; ".join(
+                    " ".join(f"{np.mean(site):+.2f}" for site in entry["polarity"]) for entry in results.entries[row]
+                )
+                gates = "; ".join(" ".join(f"{gate:.0f}" for gate in entry["gate"]) for entry in results.entries[row])
+                print(f"| {row.title}, {dims} | {votes} | {gates} |")
+
+
+def quality_table(work: Path) -> None:
+    names = {
+        "ssim": ("SSIM", 3), "psnr_db": ("PSNR, dB", 1), "nrmse": ("nRMSE", 3),
+        "gradient_correlation": ("gradient corr.", 3), "edges_kept": ("edges kept", 3),
+        "cnr_over_truth": ("CNR / truth", 2), "cnr_over_input": ("CNR / input", 2),
+    }  # fmt: skip
+    paths = sorted((work / "quality").glob("*.json"))
+    if not paths:
+        print("Not measured.")
+        return
+    reports = {path.stem: json.loads(path.read_text()) for path in paths}
+    for site in "BCD":
+        print(f"\nSite {site}:\n\n| harmonizer | {' | '.join(title for title, _ in names.values())} |")
+        print("|---|" + "---|" * len(names))
+        for index, (stem, quality) in enumerate(reports.items()):
+            (metrics,) = list(quality["sites"][site]["channels"].values())[:1]
+            if index == 0:
+                print(
+                    f"| as scanned | {' | '.join(number(metrics[name]['before'], d) for name, (_, d) in names.items())} |"
+                )
+            cells = [number(metrics[name]["after"], digits) for name, (_, digits) in names.items()]
+            print(f"| {stem.replace('_', ' ').replace(' seed0 toA', '')} | {' | '.join(cells)} |")
+
+
+def number(estimate: Any, digits: int) -> str:
+    value = estimate["value"] if isinstance(estimate, Mapping) else estimate
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def cost_table(results: Results) -> None:
+    lines = [json.loads(line) for line in (results.work / "trained.jsonl").read_text().splitlines()]
+    spent: dict[str, list[float]] = defaultdict(list)
+    for line in lines:
+        if line["what"].startswith("harmonizer"):
+            kind, dims, mode = line["what"].split()[1].split("_")[:3]
+            spent[f"{kind}, {dims}, {mode}"].append(line.get("cpu_s", line.get("wall_s", float("nan"))))
+    print("| harmonizer | training: CPU s (central), wall s (federated) |\n|---|---|")
+    for name, seconds in sorted(spent.items()):
+        print(f"| {name} | {np.mean(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f}) |")
+    print("\n| harmonizer | CPU s per volume, stock predictor, sites B to D |\n|---|---|")
+    for dims in ("3d", "2d"):
+        for row in results.rows(["A"], dims):
+            found = [e["sites"][s]["cpu_s_per_volume"] for e in results.entries[row] for s in "BCD" if s in e["sites"]]
+            if found:
+                print(f"| {row.title}, {dims} | {np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f}) |")
