@@ -1,30 +1,24 @@
-"""StyleBank-Flow: a flow-matching bridge from what a scanner shows to what the reference would show.
+"""The diffusion harmonizer: a bridge from what a scanner shows to what the reference would show.
 
 Symbols: x* image with the reference's appearance, x' the same anatomy with another appearance, t in [0, 1],
-x_t = (1 - t) x* + t x', v = x' - x* velocity.
+v = x' - x* velocity, x_t a sample on the way, which the process defines: flow (flow_process.py) or DDIM (ddim.py).
 
-The network predicts v from (x_t, x', t, style code). Harmonizing is `n_steps` Euler steps from t = 1, where the image itself
-stands, to t = 0, without noise: deterministic, and with one step y = x - v(x, x, 1). `FlowMatchEulerDiscreteScheduler` has
-the same conventions (sample = sigma noise + (1 - sigma) data, output = noise - data), with the image in noise's place.
+The network predicts v from (x_t, x', t, style code). Harmonizing is `n_steps` steps of the process from t = 1 to t = 0, without
+random noise: deterministic, and for the flow with one step y = x - v(x, x, 1).
 
 Training is self-paired: x* is a patch of a site that looks like the reference, x' the patch under a random appearance
 (harmonizers/appearance.py). The target is known voxel by voxel, so nothing rewards erasing or inventing structure. Patches of
 other sites cannot be used: where contrast is inverted no histogram match gives the right target. The other sites only vote on
 whether their contrast is the reference's inverse (harmonizers/polarity.py); where it is, the bridge starts at the image turned
 over and brought to the reference's quantiles.
-
-References:
-    Lipman et al., "Flow Matching for Generative Modeling", ICLR 2023; Liu et al., "Flow Straight and Fast", ICLR 2023.
-    Esser et al., "Scaling Rectified Flow Transformers", ICML 2024 (the scheduler's conventions).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -33,28 +27,40 @@ from torch import Tensor, nn
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_appearance
 from nnunet_fedharm.harmonizers.base import Source
+from nnunet_fedharm.harmonizers.ddim import DDIMProcess
 from nnunet_fedharm.harmonizers.flow_networks import ResNet3d, UNet2d
+from nnunet_fedharm.harmonizers.flow_process import FlowProcess, Process
 from nnunet_fedharm.harmonizers.flow_training import FlowTraining
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
+from nnunet_fedharm.harmonizers.smooth import TRUNCATE, MaskedBlur
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 
+PROCESSES = ("flow", "ddim")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    width: int = 12
-    """Channels inside the network."""
+    process: str = "flow"
+    """"flow": straight bridge from the image to the reference's; "ddim": denoising, given the image."""
+    ddim_start: float = 1.0
+    """Share of the cosine noise schedule where DDIM starts, in (0, 1]."""
+    width: int = 16
+    """Channels inside the network; multiples of 16 are computed fastest."""
     depth: int = 3
     """Residual blocks in 3d; in 2d `UNet2DModel` has depth // 2 layers per block, at least 1."""
     n_steps: int = 1
-    """Euler steps of harmonization, 1 to 4; cost grows in proportion."""
+    """Steps of harmonization, 1 to 8; cost grows in proportion."""
     start_share: float = 0.5
     """Share of training samples at t = 1, where harmonization starts; the rest is uniform in t. With one step all are."""
     style: bool = True
     """Tell the network the source's quantiles. Without, it judges by the patch alone."""
     style_dropout: float = 0.2
     """Share of training samples whose style is hidden."""
+    surroundings: float = 0.0
+    """Standard deviation, in voxels, of a blur whose result the network sees too, as that of one twice as wide: what lies beyond
+    its own reach. 0: none. Windows then agree only five times that much farther from their borders."""
     polarity: bool = True
     """Let a judge trained at the reference vote on whether a site's contrast is inverted, and start from the inverse there.
     Without it, inverted_share has to teach the network to tell from the surroundings, which takes far longer."""
@@ -76,15 +82,19 @@ class FlowConfig:
             raise PlanError("harmonizer.width must be even and >= 2, and depth >= 1.")
         if self.block < 4:
             raise PlanError(f"harmonizer.block must be >= 4, got {self.block}.")
-        if not 1 <= self.n_steps <= 4:
-            raise PlanError(f"harmonizer.n_steps must be 1 to 4, got {self.n_steps}.")
+        if not 1 <= self.n_steps <= 8:
+            raise PlanError(f"harmonizer.n_steps must be 1 to 8, got {self.n_steps}.")
+        if self.process not in PROCESSES:
+            raise PlanError(f"harmonizer.process must be one of {', '.join(PROCESSES)}, got {self.process!r}.")
+        if not 0 < self.ddim_start <= 1:
+            raise PlanError(f"harmonizer.ddim_start must lie in (0, 1], got {self.ddim_start}.")
         for name in ("start_share", "style_dropout", "inverted_share", "free_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PlanError(f"harmonizer.{name} must lie in [0, 1], got {getattr(self, name)}.")
         if self.inverted_share + self.free_share > 1:
             raise PlanError("harmonizer.inverted_share + free_share must be <= 1.")
-        if self.judge_width < 1 or self.gradient_weight < 0 or self.noise < 0:
-            raise PlanError("harmonizer.judge_width must be >= 1, gradient_weight and noise >= 0.")
+        if self.judge_width < 1 or min(self.gradient_weight, self.noise, self.surroundings) < 0:
+            raise PlanError("harmonizer.judge_width must be >= 1; gradient_weight, noise and surroundings >= 0.")
 
     @property
     def appearance(self) -> AppearanceOptions:
@@ -100,7 +110,7 @@ class FlowConfig:
 
 
 class FlowHarmonizer(JudgedHarmonizer):
-    """Design C: flow-matching bridge, one to four deterministic steps."""
+    """Design C: a bridge of one to eight deterministic steps."""
 
     learned = True
 
@@ -120,10 +130,8 @@ class FlowHarmonizer(JudgedHarmonizer):
             reference=reference,
             judge_width=config.judge_width if config.polarity else None,
         )
-        from diffusers import FlowMatchEulerDiscreteScheduler  # slow to import: only where this harmonizer is built
-
         self.config = config
-        self.scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        self.process: Process = DDIMProcess(config.ddim_start) if config.process == "ddim" else FlowProcess()
         embedding = 4 * config.width
         if config.style:
             self.style_code = nn.Sequential(
@@ -132,15 +140,17 @@ class FlowHarmonizer(JudgedHarmonizer):
                 nn.Linear(embedding, embedding),
             )
         network = UNet2d if spatial_dims == 2 else ResNet3d
-        # x_t, x' and what `_matched` adds, and one channel that tells padding from tissue of mean intensity.
-        guesses = 0 if not config.style else 1 if config.polarity else 2
-        inputs = (2 + guesses) * num_channels + 1
+        # x_t, the channels of `_matched`, and one channel that tells padding from tissue of mean intensity.
+        images = 1 if not config.style else 2 if config.polarity else 3
+        blurred = 3 if config.surroundings else 1
+        inputs = (1 + images * blurred) * num_channels + 1
         self.network = network(inputs, num_channels, config.width, config.depth)
 
     @property
     def reach(self) -> int:
         """Windows of one volume agree at least this many voxels away from their borders."""
-        return self.network.reach * self.config.n_steps
+        beyond = math.ceil(2 * TRUNCATE * self.config.surroundings)
+        return self.network.reach * self.config.n_steps + beyond
 
     def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:
         start, quantiles = self.upright(image, source)
@@ -150,16 +160,11 @@ class FlowHarmonizer(JudgedHarmonizer):
         """x at t = 0, from `image` at t = 1."""
         known = torch.ones_like(quantiles[:, 0, 0])
         code, matched = self._code(quantiles, known), self._matched(image, mask, quantiles, known)
-        steps = self.config.n_steps
-        # The default grid of the scheduler stops short of 0; these sigmas are n equal steps from 1 to 0.
-        self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
-        self.scheduler.set_begin_index(0)
-        sample = image
-        for step, timestep in enumerate(self.scheduler.timesteps):
-            time = torch.full_like(quantiles[:, 0, 0], 1 - step / steps)
-            velocity = mask * self.velocity(sample, matched, mask, time, code)
-            sample = self.scheduler.step(velocity, timestep, sample).prev_sample
-        return sample
+
+        def velocity(sample: Tensor, time: float) -> Tensor:
+            return mask * self.velocity(sample, matched, mask, torch.full_like(known, time), code)
+
+        return self.process.walk(image, velocity, self.config.n_steps)
 
     def velocity(
         self, sample: Tensor, matched: Tensor, mask: Tensor, time: Float[Tensor, " b"], code: Float[Tensor, "b e"]
@@ -174,17 +179,23 @@ class FlowHarmonizer(JudgedHarmonizer):
     ) -> Float[Tensor, "b m *spatial"]:
         """x' itself and, where the style is known, x' with its quantiles mapped to the reference's: what a histogram allows.
 
-        Without the judge also upside down; the surroundings have to tell which one to trust.
+        Without the judge also upside down; the surroundings have to tell which one to trust. With `surroundings`, all of them
+        blurred as well, at two scales.
         """
-        if not self.config.style:
-            return image
-        reference = self.reference_quantiles.expand_as(quantiles)
-        weight = mask * known.reshape(-1, *([1] * (image.ndim - 1)))
-        upright = image + apply_displacement(image, quantile_map(quantiles, reference).to(image.dtype))
-        if self.config.polarity:
-            return torch.cat([image, upright * weight], dim=1)
-        fallen = quantile_map(-quantiles.flip(-1), reference).to(image.dtype)
-        return torch.cat([image, upright * weight, (apply_displacement(-image, fallen) - image) * weight], dim=1)
+        images = [image]
+        if self.config.style:
+            reference = self.reference_quantiles.expand_as(quantiles)
+            weight = mask * known.reshape(-1, *([1] * (image.ndim - 1)))
+            upright = image + apply_displacement(image, quantile_map(quantiles, reference).to(image.dtype))
+            images.append(upright * weight)
+            if not self.config.polarity:
+                fallen = quantile_map(-quantiles.flip(-1), reference).to(image.dtype)
+                images.append((apply_displacement(-image, fallen) - image) * weight)
+        if self.config.surroundings:
+            sigmas = (self.config.surroundings, 2 * self.config.surroundings)
+            blurs = [MaskedBlur(mask.to(image.dtype), sigma) for sigma in sigmas]
+            images += [blur(seen) for blur in blurs for seen in tuple(images)]
+        return torch.cat(images, dim=1)
 
     def make_training(self, *, lr: float, total_epochs: int) -> HarmonizerTraining:
         return FlowTraining(self, lr=lr, total_epochs=total_epochs)
@@ -214,8 +225,7 @@ class FlowHarmonizer(JudgedHarmonizer):
                 target, mask, reference, self.bank_quantiles, self.bank_offset, self.config.appearance, generator
             )
             time = self._draw_times(len(sites), generator).to(image)
-            share = time.reshape(-1, *([1] * (image.ndim - 1)))
-            sample = torch.lerp(target, seen, share)
+            sample = self.process.sample_at(target, seen, time, generator)
         known = (torch.rand(len(sites), generator=generator) >= self.config.style_dropout).to(image)
         matched = self._matched(seen, mask, style, known)
         velocity = self.velocity(sample, matched, mask, time, self._code(style, known))

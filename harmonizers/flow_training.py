@@ -14,6 +14,12 @@ from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 if TYPE_CHECKING:
     from nnunet_fedharm.harmonizers.flow import FlowHarmonizer
 
+BRIDGE_CLIP = 1.0
+"""Bound on the gradient norm. Typical norms are about 1; an appearance that tears tissues apart gives over 50."""
+
+BRIDGE_BETAS = (0.9, 0.99)
+"""AdamW's: with the default 0.999 one such outlier slows a thousand steps down."""
+
 
 class FlowTraining(HarmonizerTraining):
     """AdamW for the bridge, Adam for the judge of polarity; arguments as of `HarmonizerTraining`."""
@@ -23,7 +29,7 @@ class FlowTraining(HarmonizerTraining):
     def __init__(self, harmonizer: FlowHarmonizer, *, lr: float, total_epochs: int) -> None:
         super().__init__(harmonizer, lr=lr, total_epochs=total_epochs)
         self.flow = harmonizer
-        self.optimizers["bridge"] = torch.optim.AdamW(list(harmonizer.mapping_parameters()), lr=lr)
+        self.optimizers["bridge"] = torch.optim.AdamW(list(harmonizer.mapping_parameters()), lr=lr, betas=BRIDGE_BETAS)
         if harmonizer.polarity_judge is not None:
             self.optimizers["polarity"] = torch.optim.Adam(harmonizer.polarity_judge.parameters(), lr=lr)
 
@@ -40,5 +46,5 @@ class FlowTraining(HarmonizerTraining):
             return {"loss": float("nan")}
         own = torch.full((len(references),), self.flow.reference_sites()[0], device=references.device)
         loss = self.flow.self_paired_loss(references, own, generator)
-        self.descend("bridge", loss)
+        self.descend("bridge", loss, clip=BRIDGE_CLIP)
         return {"loss": float(loss.detach())}

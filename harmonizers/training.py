@@ -93,8 +93,8 @@ class HarmonizerTraining(ABC):
             optimizer.load_state_dict(state["optimizers"][name])
         self.local.load_state_dict(state["local"])
 
-    def descend(self, name: str, loss: Tensor) -> None:
-        """One step of the optimizer `name` down `loss`: averaged over DDP processes, clipped.
+    def descend(self, name: str, loss: Tensor, *, clip: float = GRADIENT_CLIP) -> None:
+        """One step of the optimizer `name` down `loss`: averaged over DDP processes, its norm clipped.
 
         Raises:
             FedHarmError: the loss is NaN or infinite.

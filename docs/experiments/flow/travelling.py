@@ -1,12 +1,13 @@
 """Does the diffusion harmonizer bring a site's images closer to the reference's? Measured on travelling subjects.
 
-    python docs/experiments/flow/travelling.py run    --data DATA --results results.json [--arms NAME ...] [--seeds 3]
+    python docs/experiments/flow/travelling.py run    --data DATA --results results.json [--arms NAME ...] [--seeds 0 1 2]
     python docs/experiments/flow/travelling.py report --results results.json
 
 DATA is the nnU-Net raw dataset `Dataset910_HippocampusSites` with its `imagesTravelling`: eight subjects of site A rendered at
 the sites B, C and D, so the answer is known voxel by voxel. Those subjects are held out at every site. D is T2-like: its
 contrast is inverted. The harmonizer trains on A alone, the reference; B, C and D give their styles (quantiles) and vote on
-whether their contrast is A's inverse.
+whether their contrast is A's inverse. Settings are chosen on the subjects with the four lowest numbers (half "choice"); what
+is reported is measured on the others (half "report").
 An arm and seed that the results hold is not run again.
 """
 
@@ -26,10 +27,12 @@ import torch
 from nnunet_fedharm.datasets.travelling import TravellingData, load_travelling
 from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
 from nnunet_fedharm.harmonizers.flow import FlowHarmonizer
+from nnunet_fedharm.harmonizers.polarity import polarity_step
 
 SITES = ("A", "B", "C", "D")
 PATCH = {2: (40, 40), 3: (32, 40, 32)}
 BATCH = {2: 16, 3: 2}
+HALVES = {"choice": slice(0, 4), "report": slice(4, 8)}
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,38 @@ class Arm:
     dims: int = 3
     steps: tuple[int, ...] = (1,)
     lr: float = 2e-3
+    judge_only: bool = False
+    """Leave the bridge at zero: an inverted site gets its inverse in the reference's quantiles, the others stay as they are."""
+
+    @property
+    def learned(self) -> bool:
+        return self.kind in ("curve", "diffusion")
 
 
-INVERTED = {"polarity": False, "inverted_share": 0.35}
+ALL_TIMES: dict[str, Any] = {"n_steps": 4}
+DDIM: dict[str, Any] = {"process": "ddim", "n_steps": 4}
 
 ARMS: dict[str, Arm] = {
     "none": Arm("none"),
     "nyul": Arm("nyul"),
     "curve": Arm("curve", lr=3e-3),
-    "flow": Arm("diffusion", {"n_steps": 4}, steps=(1, 2, 4)),
+    "inverse alone": Arm("diffusion", judge_only=True),
     "flow, t = 1 only": Arm("diffusion"),
-    "flow, no judge": Arm("diffusion", {"polarity": False}),
-    "flow, no judge, inverted curves": Arm("diffusion", INVERTED),
-    "flow, inverted curves as well": Arm("diffusion", {"inverted_share": 0.2}),
-    "flow, no style code": Arm("diffusion", {"style": False}),
-    "flow, no gradient loss": Arm("diffusion", {"gradient_weight": 0.0}),
-    "flow, 2d": Arm("diffusion", dims=2),
+    "flow, all t": Arm("diffusion", ALL_TIMES, steps=(1, 2, 4)),
+    "flow, all t, no style code": Arm("diffusion", ALL_TIMES | {"style": False}),
+    "flow, all t, no gradient loss": Arm("diffusion", ALL_TIMES | {"gradient_weight": 0.0}),
+    "flow, all t, width 12": Arm("diffusion", ALL_TIMES | {"width": 12}),
+    "flow, all t, blurred surroundings": Arm("diffusion", ALL_TIMES | {"surroundings": 5.0}),
+    "ddim": Arm("diffusion", DDIM, steps=(1, 2, 4, 8)),
+    "ddim from the middle": Arm("diffusion", DDIM | {"ddim_start": 0.5}, steps=(1, 2, 4)),
+    "inverse alone, 2d": Arm("diffusion", judge_only=True, dims=2),
+    "flow, all t, 2d": Arm("diffusion", ALL_TIMES, dims=2, steps=(1, 2, 4)),
+    "flow, t = 1 only, 2d": Arm("diffusion", dims=2),
+    "ddim, 2d": Arm("diffusion", DDIM, dims=2, steps=(1, 2, 4)),
+    "ddim from the middle, 2d": Arm("diffusion", DDIM | {"ddim_start": 0.5}, dims=2, steps=(1, 2, 4)),
+    "flow, all t, no style code, 2d": Arm("diffusion", ALL_TIMES | {"style": False}, dims=2),
+    "flow, all t, no gradient loss, 2d": Arm("diffusion", ALL_TIMES | {"gradient_weight": 0.0}, dims=2),
+    "flow, all t, blurred surroundings, 2d": Arm("diffusion", ALL_TIMES | {"surroundings": 5.0}, dims=2),
 }
 
 
@@ -98,69 +117,85 @@ def train(arm: Arm, data: TravellingData, seed: int, steps: int) -> Harmonizer:
         training.set_epoch(step)
         image, origin = batch(volumes, arm.dims, rng)
         references = batch(genuine, arm.dims, rng)[0] if training.uses_references else None
-        training.step(image, origin, generator, references)
+        if arm.judge_only:
+            polarity_step(training, image, origin, generator, references, judge_steps=1)
+        else:
+            training.step(image, origin, generator, references)
     return harmonizer
 
 
 @torch.no_grad()
-def measure(harmonizer: Harmonizer, data: TravellingData, dims: int) -> dict[str, dict[str, float]]:
-    """Per site, means over the held-out subjects: correlation with the truth, RMSE / std of the truth, change made."""
+def measure(harmonizer: Harmonizer, data: TravellingData, dims: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Half -> site -> means over subjects: correlation with the truth, RMSE / std of the truth, change made.
+
+    Gates are open everywhere, so A shows what its images would suffer, were they not left alone.
+    """
     harmonizer.eval()
     harmonizer.open_gate()
-    result = {}
+    result: dict[str, dict[str, dict[str, float]]] = {half: {} for half in HALVES}
     for index, site in enumerate(SITES):
-        harmonizer.set_source(data.styles[index])
+        harmonizer.serve(index, gate=1.0)
         rows = []
         for image, truth in data.pairs[site]:
             batch = torch.from_numpy(image)
             mapped = harmonizer(batch[:, None] if dims == 2 else batch[None, None]).reshape(image.shape).numpy()
             error = np.sqrt(np.mean((mapped - truth) ** 2)) / truth.std()
             rows.append((np.corrcoef(mapped.ravel(), truth.ravel())[0, 1], error, np.abs(mapped - image).mean()))
-        result[site] = dict(zip(("correlation", "nrmse", "change"), np.mean(rows, axis=0).tolist(), strict=True))
+        for half, part in HALVES.items():
+            means = np.mean(rows[part], axis=0).tolist()
+            result[half][site] = dict(zip(("correlation", "nrmse", "change"), means, strict=True))
     return result
 
 
 def run(arguments: argparse.Namespace) -> None:
     data = load_travelling(arguments.data, sites=SITES, reference="A")
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for name in arguments.arms or ARMS:
             arm = ARMS[name]
-            learned = arm.kind in ("curve", "diffusion")
-            if any(key.startswith(f"{name}#") and key.endswith(f"#{seed}") for key in results) or (
-                seed and not learned
-            ):
+            if f"{name}#{arm.steps[0]}#{seed}" in results or (seed and not arm.learned):
                 continue
             start = time.process_time()
-            harmonizer = train(arm, data, seed, arguments.steps) if learned else new(arm, data)
+            harmonizer = train(arm, data, seed, arguments.steps) if arm.learned else new(arm, data)
             seconds = time.process_time() - start
             for steps in arm.steps:
                 if isinstance(harmonizer, FlowHarmonizer):
                     harmonizer.config = replace(harmonizer.config, n_steps=steps)
                 found = measure(harmonizer, data, arm.dims)
-                results[f"{name}#{steps}#{seed}"] = {"sites": found, "seconds": seconds}
-                line = ", ".join(f"{site} {v['correlation']:.3f} {v['nrmse']:.3f}" for site, v in found.items())
-                print(f"{name}, {steps} steps, seed {seed} ({seconds:.0f} s): {line}", flush=True)
+                votes = [round(float(vote), 2) for vote in harmonizer.bank_polarity.flatten()]
+                results[f"{name}#{steps}#{seed}"] = found | {"seconds": seconds, "votes": votes}
+                line = "; ".join(
+                    f"{half} " + ", ".join(f"{site} {found[half][site]['nrmse']:.3f}" for site in "BCDA")
+                    for half in HALVES
+                )
+                print(f"{name}, {steps} steps, seed {seed} ({seconds:.0f} s): {line}; votes {votes}", flush=True)
             arguments.results.write_text(json.dumps(results, indent=1))
-            if arguments.weights and learned:
+            if arguments.weights and arm.learned:
                 torch.save(harmonizer.state_dict(), arguments.weights / (re.sub(r"\W+", "_", f"{name} {seed}") + ".pt"))
 
 
 def report(arguments: argparse.Namespace) -> None:
+    """Mean over seeds and, where there are several, the lowest and highest."""
     results = json.loads(arguments.results.read_text())
-    head = [f"{site} {what}" for what in ("corr.", "nRMSE") for site in "BCD"]
-    print(f"| harmonizer | steps | seeds | {' | '.join(head)} | A nRMSE | training, CPU s |")
-    print("|" + "---|" * (len(head) + 5))
-    for name, arm in ARMS.items():
-        for steps in arm.steps:
-            rows = [value for key, value in results.items() if key.startswith(f"{name}#{steps}#")]
-            if not rows:
-                continue
-            cells = [[r["sites"][site][key] for r in rows] for key in ("correlation", "nrmse") for site in "BCD"]
-            cells.append([row["sites"]["A"]["nrmse"] for row in rows])
-            text = [f"{np.mean(cell):.3f}" + (f" ± {np.std(cell):.3f}" if len(cell) > 1 else "") for cell in cells]
-            seconds = np.mean([row["seconds"] for row in rows])
-            print(f"| {name} | {steps} | {len(rows)} | {' | '.join(text)} | {seconds:.0f} |")
+    for half in HALVES:
+        print(f"\nHalf: {half}\n")
+        print("| harmonizer | steps | seeds | B nRMSE | C nRMSE | D nRMSE | A nRMSE | D corr. | training, CPU s |")
+        print("|" + "---|" * 9)
+        for name, arm in ARMS.items():
+            for steps in arm.steps:
+                rows = [value for key, value in results.items() if key.startswith(f"{name}#{steps}#")]
+                if not rows:
+                    continue
+                cells = [[row[half][site]["nrmse"] for row in rows] for site in "BCDA"]
+                cells.append([row[half]["D"]["correlation"] for row in rows])
+                seconds = np.mean([row["seconds"] for row in rows])
+                print(f"| {name} | {steps} | {len(rows)} | {' | '.join(map(spread, cells))} | {seconds:.0f} |")
+
+
+def spread(values: list[float]) -> str:
+    """Mean (lowest to highest), or the value alone where all are equal."""
+    mean, low, high = (f"{value:.3f}".replace("0.", ".") for value in (np.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def main() -> None:
@@ -170,8 +205,8 @@ def main() -> None:
     runner.add_argument("--data", type=Path, required=True, help="Dataset910_HippocampusSites, raw")
     runner.add_argument("--results", type=Path, required=True, help="JSON file that is added to")
     runner.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all")
-    runner.add_argument("--seeds", type=int, default=3)
-    runner.add_argument("--steps", type=int, default=600)
+    runner.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    runner.add_argument("--steps", type=int, default=400)
     runner.add_argument("--weights", type=Path, help="folder that trained harmonizers are written to")
     runner.set_defaults(act=run)
     reporter = commands.add_parser("report")
