@@ -17,8 +17,12 @@ from nnunet_fedharm.harmonizers import KINDS, LEARNED
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule
 
 FOLDS = ("all", "0", "1", "2", "3", "4")
+PHASES = ("frozen", "finetune")
+"""Alternating phases are for training on one machine."""
 WEIGHTINGS = ("steps", "cases", "sites")
 DEVICES = ("cpu", "cuda", "mps")
+_RATES = ("initial_lr", "harmonizer_lr", "finetune_lr_factor")
+_DEADLINES = ("deadline_s", "prepare_deadline_s", "join_wait_s")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 UserValue = bool | int | float | str
@@ -53,7 +57,10 @@ class FederateConfig:
     initial_lr: float = _option(1e-2, "start of nnU-Net's polynomial learning-rate decay")
     momentum: float = _option(0.99, "Nesterov momentum of the segmenter; 0.9 with ten times the rate for short runs")
     harmonizer_lr: float = _option(1e-3, "learning rate of the harmonizer phase")
-    finetune_harmonizer: bool = _option(False, "let the segmentation loss move the harmonizer too")
+    phases: str = _option("frozen", "frozen, or finetune: the segmentation loss moves the harmonizer too")
+    finetune_lr_factor: float = _option(
+        0.1, "learning rate of the harmonizer in finetune, as a share of the segmenter's"
+    )
     fold: str = _option("all", "fold of each site's own split: all, 0, 1, 2, 3 or 4")
     plans_name: str = _option("nnUNetFedHarmPlans", "name of the plans; stock nnUNetPlans are never overwritten")
     gpu_memory_gb: float = _option(8.0, "GPU memory that the planner plans for")
@@ -111,7 +118,8 @@ class FederateConfig:
             initial_lr=self.initial_lr,
             momentum=self.momentum,
             harmonizer_lr=self.harmonizer_lr,
-            finetune_harmonizer=self.finetune_harmonizer,
+            phases=self.phases,
+            finetune_lr_factor=self.finetune_lr_factor,
         )
 
     def identity(self) -> dict[str, UserValue]:
@@ -163,6 +171,7 @@ def _check_choices(config: FederateConfig) -> None:
     choices: dict[str, tuple[str, ...]] = {
         "configuration": CONFIGURATIONS,
         "harmonizer": tuple(KINDS),
+        "phases": PHASES,
         "fold": FOLDS,
         "weighting": WEIGHTINGS,
         "device": DEVICES,
@@ -186,7 +195,7 @@ def _check_ranges(config: FederateConfig) -> None:
     for name, least in at_least.items():
         if getattr(config, name) < least:
             raise FederationError(f"{name.replace('_', '-')} must be >= {least}, got {getattr(config, name)}.")
-    for name in ("initial_lr", "harmonizer_lr", "deadline_s", "prepare_deadline_s", "join_wait_s", "gpu_memory_gb"):
+    for name in (*_RATES, *_DEADLINES, "gpu_memory_gb"):
         if not getattr(config, name) > 0:
             raise FederationError(f"{name.replace('_', '-')} must be > 0, got {getattr(config, name)}.")
     if config.harmonizer_rounds + config.segmenter_rounds == 0:
@@ -229,9 +238,9 @@ def _check_names(config: FederateConfig) -> None:
 def warnings_of(config: FederateConfig) -> list[str]:
     """What is allowed but probably not meant; one sentence each."""
     found = []
-    if config.harmonizer in LEARNED and config.harmonizer_rounds == 0 and not config.finetune_harmonizer:
+    if config.harmonizer in LEARNED and config.harmonizer_rounds == 0 and config.phases == "frozen":
         found.append(
-            f"The harmonizer {config.harmonizer!r} learns, but harmonizer-rounds is 0 and finetune-harmonizer is off: "
+            f"The harmonizer {config.harmonizer!r} learns, but harmonizer-rounds is 0 and phases is frozen: "
             "it stays the identity."
         )
     if config.device != "cpu" and config.parallel_sites > 1:

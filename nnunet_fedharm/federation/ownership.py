@@ -68,7 +68,7 @@ def ownership_of(plans: Mapping[str, Any], configuration: str, phase: str) -> Ow
     harmonizer = _build(section, len(planned["patch_size"]))
     rows = frozenset(PREFIX + name for name in SITE_ROWS)
     if phase == "segmenter":
-        return Ownership(bank, rows, fixed=_at_rest(harmonizer, section.schedule.finetune_harmonizer) - rows)
+        return Ownership(bank, rows, fixed=_at_rest(harmonizer, section.schedule.phases == "finetune") - rows)
     prefixes = tuple(PREFIX + prefix for prefix in harmonizer.trained_at_reference())
     return Ownership(
         bank,

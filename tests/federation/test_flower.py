@@ -104,7 +104,7 @@ def test_a_stopped_run_goes_on_in_a_deployment_where_a_killed_site_comes_back(
     deployment: Deployment, make_consortium: Callable[..., Path]
 ) -> None:
     root = make_consortium(deployment.root, {"A": (2, 0), "B": (2, 0), "C": (0, 2)})
-    options: dict[str, Any] = {"harmonizer": "curve", "finetune_harmonizer": True, "segmenter_rounds": 3, "quorum": 1}
+    options: dict[str, Any] = {"harmonizer": "curve", "phases": "finetune", "segmenter_rounds": 3, "quorum": 1}
     config = tiny(root, sites="A,B,C", **options)
     sites = real_sites(config, 3)
     with pytest.raises(PowerCut):  # in one process: everything up to round 2, which costs a minute in a deployment

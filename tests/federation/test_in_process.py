@@ -92,7 +92,7 @@ def test_a_stopped_run_resumes_at_that_round_and_ends_with_the_very_same_weights
     consortium: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(consortium, tmp_path / "other")
-    options: dict[str, Any] = {"harmonizer": "curve", "harmonizer_rounds": 1, "finetune_harmonizer": True}
+    options: dict[str, Any] = {"harmonizer": "curve", "harmonizer_rounds": 1, "phases": "finetune"}
     whole = tiny(consortium, **options)
     results = run_server(LocalGrid(real_sites(whole, 3)), whole)
     assert {path.name for path in results.glob("*.pth")} == {

@@ -163,7 +163,7 @@ def plans(kind: str, *, reference: str = "B", finetune: bool = False, **options:
         harmonizer=options,
         reference=reference,
         styles={site: style(1 + 0.1 * index) for index, site in enumerate("ABC")},
-        schedule=Schedule(finetune_harmonizer=finetune),
+        schedule=Schedule(phases="finetune" if finetune else "frozen"),
     )
     return with_section({"configurations": {"2d": {"patch_size": [16, 16]}}}, section, ("2d",))
 
