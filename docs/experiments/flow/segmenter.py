@@ -6,8 +6,9 @@ DATA as in travelling.py, WEIGHTS.pt as written there by `--weights`. A U-Net of
 32 x 40 x 32, batch 2, SGD 0.1 with momentum 0.9, Dice and cross-entropy) trains on A without the travelling subjects, mirrored.
 Arms: `none`; `appearances`, the same network under the harmonizer's own random appearances (half of the samples), which is what
 strong augmentation can make of them, and the same with inverted tone curves, since the bridge has a judge for these; `flow`,
-harmonizer in front in training and testing; `flow, not at A`, the same with A's own images left alone. Dice is the mean of both
-labels on whole volumes: cases of B, C and D, and A's held-out subjects.
+harmonizer in front in training and testing; `flow, not at A`, the same with A's own images left alone, as the gates do by
+default; `inverse alone`, the judge's inverse at inverted sites, without the bridge. Dice is the mean of both labels on whole
+volumes: cases of B, C and D, and A's held-out subjects.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nnunetv2.utilities.helpers import softmax_helper_dim1
 from torch import Tensor, nn
 from travelling import ARMS, SITES, new
 
-from nnunet_fedharm.datasets.travelling import TravellingData, load_travelling, read_z_scored
+from nnunet_fedharm.datasets.travelling import load_travelling, read_z_scored
 from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_appearance
 from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer
 
@@ -109,14 +110,18 @@ def dice(model: nn.Module, front: Front, cases: list[Case], site: str) -> float:
     return float(np.mean(scores))
 
 
-def arms(harmonizer: FlowHarmonizer, data: TravellingData) -> dict[str, tuple[Callable[..., Tensor], Front]]:
+def arms(harmonizer: FlowHarmonizer) -> dict[str, tuple[Callable[..., Tensor], Front]]:
     """Arm -> (change of training images, front-end of testing)."""
     own = harmonizer.bank_quantiles[:1]
 
     def harmonized(image: Tensor, site: str) -> Tensor:
-        harmonizer.set_source(data.styles[SITES.index(site[0])])
+        harmonizer.serve(SITES.index(site[0]), gate=1.0)
         result: Tensor = harmonizer(image)
         return result
+
+    def inverse(image: Tensor, site: str) -> Tensor:
+        harmonizer.serve(SITES.index(site[0]), gate=1.0)
+        return harmonizer.upright(image, harmonizer.source_of(image, image != 0))[0]
 
     def appearances(options: AppearanceOptions, image: Tensor, generator: torch.Generator) -> Tensor:
         changed, _ = random_appearance(
@@ -135,6 +140,7 @@ def arms(harmonizer: FlowHarmonizer, data: TravellingData) -> dict[str, tuple[Ca
         ),
         "flow": (lambda image, _: harmonized(image, "A"), harmonized),
         "flow, not at A": (lambda image, _: image, lambda x, site: x if site[0] == "A" else harmonized(x, site)),
+        "inverse alone": (lambda image, _: image, inverse),
     }
 
 
@@ -142,8 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="Dataset910_HippocampusSites, raw")
     parser.add_argument("--harmonizer", type=Path, required=True, help="weights written by travelling.py")
-    parser.add_argument("--arm", default="flow, t = 1 only", choices=list(ARMS), help="whose weights these are")
+    parser.add_argument("--arm", default="flow, all t", choices=list(ARMS), help="whose weights these are")
     parser.add_argument("--results", type=Path, required=True, help="JSON file that is added to")
+    parser.add_argument("--arms", nargs="+", help="default: all")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=640)
     parser.add_argument("--cases", type=int, default=40, help="test cases a site")
@@ -157,12 +164,12 @@ def main() -> None:
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     models: dict[tuple[int, str], nn.Module] = {}
     for seed in range(arguments.seeds):
-        for name, (change, front) in arms(harmonizer, data).items():
-            if f"{name}#{seed}" in results:
+        for name, (change, front) in arms(harmonizer).items():
+            if f"{name}#{seed}" in results or name not in (arguments.arms or [name]):
                 continue
             start = time.process_time()
             plain = (seed, "none")
-            share = name == "flow, not at A" and plain in models  # its training is that of `none`
+            share = name in ("flow, not at A", "inverse alone") and plain in models  # its training is that of `none`
             models[seed, name] = models[plain] if share else train(cases["A"], change, seed, arguments.steps)
             seconds = time.process_time() - start
             test = {site: cases[site][: arguments.cases] for site in ("A held out", "B", "C", "D")}
