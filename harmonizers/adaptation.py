@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,12 +11,15 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from nnunet_fedharm.harmonizers.base import SITE_LOCAL, Harmonizer, read_source
+from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, SITE_LOCAL, Harmonizer, read_source
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
 from nnunet_fedharm.harmonizers.style import Style, volume_quantiles
 
 JUDGED_SLICES = 32
 """Slices of a volume that a 2d judge votes on."""
+
+FIXED_KINDS = frozenset({"none", "augment"})
+"""Kinds that change nothing at prediction, so that there is nothing to adapt to a site."""
 
 
 @torch.no_grad()
@@ -53,3 +56,44 @@ def kept_source(harmonizer: Harmonizer) -> Iterator[None]:
         for name, value in before.items():
             getattr(harmonizer, name).copy_(value)
         read_source(harmonizer, None)
+
+
+@contextmanager
+def volume_source(harmonizer: Harmonizer, volume: Float[Tensor, c * spatial]) -> Iterator[None]:
+    """Inside the block the source is the volume's own style and polarity; afterwards the stored one holds again.
+
+    The gate is the stored one if a source is stored, else `known_gate`'s.
+    """
+    style, polarity = measure_source(harmonizer, volume)
+    stored = bool(harmonizer.source_known)
+    gate = float(harmonizer.source_gate) if stored else known_gate(harmonizer, style, polarity)
+    with kept_source(harmonizer):
+        harmonizer.set_source(style, polarity=polarity, gate=gate)
+        yield
+
+
+@torch.no_grad()
+def known_gate(harmonizer: Harmonizer, style: Style, polarity: Sequence[float]) -> float:
+    """Gate of the site of the bank that a volume cannot be told from; 1 if there is none.
+
+    That site is the nearest one of the volume's polarity, if the volume is no farther from it than its nearest neighbour in
+    the bank is. So a volume like the reference's keeps its images, and one unlike every site is harmonized. Nearest alone
+    would not do: a site that is missing from the bank may lie nearest to the reference, though far from it.
+    """
+    bank = harmonizer.bank_quantiles.cpu().double()
+    inverted = harmonizer.bank_polarity.cpu() < INVERTED_BELOW
+    agrees = (inverted == (torch.tensor(polarity) < INVERTED_BELOW)).all(dim=1)
+    if not agrees.any():
+        return 1.0
+    distance = (bank - torch.from_numpy(style.quantiles)).abs().mean(dim=(1, 2))
+    nearest = int(torch.where(agrees, distance, torch.inf).argmin())
+    apart = (bank - bank[nearest]).abs().mean(dim=(1, 2))
+    others = apart[apart > 0]
+    if not len(others) or distance[nearest] > others.min():
+        return 1.0
+    return float(harmonizer.bank_gate[nearest])
+
+
+def source_buffers(harmonizer: Harmonizer) -> dict[str, Tensor]:
+    """Copies of the buffers that say where a copy's images come from, on the CPU, by their names in the harmonizer."""
+    return {name: getattr(harmonizer, name).detach().cpu().clone() for name in SITE_LOCAL}

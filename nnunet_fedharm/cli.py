@@ -17,6 +17,8 @@ COMMANDS: dict[str, str] = {
     "plan": "plan a harmonized segmenter for data in one place",
     "federate": "train across sites through Flower",
     "evaluate": "score predictions: Dice and HD95 per label, case and site",
+    "predict": "segment like nnUNetv2_predict, with each volume's own style where none is stored",
+    "adapt": "a results folder for a new hospital from a few of its volumes; no weight moves",
     "harmonize": "write harmonized volumes as NIfTI",
     "quality": "compare harmonized volumes with travelling subjects: fidelity, radiomics, site classifier, lesions",
 }

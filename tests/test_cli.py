@@ -37,7 +37,7 @@ def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str])
 
 def test_unknown_command_is_refused_with_the_allowed_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["predict"])
+        cli.main(["guess"])
     assert stop.value.code == 2
     assert "federate" in capsys.readouterr().err
 

@@ -11,8 +11,9 @@ resampling, and y is in the units of x: mean and standard deviation of the case 
 histogram becomes the reference's.
 
 Source style, in this order: the site that is named, the style stored in the checkpoint (a site's own results folder),
-the style and polarity of the whole volume (a server's results folder). Stock `nnUNetv2_predict` sees patches only and takes the
-nearest style of the bank in the last case.
+the style and polarity of the whole volume (a server's results folder), as `nnunet-fedharm predict` does; a volume that cannot be
+told from the reference's then stays as it is. Stock `nnUNetv2_predict` sees patches only and takes the nearest style of the bank
+in the last case.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from einops import rearrange
 from nnunet_fedharm.errors import CheckpointError, PlanError
 from nnunet_fedharm.evaluation.volumes import read_images
 from nnunet_fedharm.harmonizers import Harmonizer
-from nnunet_fedharm.harmonizers.adaptation import kept_source, measure_source
+from nnunet_fedharm.harmonizers.adaptation import kept_source, volume_source
 from nnunet_fedharm.planning.section import FedHarmSection, read_section
 from nnunet_fedharm.sites.files import CaseFiles, read_json
 
@@ -93,7 +94,12 @@ def load_harmonizer(
     channels = determine_num_input_channels(plans, configuration, dataset_json)
     heads = plans.get_label_manager(dataset_json).num_segmentation_heads
     network = trainer.build_network_architecture(plans, configuration, channels, heads, enable_deep_supervision=False)
-    network.load_state_dict(state["network_weights"])
+    try:
+        network.load_state_dict(state["network_weights"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The weights in {path} do not fit the network that the plans describe: {error}"
+        ) from error
     # nn.Module attributes are typed Tensor | Module.
     harmonizer: Harmonizer = network.harmonizer.to(device).eval()  # type: ignore[assignment, union-attr]
     return HarmonizerModel(harmonizer, section, plans, configuration, dataset_json)
@@ -169,12 +175,13 @@ def _source(model: HarmonizerModel, z: npt.NDArray[np.floating[Any]], site: str 
     sites = list(model.section.styles)
     if site is not None and site not in sites:
         raise PlanError(f"The plans have no style of site {site!r}. They have: {', '.join(sites) or 'none'}.")
+    if site is None and not bool(model.harmonizer.source_known):
+        with volume_source(model.harmonizer, torch.from_numpy(np.ascontiguousarray(z, np.float32))):
+            yield
+        return
     with kept_source(model.harmonizer):
         if site is not None:
             model.harmonizer.serve(sites.index(site))
-        elif not bool(model.harmonizer.source_known):
-            style, polarity = measure_source(model.harmonizer, torch.from_numpy(np.ascontiguousarray(z, np.float32)))
-            model.harmonizer.set_source(style, polarity=polarity)
         yield
 
 

@@ -44,9 +44,19 @@ def write_case(folder: Path, case: str, n_channels: int, seed: int, affine: np.n
 
 @pytest.fixture(scope="session")
 def results_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Function (kind, configuration, n_channels=1, source=None) -> results folder; styles wide (the reference), narrow."""
+    """Function (kind, configuration, n_channels=1, source=None, narrow=(0.5, 0.6)) -> results folder.
 
-    def make(kind: str, configuration: str, *, n_channels: int = 1, source: str | None = None) -> Path:
+    Styles are wide (the reference) and narrow; narrow's shift and scale can be given.
+    """
+
+    def make(
+        kind: str,
+        configuration: str,
+        *,
+        n_channels: int = 1,
+        source: str | None = None,
+        narrow: tuple[float, float] = (0.5, 0.6),
+    ) -> Path:
         root = NnunetRoot(tmp_path_factory.mktemp("site")).create()
         raw = root.raw / "Dataset001_Boxes"
         for index in range(2):
@@ -71,7 +81,7 @@ def results_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
             root=root,
             options=PlanOptions(base_features=2, max_features=4, batch_size=2),
         )
-        styles = {"wide": style(0.0, 1.7, n_channels), "narrow": style(0.5, 0.6, n_channels)}
+        styles = {"wide": style(0.0, 1.7, n_channels), "narrow": style(*narrow, n_channels)}
         section = FedHarmSection(kind=kind, styles=styles, reference="wide", schedule=Schedule(segmenter_epochs=1))
         plans = with_section(plans, section, (configuration,))
         trainer = trainer_name_for(kind)

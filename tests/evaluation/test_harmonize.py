@@ -83,11 +83,20 @@ def test_the_style_is_the_named_sites_then_the_checkpoints_then_the_volumes(
     narrow, wide = style(0.5, 0.6, 1).quantiles[0], style(0.0, 1.7, 1).quantiles[0]
     inside = raw[raw != 0]
     own = np.quantile((inside - inside.mean()) / inside.std(), QUANTILE_LEVELS)
-    at_site, at_server = results_folder("nyul", "2d", source="narrow"), results_folder("nyul", "2d")
+    at_site = results_folder("nyul", "2d", source="narrow")
+    at_server = results_folder("nyul", "2d", narrow=(0.0, 1.695))  # the volume looks like neither style
     for model, site, source in ((at_site, None, narrow), (at_site, "wide", wide), (at_server, None, own)):
         harmonize_folder(model, tmp_path / "in", tmp_path / "out", site=site, progress=False)
         expected = expected_nyul(raw, source, wide)
         np.testing.assert_allclose(read(tmp_path / "out" / "x_0000.nii.gz"), expected, atol=0.01)
+
+
+def test_a_volume_like_the_reference_is_given_back_where_no_style_is_stored(
+    results_folder: Results, tmp_path: Path
+) -> None:
+    write_case(tmp_path / "in", "x", 1, seed=5)
+    harmonize_folder(results_folder("nyul", "2d"), tmp_path / "in", tmp_path / "out", progress=False)
+    np.testing.assert_array_equal(read(tmp_path / "out" / "x_0000.nii.gz"), read(tmp_path / "in" / "x_0000.nii.gz"))
 
 
 def test_a_second_case_does_not_inherit_the_first_ones_style(results_folder: Results, tmp_path: Path) -> None:
