@@ -13,6 +13,7 @@ from nnunet_fedharm.errors import FedHarmError
 COMMANDS: dict[str, str] = {
     "doctor": "check this machine, and mend what can be mended",
     "demo": "run the whole path on MR anatomy that ships with the packages, in minutes",
+    "convert": "a published data set (BraTS 2021, MAMA-MIA, BIDS) as an nnU-Net raw dataset with sites",
     "sites": "split a multi-site data set into one nnU-Net root per site, or check a site's data",
     "plan": "plan a harmonized segmenter for data in one place",
     "federate": "train across sites through Flower",
