@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
-import textwrap
 from collections.abc import Collection
 from dataclasses import MISSING, Field, fields
-from itertools import pairwise
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from nnunet_fedharm.planning.explain import field_docstrings
 
 Options = TypeVar("Options")
 
 
-def add_dataclass_options(parser: Any, cls: type[Any], *, skip: Collection[str] = ()) -> None:
+def add_dataclass_options(
+    parser: Any, cls: type[Any], *, skip: Collection[str] = (), show_defaults: bool = True
+) -> None:
     """Add `--field-name` for every field (int, float, str, bool, tuple of one of these, or one of them or None).
 
-    Options that are not given stay out of the namespace, so that `read_dataclass_options` leaves the class's own defaults.
+    Without `show_defaults` the help leaves the class's defaults out: something else chooses what is not given. Options that are
+    not given stay out of the namespace, so that `read_dataclass_options` leaves the class's own defaults.
     """
     helps, hints = field_docstrings(cls), get_type_hints(cls)
     for item in fields(cls):
         if item.name in skip:
             continue
-        text = helps.get(item.name, "").replace("%", "%%") + _default(item)
+        text = helps.get(item.name, "").replace("%", "%%") + (_default(item) if show_defaults else "")
         flag = "--" + item.name.replace("_", "-")
         kind, many = _kind(hints[item.name])
         if kind is bool:
@@ -37,25 +38,13 @@ def add_dataclass_options(parser: Any, cls: type[Any], *, skip: Collection[str] 
 
 def read_dataclass_options(args: argparse.Namespace, cls: type[Options], **given: Any) -> Options:
     """Build the dataclass from the options that were given, and from `given`."""
-    values = {item.name: getattr(args, item.name) for item in fields(cls) if hasattr(args, item.name)}  # type: ignore[arg-type]
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return cls(**{**values, **given})
+    return cls(**{**given_options(args, cls), **given})
 
 
-def field_docstrings(cls: type[Any]) -> dict[str, str]:
-    """Field name -> the string literal that follows it in the class's source, on one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    statements = body.body if isinstance(body, ast.ClassDef) else []
-    found = {}
-    for before, after in pairwise(statements):
-        if (
-            isinstance(before, ast.AnnAssign)
-            and isinstance(before.target, ast.Name)
-            and isinstance(after, ast.Expr)
-            and isinstance(after.value, ast.Constant)
-        ):
-            found[before.target.id] = " ".join(str(after.value.value).split())
-    return found
+def given_options(args: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
+    """Field -> value, of the options that were given."""
+    values = {item.name: getattr(args, item.name) for item in fields(cls) if hasattr(args, item.name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _default(item: Field[Any]) -> str:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nnunet_fedharm.errors import DataError, PlanError
+from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot, environment_paths
+from nnunet_fedharm.planning.defaults import complete_schedule, complete_sizes
+from nnunet_fedharm.planning.explain import explain, markdown
 from nnunet_fedharm.planning.planner import PlanOptions, plan_federation, require_configuration
 from nnunet_fedharm.planning.preprocess import preprocess_site
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, SECTION, FedHarmSection, Schedule, with_section
+from nnunet_fedharm.planning.situation import Device, situation_of
 from nnunet_fedharm.planning.style import style_by_site
 from nnunet_fedharm.sites.checks import check_raw_dataset
 from nnunet_fedharm.sites.files import (
@@ -23,6 +27,7 @@ from nnunet_fedharm.sites.files import (
     reader_class,
     unlabelled_cases,
     write_json,
+    write_text,
 )
 from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
 
@@ -78,7 +83,10 @@ class CentralOptions:
         configurations: of 2d and 3d_fullres.
         kind: harmonizer.
         reference: site to map to, or "consensus".
-        schedule: lengths and learning rates of both phases.
+        schedule: lengths and learning rates of both phases; a mapping holds what was asked for, and leaves the other values,
+            and the harmonizer's sizes, to the rules of `planning.defaults`.
+        harmonizer: its sizes and loss weights that were asked for.
+        device: what the training will run on; the rules ask for it.
         plan: resizing of the network; `plan.plans_name` is the file that is written.
         num_processes: for checking and preprocessing.
         check: read and check every image first, where no fingerprint exists yet.
@@ -87,12 +95,16 @@ class CentralOptions:
     configurations: tuple[str, ...]
     kind: str
     reference: str = CONSENSUS
-    schedule: Schedule
+    schedule: Schedule | Mapping[str, Any]
+    harmonizer: Mapping[str, Any] = field(default_factory=dict)
+    device: Device = Device("cpu")  # noqa: RUF009 - frozen
     plan: PlanOptions
     num_processes: int = 1
     check: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            Schedule(**{"harmonizer_epochs": 1, **self.schedule})  # refused here, before the data are read
         for name in self.configurations:
             require_configuration({"configurations": CONFIGURATIONS}, name)
         if self.plan.plans_name == STOCK_PLANS:
@@ -141,16 +153,49 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
             adopt_existing=True,
         )
         registry.save(preprocessed / SITES_FILE)
-        sections[configuration] = FedHarmSection(
-            kind=options.kind,
-            reference=options.reference,
-            styles=style_by_site(root, name, plans, configuration, sites=registry),
-            schedule=options.schedule,
-        )
+        styles = style_by_site(root, name, plans, configuration, sites=registry)
+        sections[configuration] = _section(plans["configurations"][configuration], styles, options)
     for configuration, section in sections.items():
         plans = with_section(plans, section, (configuration,))
     write_json(plans, preprocessed / f"{options.plan.plans_name}.json")
+    page = markdown(options.plan.plans_name, explain(plans, options.device), options.device)
+    write_text(page, explanation_file(root, plans))
     return plans
+
+
+def explanation_file(root: NnunetRoot, plans: Mapping[str, Any]) -> Path:
+    """Where the explanations of plans lie."""
+    return root.preprocessed / str(plans["dataset_name"]) / f"{plans['plans_name']}_explained.md"
+
+
+def existing_plans(root: NnunetRoot, dataset: str, plans_name: str) -> dict[str, Any]:
+    """Plans that an earlier run wrote.
+
+    Raises:
+        DataError: the dataset was not found.
+        PlanError: it has no such plans.
+    """
+    file = root.preprocessed / find_dataset(root.raw, dataset) / f"{plans_name}.json"
+    if not file.is_file():
+        raise PlanError(f"There are no plans {file}. Run the same command without --explain first, or give -p.")
+    return read_json(file, what="The plans")
+
+
+def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], options: CentralOptions) -> FedHarmSection:
+    harmonizer, schedule = dict(options.harmonizer), options.schedule
+    if not isinstance(schedule, Schedule):
+        situation = situation_of(
+            configuration, kind=options.kind, reference=options.reference, styles=styles, device=options.device
+        )
+        harmonizer = complete_sizes(situation, harmonizer)
+        schedule = complete_schedule(situation, schedule)
+    return FedHarmSection(
+        kind=options.kind,
+        harmonizer=harmonizer,
+        reference=options.reference,
+        styles=dict(styles),
+        schedule=schedule,
+    )
 
 
 def find_dataset(raw: Path, dataset: str) -> str:
@@ -188,13 +233,14 @@ def site_registry(raw: Path, dataset_json: Mapping[str, Any]) -> SitesFile:
     return registry
 
 
-def train_commands(plans: Mapping[str, Any], configurations: Sequence[str], kind: str, *, n_labelled: int) -> list[str]:
+def train_commands(
+    plans: Mapping[str, Any], configurations: Sequence[str], trainer: str, *, n_labelled: int
+) -> list[str]:
     """The stock commands that train these plans; fold `all` where nnU-Net cannot make five folds."""
     from nnunet_fedharm.sites.checks import N_FOLDS
 
     identifier = str(plans["dataset_name"])[len("Dataset") :][:3]
     fold = "0" if n_labelled >= N_FOLDS else "all"
-    trainer = f"nnUNetTrainerFedHarm{kind.capitalize()}"
     return [
         f"nnUNetv2_train {identifier} {name} {fold} -tr {trainer} -p {plans['plans_name']}" for name in configurations
     ]

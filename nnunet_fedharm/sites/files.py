@@ -55,10 +55,19 @@ def write_json(data: Mapping[str, Any], path: Path) -> None:
     Raises:
         SetupError: the folder cannot be written.
     """
+    write_text(json.dumps(data, indent=2), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """As `write_json`.
+
+    Raises:
+        SetupError: the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(data, indent=2), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         temporary_exists = temporary.parent.is_dir() and temporary.exists()

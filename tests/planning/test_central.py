@@ -57,12 +57,19 @@ def test_small_plans_of_both_configurations_are_ready_to_train(
         assert len(list(folder.glob("*.pkl"))) == 5
     assert not (folders / "preprocessed" / NAME / "nnUNetPlans.json").exists()
 
+    page = (folders / "preprocessed" / NAME / "nnUNetFedHarmPlans_explained.md").read_text()
+    assert "## 2d" in page
+    assert "## 3d_fullres" in page
+    assert run("--explain", "--device", "cpu") == 0
+    explained = capsys.readouterr().out
+    assert all(word in explained for word in ("harmonizer_epochs", "set by hand", "Nesterov momentum", "CPU"))
+
     # A second run for one configuration keeps the other's section and preprocesses nothing again.
     times = {path: path.stat().st_mtime_ns for path in (folders / "preprocessed").rglob("*.pkl")}
     assert run("-c", "2d", *SMALL, "--harmonizer", "nyul", "--reference", "B") == 0
     again = plans_file(folders)
     assert read_section(again["configurations"]["2d"]).reference == "B"
-    assert read_section(again["configurations"]["2d"]).schedule.harmonizer_epochs == 0
+    assert read_section(again["configurations"]["2d"]).schedule.harmonizer_epochs == 0  # nyul has nothing to learn
     assert again["configurations"]["3d_fullres"] == plans["configurations"]["3d_fullres"]
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
@@ -115,6 +122,26 @@ def test_unknown_dataset_and_reference_are_refused(folders: Path) -> None:
         run("-d", "18")
     with pytest.raises(PlanError, match=r"'Z' is not in sites.json; choose one of A, B or consensus"):
         run("--reference", "Z")
+    with pytest.raises(PlanError, match=r"There are no plans .*without --explain first"):
+        run("--explain")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--harmonizer-options", "width=4"], r"is not JSON: .*Write it like '{\"width\": 16}'"),
+        (["--harmonizer-options", "[4]"], "must be a JSON object"),
+        (["--harmonizer-options", '{"depth": 2}'], "'curve' has no option 'depth'"),
+        (["--phases", "both"], "choose one of frozen, alternate, finetune"),
+        (["--device", "tpu"], "choose auto, cpu or cuda"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_the_data_are_read(
+    folders: Path, words: list[str], message: str
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        run(*words)
+    assert not list((folders / "preprocessed").iterdir())
 
 
 def test_empty_dataset_is_refused(folders: Path) -> None:
