@@ -21,12 +21,11 @@ from nnunet_fedharm.planning.central import (
     CentralOptions,
     EnvironmentRoot,
     existing_plans,
-    explanation_file,
     plan_central,
     train_commands,
 )
 from nnunet_fedharm.planning.defaults import suggest_gpu_memory
-from nnunet_fedharm.planning.explain import explain
+from nnunet_fedharm.planning.explain import explain, explanation_file
 from nnunet_fedharm.planning.planner import PlanOptions
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule, read_section
 from nnunet_fedharm.planning.situation import Device, find_device

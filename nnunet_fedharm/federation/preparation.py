@@ -133,7 +133,10 @@ class Preparation:
         return replace(state, fingerprint=fingerprint, planned=_plain_json(plans))
 
     def _styles(self, state: ServerState) -> ServerState:
+        from nnunet_fedharm.planning.defaults import complete_sizes
+        from nnunet_fedharm.planning.explain import write_explanation
         from nnunet_fedharm.planning.preprocess import write_descriptions
+        from nnunet_fedharm.planning.situation import Device, situation_of
 
         config = self.config
         values = {
@@ -144,17 +147,24 @@ class Preparation:
             "fingerprint": state.fingerprint,
         }
         replies = self._from_all("prepare", pack(PREPARE, values), PREPARE_REPLY, lambda values: values["style"])
+        styles = {site: Style.from_dict(replies[site]) for site in self.roster.expected}
+        device = Device("cpu" if config.device == "cpu" else "cuda")
+        planned = state.planned["configurations"][config.configuration]
+        situation = situation_of(
+            planned, kind=config.harmonizer, reference=config.reference, styles=styles, device=device
+        )
         section = FedHarmSection(
             kind=config.harmonizer,
-            harmonizer=config.harmonizer_settings,
+            harmonizer=complete_sizes(situation, config.harmonizer_settings),
             reference=config.reference,
-            styles={site: Style.from_dict(replies[site]) for site in self.roster.expected},
+            styles=styles,
             schedule=config.schedule,
         )
         plans = _plain_json(with_section(state.planned, section, (config.configuration,)))
         write_descriptions(
             self.root, state.dataset_name, plans, dataset_json=state.dataset_json, fingerprint=state.fingerprint
         )
+        write_explanation(self.root, plans, device)
         self.log.write("style_bank", sites=list(self.roster.expected), reference=config.reference)
         return replace(state, plans=plans)
 

@@ -13,7 +13,7 @@ from nnunet_fedharm.errors import DataError, PlanError
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot, environment_paths
 from nnunet_fedharm.planning.defaults import complete_schedule, complete_sizes
-from nnunet_fedharm.planning.explain import explain, markdown
+from nnunet_fedharm.planning.explain import write_explanation
 from nnunet_fedharm.planning.planner import PlanOptions, plan_federation, require_configuration
 from nnunet_fedharm.planning.preprocess import preprocess_site
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, SECTION, FedHarmSection, Schedule, with_section
@@ -27,7 +27,6 @@ from nnunet_fedharm.sites.files import (
     reader_class,
     unlabelled_cases,
     write_json,
-    write_text,
 )
 from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
 
@@ -158,14 +157,8 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
     for configuration, section in sections.items():
         plans = with_section(plans, section, (configuration,))
     write_json(plans, preprocessed / f"{options.plan.plans_name}.json")
-    page = markdown(options.plan.plans_name, explain(plans, options.device), options.device)
-    write_text(page, explanation_file(root, plans))
+    write_explanation(root, plans, options.device)
     return plans
-
-
-def explanation_file(root: NnunetRoot, plans: Mapping[str, Any]) -> Path:
-    """Where the explanations of plans lie."""
-    return root.preprocessed / str(plans["dataset_name"]) / f"{plans['plans_name']}_explained.md"
 
 
 def existing_plans(root: NnunetRoot, dataset: str, plans_name: str) -> dict[str, Any]:

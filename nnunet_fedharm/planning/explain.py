@@ -8,13 +8,16 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from nnunet_fedharm.harmonizers.cyclegan import CycleGANConfig
 from nnunet_fedharm.harmonizers.flow import FlowConfig
+from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.defaults import Choice, suggest_schedule, suggest_sizes
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, Schedule
 from nnunet_fedharm.planning.situation import Device, Situation, situation_of
+from nnunet_fedharm.sites.files import write_text
 
 SIZED = {"diffusion": FlowConfig, "cyclegan": CycleGANConfig}
 """Kinds whose network has a size, and the dataclass of their options."""
@@ -127,6 +130,20 @@ def markdown(plans_name: str, explained: Mapping[str, list[Explained]], device: 
             cells = (f"`{row.name}`", str(row.value), row.meaning, row.reason)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def explanation_file(root: NnunetRoot, plans: Mapping[str, Any]) -> Path:
+    """Where the explanations of plans lie."""
+    return root.preprocessed / str(plans["dataset_name"]) / f"{plans['plans_name']}_explained.md"
+
+
+def write_explanation(root: NnunetRoot, plans: Mapping[str, Any], device: Device) -> None:
+    """Write the page beside the plans.
+
+    Raises:
+        SetupError: the folder cannot be written.
+    """
+    write_text(markdown(str(plans["plans_name"]), explain(plans, device), device), explanation_file(root, plans))
 
 
 def field_docstrings(cls: type[Any]) -> dict[str, str]:
