@@ -152,10 +152,13 @@ def predict_command(folder: Path, folds: Sequence[str], *, checkpoint: str, devi
 def _polarity(found: FoldEvidence) -> str:
     if found.votes is None:
         return "not judged: this kind has no judge"
-    return ", ".join(
-        f"{'inverted' if inverted else 'upright'} ({vote:+.2f})"
-        for inverted, vote in zip(found.inverted, found.votes, strict=True)
-    )
+    from nnunet_fedharm.harmonizers.base import INVERTED_BELOW
+
+    words = []
+    for vote, inverted in zip(found.votes, found.inverted, strict=True):
+        verdict = "inverted" if inverted else "upright" if vote > -INVERTED_BELOW else "undecided, taken as upright"
+        words.append(f"{verdict} ({vote:+.2f})")
+    return ", ".join(words)
 
 
 def _gate(found: FoldEvidence) -> str:

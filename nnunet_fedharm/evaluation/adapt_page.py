@@ -18,6 +18,9 @@ from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS
 DIFFERENCE_WINDOW = (-2.0, 2.0)
 """Standard deviations from black to white in pictures of the difference; grey is no change."""
 
+SIZES = ".chart{max-width:480px}.pictures{max-width:760px}"
+"""A page with little on it need not fill a screen with it."""
+
 PICTURE_WIDTH = 240
 """Least width of a picture in pixels."""
 
@@ -38,7 +41,7 @@ def render_adaptation(adaptation: Adaptation, *, title: str, lead: str, table: s
     )
     charts = "".join(_chart(adaptation, index, name) for index, name in enumerate(channels))
     return Template(_PAGE).substitute(
-        style=STYLE, title=escape(title), lead=escape(lead), table=escape(table), rows=rows, charts=charts
+        style=STYLE + SIZES, title=escape(title), lead=escape(lead), table=escape(table), rows=rows, charts=charts
     )
 
 
@@ -78,7 +81,7 @@ def _chart(adaptation: Adaptation, channel: int, name: str) -> str:
         y_range=(0.0, 1.0),
     )
     key = "".join(f'<span><i class="{style}"></i>{text}</span>' for text, style, _ in curves)
-    return f'<figure><figcaption>{escape(name)}</figcaption>{chart}<p class="key">{key}</p></figure>'
+    return f'<figure class="chart"><figcaption>{escape(name)}</figcaption>{chart}<p class="key">{key}</p></figure>'
 
 
 _PAGE = """<!doctype html>
