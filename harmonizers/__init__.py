@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -27,7 +28,27 @@ KINDS: tuple[str, ...] = ("none", "augment", "nyul", "curve", "cyclegan", "diffu
 LEARNED: frozenset[str] = frozenset({"curve", "cyclegan", "diffusion"})
 """Kinds that have a harmonizer phase."""
 
-__all__ = ["KINDS", "LEARNED", "SITE_LOCAL", "SITE_ROWS", "Harmonizer", "build_harmonizer"]
+_CONFIGS: dict[str, type] = {
+    "augment": AugmentConfig,
+    "curve": CurveConfig,
+    "cyclegan": CycleGANConfig,
+    "diffusion": FlowConfig,
+}
+"""Kinds that have options."""
+
+__all__ = ["KINDS", "LEARNED", "SITE_LOCAL", "SITE_ROWS", "Harmonizer", "build_harmonizer", "check_options"]
+
+
+def check_options(kind: str, options: Mapping[str, Any]) -> None:
+    """Refuse the options that `build_harmonizer` would refuse, without building anything.
+
+    Raises:
+        PlanError: unknown option, or a value of another type or out of range.
+    """
+    config = _CONFIGS.get(kind)
+    known = _known(kind, options, config)
+    if config is not None:
+        config(**known)
 
 
 def build_harmonizer(
@@ -78,10 +99,20 @@ def build_harmonizer(
 
 
 def _known(kind: str, options: Mapping[str, Any], config: type | None) -> dict[str, Any]:
-    allowed = {item.name for item in fields(config)} if config is not None else set()
-    for key in options:
+    allowed = {item.name: item.default for item in fields(config)} if config is not None else {}
+    for key, value in options.items():
         if key not in allowed:
             raise PlanError(
                 f"The harmonizer {kind!r} has no option {key!r}. It knows: {', '.join(sorted(allowed)) or 'none'}."
             )
+        if not _alike(value, allowed[key]):
+            raise PlanError(f"harmonizer.{key} is {value!r}; write a value like {json.dumps(allowed[key])}.")
     return dict(options)
+
+
+def _alike(value: object, default: object) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and all(_alike(item, default[0]) for item in value)
+    if isinstance(value, bool) or isinstance(default, bool):
+        return type(value) is type(default)
+    return isinstance(value, int | float) if isinstance(default, float) else isinstance(value, type(default))
