@@ -13,7 +13,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, cast
 
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.harmonizers import KINDS, LEARNED
+from nnunet_fedharm.harmonizers import KINDS, LEARNED, check_options
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule
 
 FOLDS = ("all", "0", "1", "2", "3", "4")
@@ -231,8 +231,7 @@ def _check_names(config: FederateConfig) -> None:
         settings = config.harmonizer_settings
     except (ValueError, TypeError) as error:
         raise FederationError(f"harmonizer-options is not a JSON object: {config.harmonizer_options!r}.") from error
-    if settings and config.harmonizer == "none":
-        raise FederationError("harmonizer-options are given, but the harmonizer is 'none'.")
+    check_options(config.harmonizer, settings)
 
 
 def warnings_of(config: FederateConfig) -> list[str]:
@@ -242,6 +241,12 @@ def warnings_of(config: FederateConfig) -> list[str]:
         found.append(
             f"The harmonizer {config.harmonizer!r} learns, but harmonizer-rounds is 0 and phases is frozen: "
             "it stays the identity."
+        )
+    steps = config.local_epochs * config.iterations_per_epoch
+    if config.harmonizer_settings.get("one_sided") and config.harmonizer_rounds and steps > 1:
+        found.append(
+            f"harmonizer.one_sided is meant for one step per exchange, but a round has {steps}: a discriminator that sees one "
+            "side only learns nothing. Use local-epochs 1 and iterations-per-epoch 1."
         )
     if config.device != "cpu" and config.parallel_sites > 1:
         found.append(f"{config.parallel_sites} sites share the device {config.device} at the same time.")
