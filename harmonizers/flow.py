@@ -44,7 +44,7 @@ PROCESSES = ("flow", "ddim")
 class FlowConfig:
     process: str = "flow"
     """"flow": straight bridge from the image to the reference's; "ddim": denoising, given the image."""
-    ddim_start: float = 1.0
+    ddim_start: float = 0.5
     """Share of the cosine noise schedule where DDIM starts, in (0, 1]."""
     width: int = 16
     """Channels inside the network; multiples of 16 are computed fastest."""
@@ -53,7 +53,8 @@ class FlowConfig:
     n_steps: int = 1
     """Steps of harmonization, 1 to 8; cost grows in proportion."""
     start_share: float = 0.5
-    """Share of training samples at t = 1, where harmonization starts; the rest is uniform in t. With one step all are."""
+    """Share of training samples at t = 1, where harmonization starts; the rest is uniform in t. A share of 1 makes the flow a
+    plain regression (docs/experiments/flow)."""
     style: bool = True
     """Tell the network the source's quantiles. Without, it judges by the patch alone."""
     style_dropout: float = 0.2
@@ -67,7 +68,9 @@ class FlowConfig:
     judge_width: int = 12
     """Channels of the judge's first convolution."""
     block: int = 16
-    """Every other training step cuts its patches into blocks of this many voxels, each with an appearance of its own."""
+    """Voxels along each axis of the blocks that patches are cut into, each with an appearance of its own."""
+    block_share: float = 0.5
+    """Share of the training steps that cut; the others keep the surroundings of whole patches."""
     gradient_weight: float = 0.5
     """Weight of the error in differences between neighbouring voxels: edges and texture."""
     inverted_share: float = 0.0
@@ -88,7 +91,7 @@ class FlowConfig:
             raise PlanError(f"harmonizer.process must be one of {', '.join(PROCESSES)}, got {self.process!r}.")
         if not 0 < self.ddim_start <= 1:
             raise PlanError(f"harmonizer.ddim_start must lie in (0, 1], got {self.ddim_start}.")
-        for name in ("start_share", "style_dropout", "inverted_share", "free_share"):
+        for name in ("start_share", "style_dropout", "block_share", "inverted_share", "free_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PlanError(f"harmonizer.{name} must lie in [0, 1], got {getattr(self, name)}.")
         if self.inverted_share + self.free_share > 1:
@@ -215,7 +218,7 @@ class FlowHarmonizer(JudgedHarmonizer):
 
     def self_paired_loss(self, image: Tensor, sites: Int[Tensor, " b"], generator: torch.Generator) -> Tensor:
         """Mean squared error of the velocity, and of its differences between neighbours, in squared standard deviations."""
-        if torch.rand((), generator=generator) < 0.5:  # the other half keeps the surroundings of whole patches
+        if torch.rand((), generator=generator) < self.config.block_share:
             image, sites = in_blocks(image, sites, self.config.block)
         own, mask = self.bank_quantiles[sites], image != 0
         reference = self.reference_quantiles.expand_as(own)
@@ -234,7 +237,7 @@ class FlowHarmonizer(JudgedHarmonizer):
     def _draw_times(self, count: int, generator: torch.Generator) -> Float[Tensor, " b"]:
         at_start = torch.rand(count, generator=generator) < self.config.start_share
         anywhere = 1 - torch.rand(count, generator=generator)
-        return torch.where(at_start | torch.tensor(self.config.n_steps == 1), torch.ones(count), anywhere)
+        return torch.where(at_start, torch.ones(count), anywhere)
 
     def _code(self, quantiles: Float[Tensor, "b c q"], known: Float[Tensor, " b"]) -> Float[Tensor, "b e"]:
         if not self.config.style:

@@ -210,6 +210,13 @@ def test_steps_of_a_constant_velocity_add_up_to_it_however_many(monkeypatch: pyt
         assert times == pytest.approx([1 - step / n_steps for step in range(n_steps)])
 
 
+def test_times_are_drawn_all_over_the_way_however_many_steps_and_at_its_start_alone_on_demand() -> None:
+    spread, start = flow(n_steps=1)._draw_times(400, seeded()), flow(start_share=1.0)._draw_times(400, seeded())
+    assert (start == 1).all()
+    assert 0.4 < (spread == 1).float().mean() < 0.6
+    assert 0 < spread.min() < 0.05
+
+
 def test_two_calls_in_eval_mode_give_the_same_bits() -> None:
     harmonizer, image = flow(n_steps=2), padded_noise(2)
     with torch.no_grad():
@@ -348,6 +355,7 @@ def test_blocks_hold_each_voxel_once_and_keep_their_site() -> None:
         ({"n_steps": 0}, "n_steps must be 1 to 8, got 0"),
         ({"process": "ddpm"}, "process must be one of flow, ddim, got 'ddpm'"),
         ({"ddim_start": 0.0}, "ddim_start must lie in"),
+        ({"block_share": 1.5}, "block_share must lie"),
         ({"surroundings": -1.0}, "surroundings >= 0"),
         ({"width": 3}, "even"),
         ({"inverted_share": 0.9, "free_share": 0.3}, "<= 1"),

@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="Dataset910_HippocampusSites, raw")
     parser.add_argument("--harmonizer", type=Path, required=True, help="weights written by travelling.py")
-    parser.add_argument("--arm", default="flow, all t", choices=list(ARMS), help="whose weights these are")
+    parser.add_argument("--arm", default="flow", choices=list(ARMS), help="whose weights these are")
     parser.add_argument("--results", type=Path, required=True, help="JSON file that is added to")
     parser.add_argument("--arms", nargs="+", help="default: all")
     parser.add_argument("--seeds", type=int, default=1)

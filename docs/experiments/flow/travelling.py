@@ -52,7 +52,7 @@ class Arm:
         return self.kind in ("curve", "diffusion")
 
 
-ALL_TIMES: dict[str, Any] = {"n_steps": 4}
+REGRESSION: dict[str, Any] = {"start_share": 1.0}
 DDIM: dict[str, Any] = {"process": "ddim", "n_steps": 4}
 
 ARMS: dict[str, Arm] = {
@@ -60,23 +60,18 @@ ARMS: dict[str, Arm] = {
     "nyul": Arm("nyul"),
     "curve": Arm("curve", lr=3e-3),
     "inverse alone": Arm("diffusion", judge_only=True),
-    "flow, t = 1 only": Arm("diffusion"),
-    "flow, all t": Arm("diffusion", ALL_TIMES, steps=(1, 4)),
-    "flow, all t, no style code": Arm("diffusion", ALL_TIMES | {"style": False}),
-    "flow, all t, no gradient loss": Arm("diffusion", ALL_TIMES | {"gradient_weight": 0.0}),
-    "flow, all t, width 12": Arm("diffusion", ALL_TIMES | {"width": 12}),
-    "flow, all t, blurred surroundings": Arm("diffusion", ALL_TIMES | {"surroundings": 5.0}),
-    "ddim": Arm("diffusion", DDIM, steps=(2, 4)),
-    "ddim from the middle": Arm("diffusion", DDIM | {"ddim_start": 0.5}, steps=(2, 4)),
-    "inverse alone, 2d": Arm("diffusion", judge_only=True, dims=2),
-    "flow, all t, 2d": Arm("diffusion", ALL_TIMES, dims=2, steps=(1, 2, 4)),
-    "flow, t = 1 only, 2d": Arm("diffusion", dims=2),
-    "ddim, 2d": Arm("diffusion", DDIM, dims=2, steps=(1, 2, 4)),
-    "ddim from the middle, 2d": Arm("diffusion", DDIM | {"ddim_start": 0.5}, dims=2, steps=(1, 2, 4)),
-    "flow, all t, no style code, 2d": Arm("diffusion", ALL_TIMES | {"style": False}, dims=2),
-    "flow, all t, no gradient loss, 2d": Arm("diffusion", ALL_TIMES | {"gradient_weight": 0.0}, dims=2),
-    "flow, all t, blurred surroundings, 2d": Arm("diffusion", ALL_TIMES | {"surroundings": 5.0}, dims=2),
+    "flow": Arm("diffusion", steps=(1, 2, 4)),
+    "regression (t = 1 only)": Arm("diffusion", REGRESSION),
+    "ddim": Arm("diffusion", DDIM, steps=(1, 2, 4)),
+    "ddim, full schedule": Arm("diffusion", DDIM | {"ddim_start": 1.0}, steps=(1, 2, 4)),
+    "flow, no style code": Arm("diffusion", {"style": False}),
+    "flow, no gradient loss": Arm("diffusion", {"gradient_weight": 0.0}),
+    "flow, blurred surroundings": Arm("diffusion", {"surroundings": 5.0}),
+    "flow, blocks only": Arm("diffusion", {"block_share": 1.0}),
+    "flow, width 12": Arm("diffusion", {"width": 12}),
 }
+ARMS |= {f"{name}, 2d": replace(arm, dims=2) for name, arm in ARMS.items() if arm.kind == "diffusion"}
+"""Name -> arm, those of the diffusion harmonizer in 3d and in 2d."""
 
 
 def draw(volume: np.ndarray, dims: int, rng: np.random.Generator) -> np.ndarray:
