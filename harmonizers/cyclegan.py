@@ -44,17 +44,21 @@ class CycleGANConfig:
     """One residual block each; G sees 1 + their sum voxels in every direction."""
     discriminator_width: int = 16
     """Channels after the discriminators' first convolution."""
-    adversarial_weight: float = 1.0
-    """Weight of the least-squares adversarial terms."""
-    cycle_weight: float = 10.0
+    adversarial_weight: float = 0.1
+    """Weight of the least-squares adversarial terms; the paper's 1 is for training without answers (`train_everywhere`)."""
+    cycle_weight: float = 1.0
     """Lambda of the cycle terms; 0 turns them off."""
     identity_weight: float = 5.0
     """Weight of G(reference) = reference; 0 turns it off."""
-    paired_weight: float = 0.0
+    paired_weight: float = 10.0
     """Weight of the distance between G(pseudo-source) and the reference's own image that it was made from."""
+    appearance: bool = True
+    """Blur (or sharpen) pseudo-sources and add noise, at random: G learns to mend both where the answer is known."""
+    train_everywhere: bool = False
+    """Train G and D at every site and average them. Off: at the reference's sites, on pseudo-sources; the others only vote."""
     pseudo_references: bool = True
-    """Where a site has no image of the reference, train D on its own images mapped to the reference's quantiles. Off: D is
-    not trained at such a site, only asked."""
+    """With `train_everywhere`, where a site has no image of the reference, train D on its own images mapped to the reference's
+    quantiles. Off: D is not trained at such a site, only asked."""
     pseudo_sources: bool = True
     """At the reference, use its images in another site's quantiles (and inverted, if that site is) as what is to be mapped."""
     polarity: bool = True
@@ -80,6 +84,14 @@ class CycleGANConfig:
                 raise PlanError(f"harmonizer.{name} must be >= 0, got {getattr(self, name)}. Use 0 to turn it off.")
         if self.optimizer not in ("adam", "sgd"):
             raise PlanError(f"harmonizer.optimizer must be adam or sgd, got {self.optimizer!r}.")
+        if not (self.train_everywhere or self.pseudo_sources):
+            raise PlanError(
+                "harmonizer.pseudo_sources is all that the reference trains on; without them set train_everywhere to true."
+            )
+        if not self.train_everywhere and (self.one_sided or self.share_backward):
+            raise PlanError(
+                "harmonizer.one_sided and share_backward are for training at every site: set train_everywhere to true."
+            )
         if self.one_sided and self.pseudo_references:
             raise PlanError("harmonizer.one_sided is the mode without pseudo_references; switch one of them off.")
 
@@ -116,9 +128,15 @@ class CycleGANHarmonizer(JudgedHarmonizer):
         return result
 
     def trained_at_reference(self) -> tuple[str, ...]:
-        """The judge; and D, where no other site has reals to show it."""
+        """The judge; G and D unless every site trains; D also then, where no other site has reals to show it."""
+        if not self.config.train_everywhere:
+            return ("polarity_judge.", "generator.", "reference_discriminator.")
         alone = self.config.pseudo_sources and not (self.config.pseudo_references or self.config.one_sided)
         return ("polarity_judge.", "reference_discriminator.") if alone else ("polarity_judge.",)
+
+    def trains_on(self, site: int) -> bool:
+        """Where nothing but the judge's question is left to a site, and there is no judge, it sits the phase out."""
+        return self.config.train_everywhere or self.config.polarity or site in self.reference_sites()
 
     def style_features(self, quantiles: Float[Tensor, "b c q"]) -> Float[Tensor, "b f"]:
         """What the networks are told of a site: its quantiles and their distance to the reference's."""

@@ -1,13 +1,15 @@
 """Losses and steps of the CycleGAN harmonizer, centralized and at one site of a federation.
 
 A step has two sides. The source side holds a site's patches x: G(x) has to convince D, B(G(x)) has to be x. The reference
-side holds reals r of D: B(r) has to convince D_s, G(B(r)) and G(r) have to be r. Centralized, r are patches of the reference
-site. In a federation only the reference site has such patches, and a discriminator that sees one side over many local steps
-learns nothing; a site without them therefore makes pseudo-references of its own patches, or leaves D alone.
+side holds reals r of D: B(r) has to convince D_s, G(B(r)) and G(r) have to be r.
 
-Pseudo-references are monotone maps; at a site of inverted contrast they teach D that inverted images are real, unless the
-site's polarity is known (see `polarity`). Pseudo-sources are the other way round: the reference site gives its own patches
-the quantiles of the other sites, and so has both sides, with genuine reals.
+By default both sides are made where genuine reals are, at the reference. Its own patches are given the quantiles of another
+site (and turned over, if that site is inverted), blur and noise: pseudo-sources, whose answer is known. The other sites only
+vote on their polarity. So a federation trains what a centralized run trains, whatever the number of steps between two
+exchanges. With `train_everywhere` all sites train: foreign patches are sources, and as only the reference has genuine reals,
+a site without them makes pseudo-references of its own patches, or leaves D alone. Both were measured to teach G less, see
+docs/experiments/cyclegan: pseudo-references keep their site's blur and noise, and a D that a site may only ask is fooled by a
+change of tone within some local steps.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_noise, random_sharpness
 from nnunet_fedharm.harmonizers.base import Source
 from nnunet_fedharm.harmonizers.polarity import dress, expand, polarity_step
 from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator, ResidualNetwork
@@ -41,6 +44,9 @@ MOMENTUM = 0.9
 
 JUDGE_STEPS = 3
 """Steps of the polarity judge per step of the others: cheap, and G at an inverted site learns nothing before the verdict."""
+
+PARTS = ("loss", "adversarial", "cycle", "identity", "paired", "discriminator")
+"""What a step returns."""
 
 HUBER = 0.5
 """Differences below this many standard deviations count squared, larger ones linearly."""
@@ -100,8 +106,12 @@ class CycleGANTraining(HarmonizerTraining):
         if references is not None:
             references = self._dressed_references(references)
         polarity_step(self, image, sites, generator, references, judge_steps=JUDGE_STEPS)
-        sources = self.sources(image, sites, generator)
-        reals = self.reals(image, sites, references)
+        if self.config.train_everywhere:
+            sources, reals = self.sources(image, sites, generator), self.reals(image, sites, references)
+        elif references is None:
+            return dict.fromkeys(PARTS, math.nan)  # a vote has no loss
+        else:
+            sources, reals = self.pseudo_sources(references, generator), references
         judges = nn.ModuleList([self.harmonizer.reference_discriminator, self.site_discriminator])
         with _frozen(judges):
             parts, fake_reference, fake_source = self.generator_losses(sources, reals)
@@ -112,12 +122,9 @@ class CycleGANTraining(HarmonizerTraining):
             judged = torch.stack([parameter.sum() * 0 for parameter in judges.parameters()]).sum()
         if judged is not None:
             self.descend("discriminators", judged)
-        values = {name: float(value.detach()) for name, value in parts.items()}
-        return {
-            "loss": float(total.detach()),
-            **values,
-            "discriminator": 0.0 if judged is None else float(judged.detach()),
-        }
+        judged = total.new_zeros(()) if judged is None else judged
+        values = {"loss": total, **parts, "discriminator": judged}
+        return {name: float(values[name].detach()) for name in PARTS}
 
     def sources(self, image: Patch, sites: Tensor, generator: torch.Generator) -> Sources | None:
         """The batch's foreign patches, and those of the reference as pseudo-sources where the plans ask for it.
@@ -129,11 +136,30 @@ class CycleGANTraining(HarmonizerTraining):
         if not (self.config.pseudo_sources and others):
             foreign = image[~genuine]
             return Sources(foreign, sites[~genuine], foreign, genuine[~genuine]) if len(foreign) else None
-        drawn = torch.tensor(others)[torch.randint(len(others), (len(sites),), generator=generator)].to(sites.device)
+        made = self.pseudo_sources(image, generator, self.harmonizer.bank_quantiles[sites])
+        shown = torch.where(expand(genuine, image), made.image, image)
+        return Sources(shown, torch.where(genuine, made.sites, sites), image, genuine)
+
+    def pseudo_sources(
+        self, origin: Patch, generator: torch.Generator, quantiles: Float[Tensor, "b c q"] | None = None
+    ) -> Sources:
+        """Patches of the reference as other sites could show them: their quantiles and polarity, blur, noise.
+
+        Args:
+            origin: the reference's patches.
+            quantiles: their quantiles; the reference's if left out.
+        """
         bank = self.harmonizer.bank_quantiles
-        shown = dress(image, bank[sites], bank[drawn], self.inverted(drawn))
-        choose = expand(genuine, image)
-        return Sources(torch.where(choose, shown, image), torch.where(genuine, drawn, sites), image, genuine)
+        others = torch.tensor([k for k in range(len(bank)) if k not in self.reference_sites] or self.reference_sites)
+        drawn = others[torch.randint(len(others), (len(origin),), generator=generator)].to(origin.device)
+        own = self.harmonizer.reference_quantiles.expand_as(bank[drawn]) if quantiles is None else quantiles
+        shown = dress(origin, own, bank[drawn], self.inverted(drawn))
+        if self.config.appearance:
+            mask = shown != 0
+            changed = random_sharpness(shown, mask, AppearanceOptions(), generator)
+            changed = random_noise(changed, AppearanceOptions(), generator)
+            shown = torch.where(mask, changed, shown)
+        return Sources(shown, drawn, origin, torch.ones(len(origin), dtype=torch.bool, device=origin.device))
 
     def reals(self, image: Patch, sites: Tensor, references: Tensor | None) -> Tensor | None:
         """What D is shown as the reference: genuine patches, else pseudo-references, else nothing."""
@@ -165,7 +191,10 @@ class CycleGANTraining(HarmonizerTraining):
         if sources is not None:
             fake_reference = self.forth(sources.image, harmonizer.bank_source(sources.sites))
             adversarial = adversarial + real_loss(harmonizer.reference_discriminator(fake_reference))
-            cycle = cycle + distance(self.back(fake_reference, sources.sites), sources.image, sources.image)
+            # B cannot know the noise that an answer has lost: the cycle is asked for where no answer is.
+            unknown = ~sources.paired if config.appearance else torch.ones_like(sources.paired)
+            inside = sources.image * expand(unknown, sources.image)
+            cycle = cycle + distance(self.back(fake_reference, sources.sites), sources.image, inside)
             paired = distance(fake_reference, sources.origin, sources.image * expand(sources.paired, sources.image))
         if reals is not None:
             wanted = harmonizer.bank_source(self._wanted_sites(sources, len(reals)))

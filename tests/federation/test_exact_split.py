@@ -29,6 +29,10 @@ pytestmark = pytest.mark.slow
 EXCHANGES = 3
 RATE = 0.05
 SPLIT: dict[str, Any] = {
+    "train_everywhere": True,
+    "paired_weight": 0.0,
+    "adversarial_weight": 1.0,
+    "cycle_weight": 10.0,
     "share_backward": True,
     "one_sided": True,
     "pseudo_references": False,

@@ -193,11 +193,14 @@ def test_the_diffusion_harmonizer_is_trained_at_the_reference_alone() -> None:
     assert own("diffusion", polarity=False).idle == {"A", "C"}
 
 
-def test_of_the_cyclegan_only_the_judge_is_trained_at_the_reference_alone() -> None:
-    assert beginnings(own("cyclegan").reference_only) == {"polarity_judge"}
-    alone = own("cyclegan", pseudo_references=False)
+def test_the_cyclegan_is_trained_at_the_reference_alone_unless_everywhere() -> None:
+    networks = {"generator", "reference_discriminator"}
+    assert beginnings(own("cyclegan").reference_only) == {"polarity_judge", *networks}
+    assert own("cyclegan", polarity=False).idle == {"A", "C"}
+    assert beginnings(own("cyclegan", train_everywhere=True).reference_only) == {"polarity_judge"}
+    alone = own("cyclegan", train_everywhere=True, pseudo_references=False)
     assert beginnings(alone.reference_only) == {"polarity_judge", "reference_discriminator"}
-    assert own("cyclegan", polarity=False).reference_only == frozenset()
+    assert own("cyclegan", train_everywhere=True, polarity=False).reference_only == frozenset()
     assert own("curve").reference_only == frozenset()
 
 

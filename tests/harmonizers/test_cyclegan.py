@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nnunet_fedharm.harmonizers.cyclegan import CycleGANHarmonizer
 from nnunet_fedharm.harmonizers.cyclegan_training import (
     HUBER,
     JUDGE_STEPS,
+    PARTS,
     CycleGANTraining,
     distance,
     fake_loss,
@@ -42,6 +44,12 @@ def gan(spatial_dims: int = 2, channels: int = 1, **options: Any) -> CycleGANHar
     )
     assert isinstance(built, CycleGANHarmonizer)
     return built
+
+
+def everywhere(**options: Any) -> CycleGANHarmonizer:
+    """Every site trains, pseudo-sources differ by their tone alone: the parts one by one."""
+    paper = {"adversarial_weight": 1.0, "cycle_weight": 10.0, "paired_weight": 0.0}
+    return gan(**{"train_everywhere": True, "appearance": False, **paper, **options})
 
 
 def training(harmonizer: CycleGANHarmonizer, lr: float = 1e-3) -> CycleGANTraining:
@@ -102,11 +110,11 @@ def test_the_losses_have_the_values_of_their_formulas() -> None:
 
 
 def test_every_part_of_the_loss_is_there_and_zero_weights_turn_it_off() -> None:
-    parts = training(gan(paired_weight=1.0)).step(blobs(0), clinic(), generator())
-    assert set(parts) == {"loss", "adversarial", "cycle", "identity", "paired", "discriminator"}
+    parts = training(everywhere(paired_weight=1.0)).step(blobs(0), clinic(), generator())
+    assert set(parts) == set(PARTS)
     assert parts["loss"] == pytest.approx(sum(parts[name] for name in ("adversarial", "cycle", "identity", "paired")))
     assert parts["adversarial"] > 0
-    off = training(gan(cycle_weight=0.0, identity_weight=0.0))
+    off = training(everywhere(cycle_weight=0.0, identity_weight=0.0))
     for _ in range(3):
         parts = off.step(blobs(0), clinic(), generator())
     assert parts["cycle"] == parts["identity"] == parts["paired"] == 0.0
@@ -115,13 +123,13 @@ def test_every_part_of_the_loss_is_there_and_zero_weights_turn_it_off() -> None:
 def test_pseudo_references_carry_the_references_quantiles() -> None:
     dense = torch.randn(1, 1, 128, 128, generator=generator())
     shown = dense.sign() * dense.abs() ** 1.3 * 0.8 + 0.2
-    reals = training(gan()).reals(shown, torch.tensor([CLINIC]), None)
+    reals = training(everywhere()).reals(shown, torch.tensor([CLINIC]), None)
     assert reals is not None
     assert float((reals - dense).abs().mean()) < 0.05
 
 
 def test_genuine_references_are_preferred_and_own_patches_of_the_reference_are_genuine() -> None:
-    trained = training(gan())
+    trained = training(everywhere())
     genuine = blobs(9)
     assert trained.reals(blobs(0), clinic(), genuine) is genuine
     own = trained.reals(blobs(0), torch.full((4,), REFERENCE), None)
@@ -130,7 +138,7 @@ def test_genuine_references_are_preferred_and_own_patches_of_the_reference_are_g
 
 
 def test_pseudo_sources_show_another_sites_quantiles_and_know_their_answer() -> None:
-    trained = training(gan())
+    trained = training(everywhere())
     image = torch.randn(4, 1, 64, 64, generator=generator())
     sources = trained.sources(image, torch.tensor([REFERENCE, REFERENCE, CLINIC, REFERENCE]), generator(1))
     assert sources is not None
@@ -156,7 +164,7 @@ def test_pseudo_sources_show_another_sites_quantiles_and_know_their_answer() -> 
 def test_a_discriminator_without_both_sides_is_left_alone_unless_told_otherwise(
     options: dict[str, Any], references: bool, trained: bool
 ) -> None:
-    harmonizer = gan(**options)
+    harmonizer = everywhere(**options)
     before = copy.deepcopy(harmonizer.reference_discriminator.state_dict())
     training(harmonizer).step(blobs(0), clinic(), generator(), blobs(1) if references else None)
     after = harmonizer.reference_discriminator.state_dict()
@@ -165,7 +173,7 @@ def test_a_discriminator_without_both_sides_is_left_alone_unless_told_otherwise(
 
 
 def test_without_pseudo_sources_the_references_own_patches_are_no_sources() -> None:
-    trained = training(gan(pseudo_sources=False))
+    trained = training(everywhere(pseudo_sources=False))
     mixed = trained.sources(blobs(0), torch.tensor([REFERENCE, CLINIC, 2, REFERENCE]), generator())
     assert mixed is not None
     assert mixed.sites.tolist() == [CLINIC, 2]
@@ -173,7 +181,7 @@ def test_without_pseudo_sources_the_references_own_patches_are_no_sources() -> N
 
 
 def test_both_discriminators_see_as_many_reals_as_fakes() -> None:
-    trained = training(gan())
+    trained = training(everywhere())
     seen: list[tuple[str, int]] = []
     for name, judge in (
         ("reference", trained.harmonizer.reference_discriminator),
@@ -186,20 +194,59 @@ def test_both_discriminators_see_as_many_reals_as_fakes() -> None:
     assert sorted(seen) == [("reference", 4), ("reference", 4), ("site", 4), ("site", 4)]
 
 
-def test_only_the_references_site_moves_what_is_declared_as_trained_there() -> None:
-    for options in ({}, {"pseudo_references": False}):
-        at_clinic = training(gan(**options))
-        before = copy.deepcopy(at_clinic.harmonizer.state_dict())
-        at_clinic.step(blobs(0), clinic(), generator(), None)
-        prefixes = at_clinic.harmonizer.trained_at_reference()
-        assert "polarity_judge." in prefixes
-        for name, tensor in at_clinic.harmonizer.state_dict().items():
-            if name.startswith(prefixes):
-                assert torch.equal(before[name], tensor), name
+@pytest.mark.parametrize(
+    "options", [{}, {"train_everywhere": True}, {"train_everywhere": True, "pseudo_references": False}]
+)
+def test_only_the_references_site_moves_what_is_declared_as_trained_there(options: dict[str, Any]) -> None:
+    at_clinic = training(gan(**options))
+    before = copy.deepcopy(at_clinic.harmonizer.state_dict())
+    at_clinic.step(blobs(0), clinic(), generator(), None)
+    prefixes = at_clinic.harmonizer.trained_at_reference()
+    assert "polarity_judge." in prefixes
+    for name, tensor in at_clinic.harmonizer.state_dict().items():
+        if name.startswith(prefixes):
+            assert torch.equal(before[name], tensor), name
+
+
+def test_a_site_without_the_references_images_votes_and_changes_nothing_else() -> None:
+    at_clinic = training(gan())
+    before = copy.deepcopy(at_clinic.harmonizer.state_dict())
+    parts = at_clinic.step(blobs(0), clinic(), generator(), None)
+    assert set(parts) == set(PARTS)
+    assert all(math.isnan(value) for value in parts.values()), "a vote has no loss"
+    moved = [
+        name for name, tensor in at_clinic.harmonizer.state_dict().items() if not torch.equal(before[name], tensor)
+    ]
+    assert moved == ["bank_polarity"]
+
+
+def test_by_default_a_centralized_step_is_the_references_step_of_a_federation() -> None:
+    alone, pooled = training(gan()), training(gan())
+    for seed in range(3):
+        alone.step(blobs(seed), torch.full((4,), REFERENCE), generator(seed), blobs(seed + 50))
+        pooled.step(blobs(seed), torch.tensor([0, 1, 2, 1]), generator(seed), blobs(seed + 50))
+    for name, tensor in alone.harmonizer.state_dict().items():
+        assert name == "bank_polarity" or torch.equal(tensor, pooled.harmonizer.state_dict()[name]), name
+
+
+def test_without_a_judge_only_the_reference_takes_part() -> None:
+    assert [gan(polarity=False).trains_on(site) for site in range(3)] == [True, False, False]
+    assert all(gan().trains_on(site) for site in range(3))
+    assert all(everywhere(polarity=False).trains_on(site) for site in range(3))
+
+
+def test_pseudo_sources_get_blur_and_noise_inside_the_mask_alone() -> None:
+    plain = training(gan(appearance=False)).pseudo_sources(blobs(0), generator())
+    made = training(gan()).pseudo_sources(blobs(0), generator())
+    assert made.paired.all()
+    assert torch.equal(made.origin, blobs(0))
+    assert (made.image[:, :, :2] == 0).all()
+    change = (made.image - plain.image)[:, :, 2:]
+    assert 0.01 < float(change.std()) < 0.5
 
 
 def test_a_site_moves_its_own_row_of_the_votes_alone() -> None:
-    at_clinic = training(gan())
+    at_clinic = training(everywhere())
     at_clinic.step(blobs(0), clinic(), generator(), None)
     votes = at_clinic.harmonizer.bank_polarity
     assert (votes[[REFERENCE, 2]] == 1.0).all()
@@ -207,17 +254,17 @@ def test_a_site_moves_its_own_row_of_the_votes_alone() -> None:
 
 
 def test_the_references_of_a_consensus_are_dressed_in_its_quantiles() -> None:
-    harmonizer = gan()
+    harmonizer = everywhere()
     harmonizer.reference_quantiles.copy_((harmonizer.bank_quantiles[0] + harmonizer.bank_quantiles[1]) / 2)
     trained = training(harmonizer)
     assert len(trained.reference_sites) == 1
     dressed = trained._dressed_references(blobs(1))
     assert not torch.equal(dressed, blobs(1))
-    assert torch.equal(training(gan())._dressed_references(blobs(1)), blobs(1))
+    assert torch.equal(training(everywhere())._dressed_references(blobs(1)), blobs(1))
 
 
 def test_the_backward_generator_stays_at_the_site_unless_the_plans_share_it() -> None:
-    local, shared = gan(), gan(share_backward=True)
+    local, shared = everywhere(), everywhere(share_backward=True)
     assert not any("backward" in name for name in local.state_dict())
     assert any(name.startswith("shared_backward.generator") for name in shared.state_dict())
     assert set(training(local).state_dict()["local"]) == {
@@ -227,7 +274,7 @@ def test_the_backward_generator_stays_at_the_site_unless_the_plans_share_it() ->
 
 
 def test_autocast_changes_the_residual_little_and_keeps_zeros() -> None:
-    harmonizer = gan().eval()
+    harmonizer = everywhere().eval()
     torch.nn.init.normal_(harmonizer.generator.tail.weight, std=0.1, generator=generator())
     harmonizer.bank_polarity[CLINIC] = -1.0
     harmonizer.set_batch_styles(clinic())
@@ -242,7 +289,7 @@ def test_autocast_changes_the_residual_little_and_keeps_zeros() -> None:
 
 
 def test_a_segmentation_loss_reaches_the_generator_alone() -> None:
-    harmonizer = gan(share_backward=True)
+    harmonizer = everywhere(share_backward=True)
     moved = {id(parameter) for parameter in harmonizer.mapping_parameters()}
     assert moved == {id(parameter) for parameter in harmonizer.generator.parameters()}
 
@@ -253,12 +300,12 @@ def test_an_interrupted_training_equals_an_uninterrupted_one() -> None:
             trained.set_epoch(seed)
             trained.step(blobs(seed), clinic(), generator(seed), blobs(seed + 50))
 
-    whole = training(gan())
+    whole = training(everywhere())
     steps(whole, range(4))
-    first = training(gan())
+    first = training(everywhere())
     steps(first, range(2))
     network, state = copy.deepcopy(first.harmonizer.state_dict()), copy.deepcopy(first.state_dict())
-    second = training(gan())
+    second = training(everywhere())
     second.harmonizer.load_state_dict(network)
     second.load_state_dict(state)
     steps(second, range(2, 4))
@@ -269,7 +316,7 @@ def test_an_interrupted_training_equals_an_uninterrupted_one() -> None:
 
 
 def test_some_steps_lower_the_cycle_error_of_a_generator_that_does_something() -> None:
-    harmonizer = gan(adversarial_weight=0.1)
+    harmonizer = everywhere(adversarial_weight=0.1)
     torch.nn.init.normal_(harmonizer.generator.tail.weight, std=0.3, generator=generator())
     trained = training(harmonizer, lr=5e-3)
     cycles = [trained.step(blobs(seed), clinic(), generator(seed))["cycle"] for seed in range(30)]
@@ -277,7 +324,7 @@ def test_some_steps_lower_the_cycle_error_of_a_generator_that_does_something() -
 
 
 def test_paired_pseudo_sources_teach_the_tone_of_the_other_sites() -> None:
-    harmonizer = gan(paired_weight=10.0, adversarial_weight=0.1, polarity=False)
+    harmonizer = everywhere(paired_weight=10.0, adversarial_weight=0.1, polarity=False)
     trained = training(harmonizer, lr=1e-2)
     for seed in range(60):
         trained.step(blobs(seed), torch.full((4,), REFERENCE), generator(seed), blobs(seed))
@@ -290,7 +337,7 @@ def test_paired_pseudo_sources_teach_the_tone_of_the_other_sites() -> None:
 
 
 def test_a_ddp_process_without_both_sides_still_meets_the_others(tmp_path: Path) -> None:
-    trained = training(gan(pseudo_sources=False))
+    trained = training(everywhere(pseudo_sources=False))
     before = copy.deepcopy(trained.harmonizer.reference_discriminator.state_dict())
     met: list[str] = []
     descend = trained.descend
@@ -302,14 +349,14 @@ def test_a_ddp_process_without_both_sides_still_meets_the_others(tmp_path: Path)
     finally:
         dist.destroy_process_group()
     assert met == [*["polarity"] * JUDGE_STEPS, "generators", "discriminators"] * 2
-    alone = training(gan(pseudo_sources=False))
+    alone = training(everywhere(pseudo_sources=False))
     alone.step(blobs(0), torch.full((4,), REFERENCE), generator(), blobs(1))
     after = alone.harmonizer.reference_discriminator.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_loss_that_is_not_finite_stops_before_any_weight_changes() -> None:
-    trained = training(gan())
+    trained = training(everywhere())
     with torch.no_grad():
         trained.harmonizer.generator.tail.bias.fill_(float("inf"))
     before = copy.deepcopy(trained.harmonizer.generator.state_dict())
@@ -324,4 +371,8 @@ def test_options_out_of_range_are_refused_with_the_remedy() -> None:
     with pytest.raises(PlanError, match="dilations needs at least one"):
         gan(dilations=[])
     with pytest.raises(PlanError, match="one_sided is the mode without pseudo_references"):
-        gan(one_sided=True)
+        everywhere(one_sided=True)
+    with pytest.raises(PlanError, match="share_backward are for training at every site"):
+        gan(share_backward=True)
+    with pytest.raises(PlanError, match="without them set train_everywhere"):
+        gan(pseudo_sources=False)
