@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 
+from nnunet_fedharm import trainers
 from nnunet_fedharm.cli import main
 from nnunet_fedharm.commands import plan as command
 from nnunet_fedharm.commands.options import add_dataclass_options, read_dataclass_options
 from nnunet_fedharm.errors import DataError, PlanError
+from nnunet_fedharm.harmonizers import KINDS
+from nnunet_fedharm.planning.central import train_commands
 from nnunet_fedharm.planning.planner import PlanOptions
 from nnunet_fedharm.planning.section import Schedule, read_section
+from nnunet_fedharm.trainers.names import trainer_name_for
 from tests.sites.raw import write_description, write_multi_site
 
 NAME = "Dataset017_Small"
@@ -142,6 +146,14 @@ def test_options_out_of_range_are_refused_before_the_data_are_read(
     with pytest.raises(PlanError, match=message):
         run(*words)
     assert not list((folders / "preprocessed").iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_printed_command_names_a_trainer_that_exists(kind: str) -> None:
+    plans = {"dataset_name": NAME, "plans_name": "P"}
+    (command,) = train_commands(plans, ["2d"], trainer_name_for(kind), n_labelled=3)
+    assert command.startswith("nnUNetv2_train 017 2d all -tr ")
+    assert hasattr(trainers, command.split()[5])
 
 
 def test_empty_dataset_is_refused(folders: Path) -> None:
