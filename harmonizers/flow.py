@@ -15,7 +15,6 @@ over and brought to the reference's quantiles.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,7 +31,6 @@ from nnunet_fedharm.harmonizers.flow_networks import ResNet3d, UNet2d
 from nnunet_fedharm.harmonizers.flow_process import FlowProcess, Process
 from nnunet_fedharm.harmonizers.flow_training import FlowTraining
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
-from nnunet_fedharm.harmonizers.smooth import TRUNCATE, MaskedBlur
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
@@ -59,9 +57,6 @@ class FlowConfig:
     """Tell the network the source's quantiles. Without, it judges by the patch alone."""
     style_dropout: float = 0.2
     """Share of training samples whose style is hidden."""
-    surroundings: float = 0.0
-    """Standard deviation, in voxels, of a blur whose result the network sees too, as that of one twice as wide: what lies beyond
-    its own reach. 0: none. Windows then agree only five times that much farther from their borders."""
     polarity: bool = True
     """Let a judge trained at the reference vote on whether a site's contrast is inverted, and start from the inverse there.
     Without it, inverted_share has to teach the network to tell from the surroundings, which takes far longer."""
@@ -96,8 +91,8 @@ class FlowConfig:
                 raise PlanError(f"harmonizer.{name} must lie in [0, 1], got {getattr(self, name)}.")
         if self.inverted_share + self.free_share > 1:
             raise PlanError("harmonizer.inverted_share + free_share must be <= 1.")
-        if self.judge_width < 1 or min(self.gradient_weight, self.noise, self.surroundings) < 0:
-            raise PlanError("harmonizer.judge_width must be >= 1; gradient_weight, noise and surroundings >= 0.")
+        if self.judge_width < 1 or min(self.gradient_weight, self.noise) < 0:
+            raise PlanError("harmonizer.judge_width must be >= 1; gradient_weight and noise >= 0.")
 
     @property
     def appearance(self) -> AppearanceOptions:
@@ -145,15 +140,13 @@ class FlowHarmonizer(JudgedHarmonizer):
         network = UNet2d if spatial_dims == 2 else ResNet3d
         # x_t, the channels of `_matched`, and one channel that tells padding from tissue of mean intensity.
         images = 1 if not config.style else 2 if config.polarity else 3
-        blurred = 3 if config.surroundings else 1
-        inputs = (1 + images * blurred) * num_channels + 1
+        inputs = (1 + images) * num_channels + 1
         self.network = network(inputs, num_channels, config.width, config.depth)
 
     @property
     def reach(self) -> int:
         """Windows of one volume agree at least this many voxels away from their borders."""
-        beyond = math.ceil(2 * TRUNCATE * self.config.surroundings)
-        return self.network.reach * self.config.n_steps + beyond
+        return self.network.reach * self.config.n_steps
 
     def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:
         start, quantiles = self.upright(image, source)
@@ -182,8 +175,7 @@ class FlowHarmonizer(JudgedHarmonizer):
     ) -> Float[Tensor, "b m *spatial"]:
         """x' itself and, where the style is known, x' with its quantiles mapped to the reference's: what a histogram allows.
 
-        Without the judge also upside down; the surroundings have to tell which one to trust. With `surroundings`, all of them
-        blurred as well, at two scales.
+        Without the judge also upside down; the surroundings have to tell which one to trust.
         """
         images = [image]
         if self.config.style:
@@ -194,10 +186,6 @@ class FlowHarmonizer(JudgedHarmonizer):
             if not self.config.polarity:
                 fallen = quantile_map(-quantiles.flip(-1), reference).to(image.dtype)
                 images.append((apply_displacement(-image, fallen) - image) * weight)
-        if self.config.surroundings:
-            sigmas = (self.config.surroundings, 2 * self.config.surroundings)
-            blurs = [MaskedBlur(mask.to(image.dtype), sigma) for sigma in sigmas]
-            images += [blur(seen) for blur in blurs for seen in tuple(images)]
         return torch.cat(images, dim=1)
 
     def make_training(self, *, lr: float, total_epochs: int) -> HarmonizerTraining:

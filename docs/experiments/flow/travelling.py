@@ -66,7 +66,6 @@ ARMS: dict[str, Arm] = {
     "ddim, full schedule": Arm("diffusion", DDIM | {"ddim_start": 1.0}, steps=(1, 2, 4)),
     "flow, no style code": Arm("diffusion", {"style": False}),
     "flow, no gradient loss": Arm("diffusion", {"gradient_weight": 0.0}),
-    "flow, blurred surroundings": Arm("diffusion", {"surroundings": 5.0}),
     "flow, blocks only": Arm("diffusion", {"block_share": 1.0}),
     "flow, width 12": Arm("diffusion", {"width": 12}),
 }
