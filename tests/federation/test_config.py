@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -35,7 +35,7 @@ def test_run_config_round_trips_through_toml(tmp_path: Any) -> None:
         root="/data/a b",
         sites="A,B",
         harmonizer="curve",
-        harmonizer_options='{"anything": 1}',
+        harmonizer_options='{"width": 8}',
         harmonizer_rounds=2,
         fp16=True,
         patch_size="32x32",
@@ -72,6 +72,19 @@ def test_flower_may_hand_over_an_integer_for_a_float_or_a_dataset_number() -> No
         ({"weighting": "votes"}, "weighting is 'votes'"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"harmonizer": "curve", "harmonizer_options": "[1"}, "not a JSON object"),
+        ({"harmonizer": "diffusion", "harmonizer_options": '{"widht": 4}'}, "'diffusion' has no option 'widht'"),
+        (
+            {"harmonizer": "cyclegan", "harmonizer_options": '{"width": "big"}'},
+            "harmonizer.width is 'big'; write a value",
+        ),
+        ({"harmonizer": "cyclegan", "harmonizer_options": '{"polarity": 1}'}, "write a value like true"),
+        ({"harmonizer": "cyclegan", "harmonizer_options": '{"dilations": 2}'}, r"write a value like \[1, 2, 4\]"),
+        (
+            {"harmonizer": "cyclegan", "harmonizer_options": '{"cycle_weight": -1.0}'},
+            "harmonizer.cycle_weight must be >= 0",
+        ),
+        ({"harmonizer": "none", "harmonizer_options": '{"width": 4}'}, "'none' has no option 'width'"),
+        ({"harmonizer": "cyclegan", "phases": "alternate"}, "choose one of frozen, finetune"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(values: dict[str, Any], words: str) -> None:
@@ -91,6 +104,13 @@ def test_unknown_keys_and_wrong_types_are_refused() -> None:
 def test_a_learned_harmonizer_without_rounds_is_a_warning() -> None:
     assert "stays the identity" in warnings_of(FederateConfig(harmonizer="curve"))[0]
     assert warnings_of(FederateConfig(harmonizer="curve", harmonizer_rounds=1)) == []
+
+
+def test_one_sided_discriminators_over_many_steps_are_a_warning() -> None:
+    options = '{"train_everywhere": true, "one_sided": true, "pseudo_references": false}'
+    config = FederateConfig(harmonizer="cyclegan", harmonizer_options=options, harmonizer_rounds=1)
+    assert "a round has 250" in warnings_of(config)[0]
+    assert warnings_of(replace(config, iterations_per_epoch=1)) == []
 
 
 def test_deadlines_and_devices_do_not_make_another_run_but_seeds_do() -> None:
