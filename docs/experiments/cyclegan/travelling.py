@@ -4,18 +4,22 @@
     python docs/experiments/cyclegan/travelling.py report --results results.json
 
 DATA is the nnU-Net raw dataset `Dataset910_HippocampusSites` with its `imagesTravelling`: subjects of site A rendered at the
-sites B, C and D, so the answer is known voxel by voxel. Those subjects are held out at every site. The federation is
-simulated in this process, with the package's own training steps: K = 4 sites, some local steps, equal average of everything
-that the package would send. An arm and seed that the results hold is not run again.
+sites B, C and D, so the answer is known voxel by voxel. Those subjects are held out at every site; settings are chosen on the
+four lowest numbers, the other four are for the report. The federation is simulated in this process with the package's own
+training steps: K = 4 sites, some local steps, then each tensor from those that the package takes it from. The vote on
+polarity is given from the start (`--vote` trains it), so that the arms compare what the generator learns. An arm and seed that
+the results hold is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +27,21 @@ import numpy as np
 import torch
 
 from nnunet_fedharm.datasets.travelling import TravellingData, load_travelling
-from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
+from nnunet_fedharm.harmonizers import SITE_ROWS, Harmonizer, build_harmonizer, cyclegan_training
+from nnunet_fedharm.harmonizers.cyclegan import CycleGANHarmonizer
 from nnunet_fedharm.trainers.weights import export_weights, load_weights
 
 SITES = ("A", "B", "C", "D")
 REFERENCE = "A"
+INVERTED = "D"
 LR = {"curve": 3e-3, "cyclegan": 2e-3}
+VOTE_IS_TRAINED = False
+MEASURES = ("correlation", "nrmse", "change", "structure")
+COLUMNS = {
+    **{f"{site} {measure}": (site, measure) for measure in ("nrmse", "correlation") for site in "BCD"},
+    "change at A": ("A", "change"),
+    "C structure": ("C", "structure"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,33 +53,50 @@ class Arm:
     local_steps: int = 0
     """Steps between two averages; 0 is centralized."""
     dims: int = 2
+    scale: float = 1.0
+    """Factor on the number of steps."""
 
 
-NO_PSEUDO = {"pseudo_references": False, "pseudo_sources": False}
-REFERENCES = {"pseudo_references": True, "pseudo_sources": False}
-SOURCES = {"pseudo_references": False, "pseudo_sources": True}
-BOTH = {"pseudo_references": True, "pseudo_sources": True}
+HALVES = {"choice": slice(0, 4), "report": slice(4, 8)}
+PAPER = {
+    "train_everywhere": True,
+    "appearance": False,
+    "adversarial_weight": 1.0,
+    "cycle_weight": 10.0,
+    "paired_weight": 0.0,
+}
+NO_PSEUDO = {**PAPER, "pseudo_references": False, "pseudo_sources": False}
+REFERENCES = {**PAPER, "pseudo_sources": False}
+SOURCES = {**PAPER, "pseudo_references": False}
 SPLIT = {**NO_PSEUDO, "share_backward": True, "one_sided": True}
-PLAIN = {**NO_PSEUDO, "polarity": False}
-PAIRED = {"paired_weight": 10.0}
+PAIRED = {**SOURCES, "paired_weight": 10.0}
+PAIRED_BLUR = {**PAIRED, "appearance": True}
 
 ARMS: dict[str, Arm] = {
     "none": Arm("none"),
     "nyul": Arm("nyul"),
     "curve": Arm("curve"),
-    "central, no polarity vote": Arm("cyclegan", PLAIN),
-    "central": Arm("cyclegan", NO_PSEUDO),
-    "central, pseudo-sources": Arm("cyclegan", SOURCES),
-    "central, paired pseudo-sources": Arm("cyclegan", {**SOURCES, **PAIRED}),
-    "split, 1 step (FedCycleGAN)": Arm("cyclegan", SPLIT, local_steps=1),
-    "split, 20 steps": Arm("cyclegan", SPLIT, local_steps=20),
-    "federated, no pseudo": Arm("cyclegan", NO_PSEUDO, local_steps=20),
-    "federated, pseudo-references": Arm("cyclegan", REFERENCES, local_steps=20),
-    "federated, pseudo-sources": Arm("cyclegan", SOURCES, local_steps=20),
-    "federated, both": Arm("cyclegan", BOTH, local_steps=20),
-    "federated, both, no polarity vote": Arm("cyclegan", {**BOTH, "polarity": False}, local_steps=20),
-    "central, 3D": Arm("cyclegan", NO_PSEUDO, dims=3),
-    "federated, both, 3D": Arm("cyclegan", BOTH, local_steps=20, dims=3),
+    "pooled": Arm("cyclegan", NO_PSEUDO),
+    "pooled, paired": Arm("cyclegan", PAIRED),
+    "pooled, paired, blur and noise": Arm("cyclegan", PAIRED_BLUR),
+    "mean of sites, both pseudo sides": Arm("cyclegan", PAPER, local_steps=20),
+    "mean of sites, pseudo-references": Arm("cyclegan", REFERENCES, local_steps=20),
+    "mean of sites, pseudo-sources": Arm("cyclegan", SOURCES, local_steps=20),
+    "mean of sites, paired, blur and noise": Arm("cyclegan", PAIRED_BLUR, local_steps=20),
+    "the same, adversary .2": Arm("cyclegan", {**PAIRED_BLUR, "adversarial_weight": 0.2}, local_steps=20),
+    "the same, 5 local steps": Arm("cyclegan", PAIRED_BLUR, local_steps=5),
+    "the same, shared B": Arm("cyclegan", {**PAIRED_BLUR, "share_backward": True}, local_steps=20),
+    "split (FedCycleGAN), equal steps": Arm("cyclegan", SPLIT, local_steps=1),
+    "split (FedCycleGAN), equal exchanges": Arm("cyclegan", SPLIT, local_steps=1, scale=1 / 20),
+    "at the reference, adversary 1, cycle 10": Arm("cyclegan", {"adversarial_weight": 1.0, "cycle_weight": 10.0}),
+    "at the reference, adversary .1, cycle 10": Arm("cyclegan", {"cycle_weight": 10.0}, scale=2),
+    "at the reference, no adversary, no cycle": Arm(
+        "cyclegan", {"adversarial_weight": 0.0, "cycle_weight": 0.0}, scale=2
+    ),
+    "at the reference, adversary .1, cycle 1 (default)": Arm("cyclegan", scale=2),
+    "default, federated": Arm("cyclegan", local_steps=20, scale=2),
+    "pooled, 3D": Arm("cyclegan", NO_PSEUDO, dims=3, scale=0.5),
+    "default, 3D": Arm("cyclegan", dims=3, scale=0.5),
 }
 
 
@@ -75,9 +105,10 @@ class Patches:
 
     def __init__(self, data: TravellingData, sites: Sequence[str], arm: Arm, rng: np.random.Generator) -> None:
         self.volumes = [(volume, SITES.index(site)) for site in sites for volume in data.train[site]]
-        self.size = (40, 40) if arm.dims == 2 else (24, 24, 24)
-        # A site's batch is half of the centralized one, as four sites step at the same time.
-        self.batch = (8 if arm.dims == 2 else 2) // (2 if arm.local_steps else 1)
+        self.size = (40, 40) if arm.dims == 2 else (32, 40, 32)
+        # A site's batch is half of the pooled one where four sites step at the same time.
+        everywhere = arm.local_steps and arm.options.get("train_everywhere", False)
+        self.batch = 2 if arm.dims == 3 else 4 if everywhere else 8
         self.rng = rng
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -113,7 +144,7 @@ def train_central(arm: Arm, data: TravellingData, seed: int, steps: int) -> Harm
 
 
 def train_federated(arm: Arm, data: TravellingData, seed: int, steps: int) -> Harmonizer:
-    """`steps` steps at each site, with an equal average of what the package sends after every `local_steps`."""
+    """`steps` steps at each site, with an exchange after every `local_steps`."""
     server = new(arm, data)
     weights = export_weights(server)
     sites = []
@@ -128,95 +159,114 @@ def train_federated(arm: Arm, data: TravellingData, seed: int, steps: int) -> Ha
         replies = []
         for harmonizer, training, batches, genuine, generator in sites:
             load_weights(harmonizer, weights)
-            training.set_epoch(first)
-            training.begin_round()
-            for _ in range(arm.local_steps):
+            for step in range(first, min(first + arm.local_steps, steps)):
+                training.set_epoch(step)
                 training.step(*next(batches), generator, None if genuine is None else next(genuine)[0])
-            training.finish_round()
             replies.append(export_weights(harmonizer))
-        weights = {name: np.mean([reply[name] for reply in replies], axis=0) for name in weights}
+        weights = combine(replies, server)
     load_weights(server, weights)
     return server
 
 
+def combine(replies: Sequence[dict[str, np.ndarray]], server: Harmonizer) -> dict[str, np.ndarray]:
+    """Row k of a table of rows from site k, what the reference alone trains from its sites, the equal mean of the rest."""
+    prefixes, references, combined = server.trained_at_reference(), server.reference_sites(), {}
+    for name in replies[0]:
+        values = [reply[name] for reply in replies]
+        if name in SITE_ROWS:
+            combined[name] = np.stack([value[site] for site, value in enumerate(values)])
+            continue
+        words = [values[site] for site in references] if name.startswith(prefixes) else values
+        combined[name] = np.mean(words, axis=0).astype(values[0].dtype)
+    return combined
+
+
 def new(arm: Arm, data: TravellingData) -> Harmonizer:
     styles = data.styles
-    return build_harmonizer(
-        arm.kind,
-        arm.options,
-        num_channels=1,
-        spatial_dims=arm.dims,
-        styles=styles,
-        reference=styles[SITES.index(REFERENCE)],
-    )
+    shape = {"num_channels": 1, "spatial_dims": arm.dims, "styles": styles, "reference": styles[SITES.index(REFERENCE)]}
+    harmonizer = build_harmonizer(arm.kind, arm.options, **shape)
+    if arm.kind == "cyclegan" and not VOTE_IS_TRAINED:
+        harmonizer.bank_polarity[SITES.index(INVERTED)] = -1.0
+    return harmonizer
 
 
 @torch.no_grad()
-def measure(harmonizer: Harmonizer, data: TravellingData, dims: int) -> dict[str, dict[str, float]]:
-    """Per site, means over the held-out subjects: correlation with the truth, RMSE / std of the truth, change made."""
+def measure(harmonizer: Harmonizer, data: TravellingData, dims: int) -> dict[str, list[list[float]]]:
+    """Per site and held-out subject: values of MEASURES, with the gate open, on every second slice in 2D."""
     harmonizer.eval()
     harmonizer.open_gate()
     result = {}
-    for site in SITES:
-        harmonizer.set_source(data.styles[SITES.index(site)])
+    for index, site in enumerate(SITES):
+        harmonizer.serve(index, gate=1.0)
         rows = []
         for image, truth in data.pairs[site]:
+            if dims == 2:
+                image, truth = image[::2], truth[::2]
             batch = torch.from_numpy(image)
             batch = batch[:, None] if dims == 2 else batch[None, None]
-            mapped = harmonizer(batch).reshape(image.shape).numpy()
+            mapped, base = harmonizer(batch).reshape(image.shape).numpy(), image
+            if isinstance(harmonizer, CycleGANHarmonizer):
+                base = (
+                    harmonizer.upright(batch, harmonizer.source_of(batch, batch != 0))[0].reshape(image.shape).numpy()
+                )
             error = np.sqrt(np.mean((mapped - truth) ** 2)) / truth.std()
             correlation = np.corrcoef(mapped.ravel(), truth.ravel())[0, 1]
-            rows.append((correlation, error, np.abs(mapped - image).mean()))
-        result[site] = dict(zip(("correlation", "nrmse", "change"), np.mean(rows, axis=0).tolist(), strict=True))
+            rows.append([correlation, error, np.abs(mapped - image).mean(), gradient_correlation(mapped, base)])
+        result[site] = np.array(rows, float).tolist()
     return result
 
 
-def inverted_sites(harmonizer: Harmonizer) -> list[str]:
-    """Sites that the vote found inverted."""
-    if not hasattr(harmonizer, "polarity"):
-        return []
-    found = harmonizer.inverted(harmonizer.bank_quantiles).any(dim=1)
-    return [site for site, inverted in zip(SITES, found.tolist(), strict=True) if inverted]
+def gradient_correlation(image: np.ndarray, base: np.ndarray) -> float:
+    """Correlation of all differences between neighbours, inside the mask of the base."""
+    inside = base != 0
+    own, other = (np.concatenate([part[inside] for part in np.gradient(volume)]) for volume in (image, base))
+    return float(np.corrcoef(own, other)[0, 1])
 
 
 def run(arguments: argparse.Namespace) -> None:
     data = load_travelling(arguments.data, sites=SITES, reference=REFERENCE)
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
-    for name in arguments.arms or ARMS:
+    for seed, name in product(range(arguments.seeds), arguments.arms or ARMS):
         arm = ARMS[name]
-        for seed in range(arguments.seeds if arm.kind in LR else 1):
-            if f"{name}#{seed}" in results:
-                continue
-            start = time.perf_counter()
-            if arm.kind not in LR:
-                harmonizer = new(arm, data)
-            else:
-                train = train_federated if arm.local_steps else train_central
-                harmonizer = train(arm, data, seed, arguments.steps)
-            seconds = time.perf_counter() - start
-            found = measure(harmonizer, data, arm.dims)
-            results[f"{name}#{seed}"] = {"sites": found, "seconds": seconds, "inverted": inverted_sites(harmonizer)}
-            arguments.results.write_text(json.dumps(results, indent=1))
-            line = ", ".join(f"{s} {v['correlation']:.3f} {v['nrmse']:.3f}" for s, v in found.items())
-            print(f"{name} seed {seed} ({seconds:.0f} s): {line}, A changed by {found['A']['change']:.3f}", flush=True)
+        if f"{name}#{seed}" in results or (seed and arm.kind not in LR):
+            continue
+        steps, start = max(1, round(arguments.steps * arm.scale)), time.process_time()
+        if arm.kind not in LR:
+            harmonizer = new(arm, data)
+        else:
+            harmonizer = (train_federated if arm.local_steps else train_central)(arm, data, seed, steps)
+        seconds = time.process_time() - start
+        votes = [round(float(vote), 2) for vote in harmonizer.bank_polarity.flatten()]
+        found = {"sites": measure(harmonizer, data, arm.dims), "steps": steps, "seconds": seconds, "votes": votes}
+        results[f"{name}#{seed}"] = found
+        arguments.results.write_text(json.dumps(results))
+        if arguments.weights and arm.kind in LR:
+            torch.save(harmonizer.state_dict(), arguments.weights / (re.sub(r"\W+", "_", f"{name} {seed}") + ".pt"))
+        print(f"{name}, seed {seed}, {steps} steps, {seconds:.0f} CPU s, votes {votes}", flush=True)
 
 
 def report(arguments: argparse.Namespace) -> None:
+    """Mean over the half's subjects and the seeds and, where there are several seeds, the lowest and highest."""
     results = json.loads(arguments.results.read_text())
-    print(
-        "| arm | seeds | B corr. | C corr. | D corr. | B nRMSE | C nRMSE | D nRMSE | change at A | D found inverted |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for name in ARMS:
-        runs = [value for key, value in results.items() if key.rsplit("#", 1)[0] == name]
-        rows = [value["sites"] for value in runs]
-        if not rows:
-            continue
-        cells = [[row[site][key] for row in rows] for key in ("correlation", "nrmse") for site in "BCD"]
-        cells.append([row["A"]["change"] for row in rows])
-        text = [f"{np.mean(cell):.3f}" + (f" ± {np.std(cell):.3f}" if len(cell) > 1 else "") for cell in cells]
-        turned = sum(value["inverted"] == ["D"] for value in runs)
-        print(f"| {name} | {len(rows)} | {' | '.join(text)} | {turned} of {len(runs)} |")
+    for half, subjects in HALVES.items():
+        print(f"\nHalf: {half}\n\n| arm | seeds | steps | {' | '.join(COLUMNS)} | CPU s per step |")
+        print("|" + "---|" * (4 + len(COLUMNS)))
+        for name in ARMS:
+            runs = [value for key, value in results.items() if key.rsplit("#", 1)[0] == name]
+            if not runs:
+                continue
+            cells = [
+                spread([float(np.mean(np.array(r["sites"][site])[subjects, MEASURES.index(measure)])) for r in runs])
+                for site, measure in COLUMNS.values()
+            ]
+            cells.append(spread([r["seconds"] / r["steps"] for r in runs]))
+            print(f"| {name} | {len(runs)} | {runs[0]['steps']} | {' | '.join(cells)} |")
+
+
+def spread(values: list[float]) -> str:
+    """Mean (lowest to highest), or the value alone where all are equal."""
+    mean, low, high = (f"{value:.3f}".replace("0.", ".", 1) for value in (np.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def main() -> None:
@@ -227,13 +277,20 @@ def main() -> None:
     runner.add_argument("--results", type=Path, required=True, help="JSON file that is added to")
     runner.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all")
     runner.add_argument("--seeds", type=int, default=3)
-    runner.add_argument("--steps", type=int, default=600, help="centralized steps, or steps at each site")
+    runner.add_argument("--steps", type=int, default=150, help="centralized steps, or steps at each site")
+    runner.add_argument("--vote", action="store_true", help="train the judge of polarity too")
+    runner.add_argument("--weights", type=Path, help="folder that trained harmonizers are written to")
     runner.set_defaults(act=run)
     reporter = commands.add_parser("report")
     reporter.add_argument("--results", type=Path, required=True)
     reporter.set_defaults(act=report)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if getattr(arguments, "vote", False):
+        global VOTE_IS_TRAINED
+        VOTE_IS_TRAINED = True
+    else:
+        cyclegan_training.polarity_step = lambda *_, **__: None
     arguments.act(arguments)
 
 
