@@ -14,6 +14,7 @@ COMMANDS: dict[str, str] = {
     "doctor": "check this machine, and mend what can be mended",
     "demo": "run the whole path on MR anatomy that ships with the packages, in minutes",
     "convert": "a published data set (BraTS 2021, MAMA-MIA, BIDS) as an nnU-Net raw dataset with sites",
+    "simulate-sites": "a raw dataset as several scanners would show it, with ground truth",
     "sites": "split a multi-site data set into one nnU-Net root per site, or check a site's data",
     "plan": "plan a harmonized segmenter for data in one place",
     "federate": "train across sites through Flower",
@@ -30,7 +31,7 @@ EXIT_ERROR = 2
 
 def command_parser(name: str) -> argparse.ArgumentParser:
     """The parser of one sub-command, made by its module's `add_arguments`."""
-    module = importlib.import_module(f"nnunet_fedharm.commands.{name}")
+    module = importlib.import_module(f"nnunet_fedharm.commands.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(prog=f"nnunet-fedharm {name}", description=module.HELP)
     module.add_arguments(parser)
     parser.set_defaults(run=module.run)
@@ -39,7 +40,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 
 def top_parser() -> argparse.ArgumentParser:
     """The parser that knows the names only."""
-    listing = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    listing = "\n".join(f"  {name:<14} {text}" for name, text in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="nnunet-fedharm",
         description="Federated MRI harmonization for nnU-Net v2.",

@@ -44,7 +44,7 @@ def test_unknown_command_is_refused_with_the_allowed_ones(capsys: pytest.Capture
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module = importlib.import_module(f"nnunet_fedharm.commands.{name}")
+    module = importlib.import_module(f"nnunet_fedharm.commands.{name.replace('-', '_')}")
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
     assert stop.value.code == 0

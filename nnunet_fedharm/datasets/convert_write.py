@@ -117,10 +117,9 @@ def refuse_strangers(folder: Path, expected: Iterable[Path]) -> None:
         DataError: such a file.
     """
     known = set(expected)
-    for name in {name for pair in FOLDERS.values() for name in pair if name}:
-        for path in sorted((folder / name).glob(f"*{ENDING}")):
-            if path not in known:
-                raise DataError(f"{path} is of a case that is not converted any more. Remove the file or the folder.")
+    for path in sorted(folder.glob(f"*/*{ENDING}")):
+        if path not in known and path.parent.name != STAGING:
+            raise DataError(f"{path} is of a case that is not converted any more. Remove the file or the folder.")
 
 
 @contextlib.contextmanager

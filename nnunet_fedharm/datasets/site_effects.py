@@ -109,6 +109,23 @@ def blur_point_spread(signal: FloatVolume, width_mm: float, spacing_mm: Sequence
     return np.asarray(np.fft.ifftn(np.fft.fftn(signal) * weight).real)
 
 
+def truncate_k_space(signal: FloatVolume, loss: Sequence[float]) -> FloatVolume:
+    """Lower resolution on the same grid: F(y) = F(u) where |f| <= 1 / (2 loss) cycles per voxel on every axis, else 0.
+
+    A box in k-space, as a scanner that samples fewer lines and interpolates: edges ring (Gibbs). Different losses per axis
+    give thick slices. The mean of the signal is kept; the result may be negative beside edges.
+
+    Args:
+        signal: u, any shape.
+        loss: per axis, how many voxels of this grid a voxel of the scanner spans; 1 keeps the axis.
+    """
+    spectrum = np.fft.fftn(signal)
+    for axis, (size, factor) in enumerate(zip(signal.shape, loss, strict=True)):
+        keep = np.abs(np.fft.fftfreq(size)) <= 0.5 / factor
+        spectrum *= keep.reshape([-1 if other == axis else 1 for other in range(signal.ndim)])
+    return np.asarray(np.fft.ifftn(spectrum).real)
+
+
 def add_rician_noise(signal: FloatVolume, sigma: float, generator: np.random.Generator) -> FloatVolume:
     """Magnitude of the signal with complex Gaussian noise: sqrt((u + n1)^2 + n2^2), n1 and n2 ~ N(0, sigma^2).
 

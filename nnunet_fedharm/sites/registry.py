@@ -21,11 +21,13 @@ class SiteInfo:
         vendor: manufacturer's name.
         field: field strength in tesla.
         sequence: free text, such as "T1w MPRAGE".
+        simulation: how a simulated site was made (seed, parameters); JSON values only.
     """
 
     vendor: str | None = None
     field: float | None = None
     sequence: str | None = None
+    simulation: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
