@@ -18,6 +18,14 @@ from nnunet_fedharm.harmonizers.style import Style, volume_quantiles
 JUDGED_SLICES = 32
 """Slices of a volume that a 2d judge votes on."""
 
+MAX_JUDGED_VOXELS = 2**22
+"""Voxels of a channel that a 3d judge sees, the centre of a larger volume: its activations are kept for all of them at once."""
+
+LIKENESS = 0.75
+"""A volume is taken for a known site's up to this share of the distance between that site and its nearest neighbour. On the
+hippocampus sites the whole distance leaves too many volumes of a site that is missing from the bank as they are, half of it
+too few of the reference's."""
+
 FIXED_KINDS = frozenset({"none", "augment"})
 """Kinds that change nothing at prediction, so that there is nothing to adapt to a site."""
 
@@ -42,8 +50,20 @@ def measure_source(harmonizer: Harmonizer, volume: Float[Tensor, c * spatial]) -
         batch = rearrange(volume, "c d h w -> d c h w")
         middle = torch.linspace(0.25, 0.75, min(JUDGED_SLICES, len(batch))) * (len(batch) - 1)
         batch = batch[middle.round().long()]
+    else:
+        batch = _centre(batch)
     quantiles = torch.as_tensor(style.quantiles, dtype=torch.float32, device=device).expand(len(batch), -1, -1)
     return style, harmonizer.votes(batch.to(device), quantiles).mean(dim=0).tolist()
+
+
+def _centre(batch: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b c *kept"]:
+    """At most MAX_JUDGED_VOXELS of each channel, in the volume's proportions."""
+    share = min(1.0, (MAX_JUDGED_VOXELS / batch[0, 0].numel()) ** (1 / 3))
+    sizes = [max(1, int(share * size)) for size in batch.shape[2:]]
+    window = tuple(
+        slice((size - kept) // 2, (size - kept) // 2 + kept) for size, kept in zip(batch.shape[2:], sizes, strict=True)
+    )
+    return batch[(slice(None), slice(None), *window)]
 
 
 @contextmanager
@@ -76,9 +96,10 @@ def volume_source(harmonizer: Harmonizer, volume: Float[Tensor, c * spatial]) ->
 def known_gate(harmonizer: Harmonizer, style: Style, polarity: Sequence[float]) -> float:
     """Gate of the site of the bank that a volume cannot be told from; 1 if there is none.
 
-    That site is the nearest one of the volume's polarity, if the volume is no farther from it than its nearest neighbour in
-    the bank is. So a volume like the reference's keeps its images, and one unlike every site is harmonized. Nearest alone
-    would not do: a site that is missing from the bank may lie nearest to the reference, though far from it.
+    That site is the nearest one of the volume's polarity, if the volume is nearer to it than LIKENESS of the way to the
+    site's nearest neighbour in the bank. So a volume like the reference's keeps its images, and one unlike every site is
+    harmonized. Nearest alone would not do: a site that is missing from the bank may lie nearest to the reference, though
+    far from it.
     """
     bank = harmonizer.bank_quantiles.cpu().double()
     inverted = harmonizer.bank_polarity.cpu() < INVERTED_BELOW
@@ -89,7 +110,7 @@ def known_gate(harmonizer: Harmonizer, style: Style, polarity: Sequence[float]) 
     nearest = int(torch.where(agrees, distance, torch.inf).argmin())
     apart = (bank - bank[nearest]).abs().mean(dim=(1, 2))
     others = apart[apart > 0]
-    if not len(others) or distance[nearest] > others.min():
+    if not len(others) or distance[nearest] > LIKENESS * others.min():
         return 1.0
     return float(harmonizer.bank_gate[nearest])
 

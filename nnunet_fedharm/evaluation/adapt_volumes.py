@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from nnunet_fedharm.harmonizers.style import volume_quantiles
 from nnunet_fedharm.sites.checks import check_case, expected_labels
 from nnunet_fedharm.sites.files import CaseFiles, cases_in
 
-PATCHES_AT_ONCE = 8
+VOXELS_AT_ONCE = 2**20
+"""Voxels of a channel that are harmonized at once, but always one patch."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,9 @@ def harmonize_in_patches(harmonizer: Harmonizer, volume: Tensor, patch_size: Seq
     padded, inside = pad_nd_image(volume, patch_size, "constant", {"value": 0}, True, None)
     changed = padded.clone()
     windows = list(_windows(tuple(padded.shape[1:]), tuple(patch_size)))
-    for first in range(0, len(windows), PATCHES_AT_ONCE):
-        chosen = windows[first : first + PATCHES_AT_ONCE]
+    at_once = max(1, VOXELS_AT_ONCE // math.prod(patch_size))
+    for first in range(0, len(windows), at_once):
+        chosen = windows[first : first + at_once]
         batch = torch.stack([padded[window] for window in chosen]).to(harmonizer.gate.device)
         for window, patch in zip(chosen, harmonizer(batch).cpu(), strict=True):
             changed[window] = patch

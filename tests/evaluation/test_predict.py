@@ -12,7 +12,7 @@ import torch
 from nnunet_fedharm import cli
 from nnunet_fedharm.errors import CheckpointError, PlanError
 from nnunet_fedharm.harmonizers import build_harmonizer
-from nnunet_fedharm.harmonizers.adaptation import known_gate, volume_source
+from nnunet_fedharm.harmonizers.adaptation import known_gate, measure_source, volume_source
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.trainers.predictor import FedHarmPredictor
 from tests.evaluation.conftest import style, write_case
@@ -142,6 +142,21 @@ def test_a_volume_like_a_site_whose_gate_is_shut_keeps_its_images() -> None:
     harmonizer.bank_gate[names.index("far")] = 0.0  # type: ignore[attr-defined]
     assert known_gate(harmonizer, style(0.0, 1.02, 1), [-1.0]) == 0.0  # type: ignore[arg-type]
     assert known_gate(harmonizer, style(0.0, 1.02, 1), [1.0]) == 1.0  # type: ignore[arg-type]
+
+
+def test_the_judge_of_a_large_volume_sees_its_centre(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = style(0.0, 1.7, 1)
+    harmonizer = build_harmonizer(
+        "cyclegan", {}, num_channels=1, spatial_dims=3, styles=[reference], reference=reference
+    )
+    volume = torch.randn(1, 24, 16, 16)
+    own, whole = measure_source(harmonizer, volume)
+    monkeypatch.setattr("nnunet_fedharm.harmonizers.adaptation.MAX_JUDGED_VOXELS", volume.numel() // 8)
+    same, centre = measure_source(harmonizer, volume)
+    quantiles = torch.tensor(own.quantiles, dtype=torch.float32)[None]
+    expected = harmonizer.votes(volume[None, :, 6:18, 4:12, 4:12], quantiles)  # type: ignore[operator]
+    assert centre == expected[0].tolist() != whole
+    np.testing.assert_array_equal(same.quantiles, own.quantiles)  # the style is the whole volume's
 
 
 def test_a_stored_gate_counts_more_than_the_banks() -> None:
