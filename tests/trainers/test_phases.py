@@ -13,6 +13,8 @@ import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from torch import Tensor
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_fedharm.errors import CheckpointError, PlanError
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
@@ -218,3 +220,23 @@ def test_rounds_do_not_alternate(active: Planned, tmp_path: Path) -> None:
             seed=1,
             device="cpu",
         )
+
+
+@pytest.mark.parametrize("kind", ["curve", "cyclegan", "diffusion"])
+def test_ddp_meets_a_gradient_of_every_weight_that_finetuning_moves(
+    active: Planned, results: Callable[[str], None], tmp_path: Path, kind: str
+) -> None:
+    results("ddp")
+    trainer = trainer_with(active, kind, phases="finetune", harmonizer_epochs=1)
+    trainer.initialize()  # before the process group: a DDP run of nnU-Net's trainer wants a GPU
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        trainer.network = DistributedDataParallel(trainer.network)
+        trainer.run_harmonizer_phase()  # its backward passes do not go through the wrapper
+        image = torch.randn(2, 1, *trainer.configuration_manager.patch_size)
+        for sites in ([0, 0], [0, 1], [0, 0]):  # the gate of site 0, the reference, is shut
+            trainer.harmonizer.set_batch_styles(torch.tensor(sites))
+            sum(output.square().mean() for output in trainer.network(image)).backward()
+        assert all(parameter.grad is not None for parameter in trainer.harmonizer.mapping_parameters())
+    finally:
+        dist.destroy_process_group()
