@@ -6,6 +6,7 @@ the same place, and sites too small to validate.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from functools import partial
@@ -109,7 +110,13 @@ def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site:
             "All channels need the same size and spacing; restore or resample the file."
         ) from error
     for file, channel in zip(case.images, images, strict=False):
-        _check_intensities(channel, _raw_voxels(file, channel), f"{where}: {file}")
+        try:
+            stored = _raw_voxels(file, channel)
+        except (EOFError, OSError, ValueError, zlib.error) as error:
+            raise DataError(
+                f"{where}: {file} is damaged ({error}); nnU-Net would take what is missing for zeros. Copy the file again."
+            ) from error
+        _check_intensities(channel, stored, f"{where}: {file}")
     if case.label is None:
         return
     try:
@@ -174,13 +181,10 @@ def _check_intensities(
 
 
 def _raw_voxels(file: Path, read: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
-    """The voxels as stored: ITK's NIfTI reader turns NaN and infinity into zeros, so nnU-Net would train on holes."""
+    """The voxels as stored: ITK's NIfTI reader turns NaN, infinity and the missing end of a file into zeros, without a word."""
     if not file.name.endswith((".nii", ".nii.gz")):
         return read
-    stored: Any = nibabel.load(file).dataobj
-    if np.issubdtype(stored.dtype, np.floating) or not np.isfinite([stored.slope, stored.inter]).all():
-        return np.asanyarray(stored)
-    return read
+    return np.asanyarray(nibabel.load(file).dataobj)
 
 
 def _check_geometry(

@@ -292,6 +292,8 @@ def test_bad_input_is_refused_in_one_sentence(results_folder: Results, tmp_path:
     refused(DataError, r"The channel .*x_0001.nii.gz is missing")
     (images / "x_0001.nii.gz").write_bytes(b"no image")
     refused(DataError, r"Site E, case x: .*x_0000.nii.gz cannot be read")
+    (images / "x_0001.nii.gz").write_bytes(good[: len(good) // 2])  # ITK reads it, with zeros at the end
+    refused(DataError, r"x_0001.nii.gz is damaged")
     for value, match in ((np.nan, "NaN or infinity"), (7.0, r"x_0001.nii.gz is constant")):
         nib.save(nib.Nifti1Image(np.full(SHAPE, value, np.float32), AFFINE), images / "x_0001.nii.gz")
         refused(DataError, match)

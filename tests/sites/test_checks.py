@@ -118,6 +118,13 @@ def test_channels_of_different_size_are_refused(dataset: Path) -> None:
     refused(dataset, "case b", f"b_0000{ENDING}", "same size and spacing")
 
 
+def test_a_file_that_was_cut_off_is_refused(dataset: Path) -> None:
+    path = dataset / "imagesTr" / f"b_0001{ENDING}"
+    write_volume(np.random.default_rng(0).integers(1, 1000, read(path).shape).astype(np.int16), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refused(dataset, "case b", f"b_0001{ENDING} is damaged", "Copy the file again")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_and_infinite_voxels_are_refused(dataset: Path, value: float) -> None:
     path = dataset / "imagesTr" / f"b_0001{ENDING}"
