@@ -24,7 +24,7 @@ SHORT_TRAINING = 5000
 """Segmenter steps below which nnU-Net's momentum of 0.99 is too slow; 0.9 and ten times the rate were tried with 640 steps."""
 
 LONG_HARMONIZER = 2000
-"""Harmonizer steps from which the learning rate is half of what short experiments used."""
+"""Harmonizer steps above which the learning rate is half of what short experiments used: caution, not a measurement."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ LENGTHS = {
     "cyclegan": Length(least=1200, patches_per_image=100, lr=2e-3),
     "diffusion": Length(least=1000, patches_per_image=100, lr=2e-3),
 }
-"""By kind; docs/experiments trained 400 steps each (the judge of polarity needed 120 to 500)."""
+"""By kind; docs/experiments trained 120 to 400 steps each (the judge of polarity needed 120 to 500)."""
 
 SEGMENTER_SHARE = 50
 """The harmonizer trains at least this part of the segmenter's steps: beside a long training more costs next to nothing."""
@@ -216,7 +216,7 @@ def _harmonizer_lr(situation: Situation, steps: int) -> Choice:
         return Choice(1e-3, "not used")
     lr = LENGTHS[situation.kind].lr
     if steps > LONG_HARMONIZER:
-        return Choice(lr / 2, f"half of the {lr:g} of experiments with 400 steps, as {steps} leave time")
+        return Choice(lr / 2, f"half of the {lr:g} of the short experiments, as {steps} steps leave time")
     return Choice(lr, "as in the experiments")
 
 
