@@ -318,7 +318,8 @@ def segmenter_weights(bench: Bench, harmonizer: Harmonizer, scenario: str, *, au
     """
     if scenario == f"{harmonizer.reference}" and harmonizer.kind not in ("none", "augment"):
         # The reference's gate is shut: the same images, the same draws, the same weights.
-        return segmenter_weights(bench, Harmonizer("none", harmonizer.dims, "", harmonizer.seed), scenario)
+        plain = Harmonizer("none", harmonizer.dims, "", harmonizer.seed)
+        return segmenter_weights(bench, plain, scenario, augmentation=augmentation)
     plain = "" if augmentation else "_no-augmentation"
     path = bench.work / "segmenters" / f"{scenario}_{harmonizer.name}{plain}.npz"
 
