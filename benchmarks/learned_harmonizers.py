@@ -87,16 +87,8 @@ def one_left_out(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
     for seed in seeds:
         for site in reversed(SITES):
             reference = "B" if site == "A" else "A"
-            for kind, mode in (
-                ("none", ""),
-                ("diffusion", "central"),
-                ("cyclegan", "central"),
-                ("diffusion", "federated"),
-                ("augment", ""),
-            ):
+            for kind, mode in (("none", ""), ("diffusion", "central"), ("augment", "")):
                 yield Arm(Harmonizer(kind, dims, mode, seed, reference), f"not-{site}")
-    for seed in seeds:
-        yield Arm(Harmonizer("none", dims, "", seed), "own-A")
 
 
 def unaugmented(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:

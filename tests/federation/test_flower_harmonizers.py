@@ -94,7 +94,8 @@ def learned(root: Path, kind: str, rounds: int = 2) -> FederateConfig:
         iterations_per_epoch=25,
         harmonizer_lr=3e-3,
         batch_size=4,
-        join_wait_s=90.0,
+        join_wait_s=200.0,
+        deadline_s=300.0,
     )
 
 
