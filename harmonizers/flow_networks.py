@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nnunet_fedharm.harmonizers.resnet import convolved
+
 WIDEST_DILATION = 4
 """Wider ones see past nnU-Net's smallest patches."""
 
@@ -94,9 +96,9 @@ class Residual3d(nn.Module):
         self.conv2 = nn.Conv3d(width, width, 3, padding=dilation, dilation=dilation)
 
     def forward(self, features: Tensor, embedding: Float[Tensor, "b e"]) -> Tensor:
-        inner = self.conv1(nn.functional.silu(features))
+        inner = convolved(self.conv1, nn.functional.silu(features))
         scale, shift = self.film(embedding)[..., None, None, None].chunk(2, dim=1)
-        return features + self.conv2(nn.functional.silu(inner * (1 + scale) + shift))
+        return features + convolved(self.conv2, nn.functional.silu(inner * (1 + scale) + shift))
 
 
 class ResNet3d(nn.Module):
@@ -128,10 +130,10 @@ class ResNet3d(nn.Module):
         self, sample: Float[Tensor, "b c d h w"], time: Float[Tensor, " b"], code: Float[Tensor, "b e"]
     ) -> Float[Tensor, "b o d h w"]:
         embedding = nn.functional.silu(self.time(time[:, None]) + code)
-        features = self.conv_in(sample)
+        features = convolved(self.conv_in, sample)
         for block in self.blocks:
             features = block(features, embedding)
-        velocity: Tensor = self.conv_out(nn.functional.silu(features))
+        velocity: Tensor = convolved(self.conv_out, nn.functional.silu(features))
         return velocity
 
 

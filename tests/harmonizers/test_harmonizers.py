@@ -10,6 +10,7 @@ from torch import Tensor
 from nnunet_fedharm.errors import PlanError, ShapeError
 from nnunet_fedharm.harmonizers import KINDS, Harmonizer, build_harmonizer
 from nnunet_fedharm.harmonizers.base import MAX_STYLE_VOXELS, _even_stride
+from nnunet_fedharm.harmonizers.resnet import convolved
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style, average_styles, volume_quantiles
 
 SIZES = {2: (24, 20), 3: (12, 14, 10)}
@@ -253,3 +254,15 @@ def test_a_shut_gate_still_computes_what_ddp_waits_for() -> None:
     loss = harmonizer(image).square().sum()
     loss.backward()
     assert all(parameter.grad is not None for parameter in harmonizer.parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 12, 14, 10), (1, 16, 40, 40, 8), (2, 3, 12, 14, 10), (1, 3, 24, 20)])
+def test_a_sample_on_its_own_is_convolved_like_one_of_many(shape: tuple[int, ...]) -> None:
+    seen: list[int] = []
+    layer = (torch.nn.Conv3d if len(shape) == 5 else torch.nn.Conv2d)(shape[1], 4, 3, padding=1)
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    image = torch.randn(shape)
+    with torch.no_grad():
+        torch.testing.assert_close(convolved(layer, image), layer(image), atol=1e-5, rtol=1e-5)
+    small_and_alone = shape[0] == 1 and len(shape) == 5 and np.prod(shape[:4]) <= 20480
+    assert seen[0] == (2 if small_and_alone else shape[0])
