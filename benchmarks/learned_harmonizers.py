@@ -68,6 +68,7 @@ def one_site(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
     for seed in seeds:
         yield Arm(Harmonizer("diffusion", dims, "central", seed), "A")
         yield Arm(Harmonizer("inverse", dims, "central", seed), "A")
+        yield Arm(Harmonizer("polarity", dims, "central", seed), "A")
         yield Arm(Harmonizer("cyclegan", dims, "central", seed), "A")
         yield Arm(Harmonizer("diffusion", dims, "federated", seed), "A")
         yield Arm(Harmonizer("cyclegan", dims, "federated", seed), "A")

@@ -20,7 +20,7 @@ from nnunet_fedharm.evaluation.quality import Folders
 SHOWN = (
     Harmonizer("nyul", "3d", "", 0),
     Harmonizer("curve", "3d", "central", 0),
-    Harmonizer("inverse", "3d", "central", 0),
+    Harmonizer("polarity", "3d", "central", 0),
     *(
         Harmonizer(kind, dims, mode, 0)
         for dims in ("3d", "2d")

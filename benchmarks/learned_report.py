@@ -58,7 +58,7 @@ class Results:
         return np.array([[cases[name][metric] for name in sorted(cases)] for cases in found])
 
     def rows(self, scenarios: Iterable[str], dims: str) -> list[Row]:
-        order = ["none", "augment", "nyul", "curve", "inverse", "cyclegan", "diffusion"]
+        order = ["none", "augment", "nyul", "curve", "inverse", "polarity", "cyclegan", "diffusion"]
         chosen = [row for row in self.entries if row.scenario in scenarios and row.dims == dims]
         return sorted(chosen, key=lambda row: (not row.augmentation, order.index(row.kind), row.mode))
 
@@ -203,7 +203,7 @@ def polarity_table(results: Results) -> None:
     print(f"| harmonizer | votes of {', '.join(SITES)} by seed | gates |\n|---|---|---|")
     for dims in ("3d", "2d"):
         for row in results.rows(["A"], dims):
-            if row.kind in ("cyclegan", "diffusion"):
+            if row.kind in ("polarity", "cyclegan", "diffusion"):
                 votes = "; ".join(
                     " ".join(f"{np.mean(site):+.2f}" for site in entry["polarity"]) for entry in results.entries[row]
                 )

@@ -65,7 +65,7 @@ class Size:
 
 
 SIZES = {"3d": Size("3d_fullres", (32, 40, 32), 2), "2d": Size("2d", (40, 32), 16)}
-HARMONIZER_EPOCHS = {"none": 0, "augment": 0, "nyul": 0, "curve": 6, "cyclegan": 10, "diffusion": 10}
+HARMONIZER_EPOCHS = {"none": 0, "augment": 0, "nyul": 0, "curve": 6, "polarity": 10, "cyclegan": 10, "diffusion": 10}
 """Epochs of `Size.steps` steps."""
 
 

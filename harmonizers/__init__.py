@@ -21,22 +21,36 @@ from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer
 from nnunet_fedharm.harmonizers.none import IdentityHarmonizer
 from nnunet_fedharm.harmonizers.nyul import NyulHarmonizer
 from nnunet_fedharm.harmonizers.style import Style
+from nnunet_fedharm.harmonizers.upright import PolarityConfig, PolarityHarmonizer
 
-KINDS: tuple[str, ...] = ("none", "augment", "nyul", "curve", "cyclegan", "diffusion")
+KINDS: tuple[str, ...] = ("none", "augment", "nyul", "curve", "polarity", "cyclegan", "diffusion")
 """Harmonizers of this release, in the order of what they can do."""
 
-LEARNED: frozenset[str] = frozenset({"curve", "cyclegan", "diffusion"})
+LEARNED: frozenset[str] = frozenset({"curve", "polarity", "cyclegan", "diffusion"})
 """Kinds that have a harmonizer phase."""
+
+AT_REFERENCE: frozenset[str] = frozenset({"polarity", "cyclegan", "diffusion"})
+"""Kinds that learn from the reference's images; the other sites vote (`cyclegan` unless `train_everywhere`)."""
 
 _CONFIGS: dict[str, type] = {
     "augment": AugmentConfig,
     "curve": CurveConfig,
+    "polarity": PolarityConfig,
     "cyclegan": CycleGANConfig,
     "diffusion": FlowConfig,
 }
 """Kinds that have options."""
 
-__all__ = ["KINDS", "LEARNED", "SITE_LOCAL", "SITE_ROWS", "Harmonizer", "build_harmonizer", "check_options"]
+__all__ = [
+    "AT_REFERENCE",
+    "KINDS",
+    "LEARNED",
+    "SITE_LOCAL",
+    "SITE_ROWS",
+    "Harmonizer",
+    "build_harmonizer",
+    "check_options",
+]
 
 
 def check_options(kind: str, options: Mapping[str, Any]) -> None:
@@ -85,6 +99,8 @@ def build_harmonizer(
             return AugmentHarmonizer(**shape, config=AugmentConfig(**_known(kind, options, AugmentConfig)))
         if kind == "curve":
             return CurveHarmonizer(**shape, config=CurveConfig(**_known(kind, options, CurveConfig)))
+        if kind == "polarity":
+            return PolarityHarmonizer(**shape, config=PolarityConfig(**_known(kind, options, PolarityConfig)))
         if kind == "cyclegan":
             return CycleGANHarmonizer(**shape, config=CycleGANConfig(**_known(kind, options, CycleGANConfig)))
         if kind == "diffusion":

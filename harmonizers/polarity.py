@@ -151,25 +151,32 @@ def polarity_step(
     references: Float[Tensor, "b c *spatial"] | None,
     *,
     judge_steps: int,
-) -> None:
+) -> float | None:
     """Teach the judge where there are genuine references; let it vote on every other site's patches.
 
     Args:
         training: of a `JudgedHarmonizer`, with an optimizer named "polarity".
         judge_steps: steps of the judge, all on the same references.
+
+    Returns:
+        The judge's last loss; None where it was not taught.
     """
     harmonizer = training.harmonizer
     if not isinstance(harmonizer, JudgedHarmonizer) or harmonizer.polarity_judge is None:
-        return
+        return None
+    taught = None
     if references is not None:
         wanted = harmonizer.reference_quantiles.expand(len(references), -1, -1)
         for _ in range(judge_steps):
-            training.descend("polarity", harmonizer.polarity_judge.loss(references, wanted, generator))
+            loss = harmonizer.polarity_judge.loss(references, wanted, generator)
+            training.descend("polarity", loss)
+            taught = float(loss.detach())
     foreign = ~torch.isin(sites, torch.tensor(harmonizer.reference_sites(), device=sites.device))
     if foreign.any():
         votes = harmonizer.votes(image[foreign], harmonizer.bank_quantiles[sites[foreign]])
         vote(harmonizer.bank_polarity, votes, sites[foreign])
     average_over_processes(harmonizer.bank_polarity)
+    return taught
 
 
 @torch.no_grad()

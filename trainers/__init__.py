@@ -8,6 +8,7 @@ from nnunet_fedharm.trainers.kinds import (
     nnUNetTrainerFedHarmDiffusion,
     nnUNetTrainerFedHarmNone,
     nnUNetTrainerFedHarmNyul,
+    nnUNetTrainerFedHarmPolarity,
 )
 from nnunet_fedharm.trainers.names import trainer_name_for
 
@@ -19,5 +20,6 @@ __all__ = [
     "nnUNetTrainerFedHarmDiffusion",
     "nnUNetTrainerFedHarmNone",
     "nnUNetTrainerFedHarmNyul",
+    "nnUNetTrainerFedHarmPolarity",
     "trainer_name_for",
 ]

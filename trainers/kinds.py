@@ -29,6 +29,12 @@ class nnUNetTrainerFedHarmCurve(nnUNetTrainerFedHarm):  # noqa: N801
     kind = "curve"
 
 
+class nnUNetTrainerFedHarmPolarity(nnUNetTrainerFedHarm):  # noqa: N801
+    """A judge of inverted contrast, and Nyul's quantile map."""
+
+    kind = "polarity"
+
+
 class nnUNetTrainerFedHarmCycleGAN(nnUNetTrainerFedHarm):  # noqa: N801
     """Many-to-one CycleGAN."""
 

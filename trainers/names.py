@@ -9,6 +9,7 @@ TRAINER_SUFFIX: dict[str, str] = {
     "augment": "Augment",
     "nyul": "Nyul",
     "curve": "Curve",
+    "polarity": "Polarity",
     "cyclegan": "CycleGAN",
     "diffusion": "Diffusion",
 }

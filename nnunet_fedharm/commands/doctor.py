@@ -31,6 +31,7 @@ TRAINERS = (
     "nnUNetTrainerFedHarmAugment",
     "nnUNetTrainerFedHarmNyul",
     "nnUNetTrainerFedHarmCurve",
+    "nnUNetTrainerFedHarmPolarity",
     "nnUNetTrainerFedHarmCycleGAN",
     "nnUNetTrainerFedHarmDiffusion",
 )

@@ -17,15 +17,13 @@ import torch
 from torch import nn
 
 from nnunet_fedharm.harmonizers import build_harmonizer
+from nnunet_fedharm.harmonizers.resnet import SLOW_PATH_VALUES
 
 FULL_SPEED_CHANNELS = 32
 """From so many channels, on its wider side, a convolution runs at full speed."""
 
 LEAST_CHANNELS = 8
 """Fewer channels leave no more of the machine unused than this many do."""
-
-SLOW_PATH_VALUES = 20480
-"""PyTorch's `use_mkldnn`: with one sample, oneDNN takes over only above so many values in the input's first four axes."""
 
 SLOW_PATH_SPEED = 1 / 16
 """Speed of PyTorch's own 3d convolution."""
@@ -43,19 +41,23 @@ class Convolution:
         outputs: output channels.
         taps: voxels of the kernel.
         size: spatial size that it runs over.
+        doubled: a single small sample is computed as one of two (`harmonizers.resnet.convolved`) instead of slowly.
     """
 
     inputs: int
     outputs: int
     taps: int
     size: tuple[int, ...]
+    doubled: bool = False
 
     def work(self, *, batch: int, cpu: bool) -> float:
         """Operations over relative speed: proportional to time."""
         operations = 2.0 * batch * self.inputs * self.outputs * self.taps * math.prod(self.size)
         values = batch * self.inputs * math.prod(self.size[:2])
         if cpu and batch == 1 and len(self.size) == 3 and self.taps > 1 and values <= SLOW_PATH_VALUES:
-            return operations / SLOW_PATH_SPEED
+            if not self.doubled:
+                return operations / SLOW_PATH_SPEED
+            operations *= 2
         width = max(self.inputs, self.outputs, LEAST_CHANNELS)
         return operations * max(1.0, FULL_SPEED_CHANNELS / width)
 
@@ -121,5 +123,7 @@ def harmonizer_convolutions(
     dims = len(patch_size)
     harmonizer = build_harmonizer(kind, options, num_channels=channels, spatial_dims=dims, styles=[], reference=None)
     weights = [weight for weight in harmonizer.mapping_parameters() if weight.ndim == dims + 2]
-    once = [Convolution(w.shape[1], w.shape[0], math.prod(w.shape[2:]), tuple(patch_size)) for w in weights]
+    once = [
+        Convolution(w.shape[1], w.shape[0], math.prod(w.shape[2:]), tuple(patch_size), doubled=True) for w in weights
+    ]
     return once * int(options.get("n_steps", 1))

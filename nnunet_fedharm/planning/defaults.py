@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from nnunet_fedharm.harmonizers import LEARNED
+from nnunet_fedharm.harmonizers import AT_REFERENCE, LEARNED
 from nnunet_fedharm.planning.section import Schedule
 from nnunet_fedharm.planning.situation import Device, Situation
 
@@ -44,6 +44,7 @@ class Length:
 
 LENGTHS = {
     "curve": Length(least=500, patches_per_image=25, lr=3e-3),
+    "polarity": Length(least=1000, patches_per_image=50, lr=2e-3),
     "cyclegan": Length(least=1200, patches_per_image=100, lr=2e-3),
     "diffusion": Length(least=1000, patches_per_image=100, lr=2e-3),
 }
@@ -207,7 +208,7 @@ def _harmonizer_epochs(situation: Situation, iterations: int, segmenter_steps: i
     epochs = max(1, round(steps / iterations))
     taken = epochs * iterations
     each = taken * situation.batch_size / images
-    of = "of the reference" if situation.kind == "diffusion" and situation.reference_sites else "of all sites"
+    of = "of the reference" if situation.kind in AT_REFERENCE and situation.reference_sites else "of all sites"
     return Choice(epochs, f"{taken} steps, {why}: {each:.0f} patches from each of {images} training images {of}")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.harmonizers import AT_REFERENCE
 from nnunet_fedharm.harmonizers.style import Style, average_styles
 from nnunet_fedharm.planning.cost import (
     Convolution,
@@ -71,8 +72,8 @@ class Situation:
 
     @property
     def learning_images(self) -> int:
-        """Images that the harmonizer learns from: `diffusion` from the reference's alone."""
-        sites = self.reference_sites if self.kind == "diffusion" and self.reference_sites else tuple(self.images)
+        """Images that the harmonizer learns from: many kinds from the reference's alone."""
+        sites = self.reference_sites if self.kind in AT_REFERENCE and self.reference_sites else tuple(self.images)
         return max(1, sum(self.images[site] for site in sites))
 
     def cost(self, sizes: Mapping[str, Any]) -> CostRatio:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from nnunet_fedharm.harmonizers.polarity import INVERTED_BELOW, PolarityJudge, dress, polarity_step, vote
 from tests.harmonizers.test_cyclegan import CLINIC, REFERENCE, gan, training
-from tests.harmonizers.test_harmonizers import make
+from tests.harmonizers.test_harmonizers import make, padded_noise
 
 
 def lakes(seed: int, batch: int = 8) -> Tensor:
@@ -91,3 +92,33 @@ def test_an_inverted_site_is_found_and_turned_over(upset: bool) -> None:
 def test_polarity_travels_with_the_network_and_can_be_switched_off() -> None:
     assert any(name.startswith("polarity_judge") for name in make("cyclegan").state_dict())
     assert not any(name.startswith("polarity_judge") for name in make("cyclegan", polarity=False).state_dict())
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_the_polarity_harmonizer_turns_over_and_maps_and_nothing_else(spatial_dims: int) -> None:
+    harmonizer, image = make("polarity", spatial_dims), padded_noise(spatial_dims)
+    harmonizer.open_gate()
+    harmonizer.bank_polarity[CLINIC] = -1.0
+    harmonizer.set_batch_styles(torch.tensor([CLINIC, 2]))
+    with torch.no_grad():
+        mapped = harmonizer(image)
+        plain = make("nyul", spatial_dims)
+        plain.open_gate()
+        plain.set_batch_styles(torch.tensor([CLINIC, 2]))
+        torch.testing.assert_close(mapped[1], plain(image)[1], atol=1e-5, rtol=0)  # upright: Nyul's map
+    inside = image[0] != 0
+    order = image[0][inside].argsort(descending=True)
+    assert (mapped[0][inside][order].diff() >= -1e-5).all()  # inverted: what was brightest is darkest now
+    assert (mapped[~(image != 0)] == 0).all()
+
+
+def test_a_judge_alone_is_trained_at_the_reference_and_votes_elsewhere() -> None:
+    harmonizer = make("polarity", judge_width=4)
+    trained = harmonizer.make_training(lr=1e-3, total_epochs=1)
+    drawn = torch.Generator().manual_seed(0)
+    at_reference = trained.step(lakes(0), torch.full((8,), REFERENCE), drawn, lakes(1))
+    assert at_reference["loss"] > 0
+    assert np.isnan(trained.step(lakes(0), torch.full((8,), CLINIC), drawn)["loss"])
+    assert harmonizer.bank_polarity[CLINIC] < 1
+    assert harmonizer.bank_polarity[2] == 1
+    assert list(harmonizer.mapping_parameters()) == []

@@ -69,7 +69,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory, make_raw_dataset: Callable
                 plan=PlanOptions(base_features=4, max_features=8, batch_size=2, plans_name=f"plans_{kind}"),
             ),
         )
-        for kind in ("none", "augment", "nyul", "curve", "cyclegan", "diffusion")
+        for kind in ("none", "augment", "nyul", "curve", "polarity", "cyclegan", "diffusion")
     }
     return Planned(root, plans)
 

@@ -33,6 +33,7 @@ TRAINERS = {
     "augment": "nnUNetTrainerFedHarmAugment",
     "nyul": "nnUNetTrainerFedHarmNyul",
     "curve": "nnUNetTrainerFedHarmCurve",
+    "polarity": "nnUNetTrainerFedHarmPolarity",
     "cyclegan": "nnUNetTrainerFedHarmCycleGAN",
     "diffusion": "nnUNetTrainerFedHarmDiffusion",
 }

@@ -1,0 +1,96 @@
+"""Polarity: sites of inverted contrast are turned over, and every site's quantiles are mapped to the reference's.
+
+The judge of `harmonizers/polarity.py` is all that is learned, at the reference; the other sites vote. What is done to an image
+is then one sign and one monotone curve per channel: no network runs at prediction, nothing can be drawn or erased, and the order
+of intensities is kept or reversed as a whole. On the hippocampus benchmark this is most of what the networks reach.
+
+References:
+    Nyul, Udupa, Zhang, "New variants of a method of MRI scale standardization", IEEE TMI 2000 (the quantile map).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.harmonizers.base import Source
+from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer, dress, polarity_step
+from nnunet_fedharm.harmonizers.style import Style
+from nnunet_fedharm.harmonizers.training import HarmonizerTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolarityConfig:
+    judge_width: int = 16
+    """Channels of the judge's first convolution."""
+
+    def __post_init__(self) -> None:
+        if self.judge_width < 1:
+            raise PlanError(f"harmonizer.judge_width must be >= 1, got {self.judge_width}.")
+
+
+class PolarityHarmonizer(JudgedHarmonizer):
+    """Sign and quantile map; its gate is shut until `open_gate`, as `nyul`'s is."""
+
+    learned = True
+
+    def __init__(
+        self,
+        *,
+        num_channels: int,
+        spatial_dims: int,
+        styles: list[Style],
+        reference: Style | None,
+        config: PolarityConfig,
+    ) -> None:
+        super().__init__(
+            num_channels=num_channels,
+            spatial_dims=spatial_dims,
+            styles=styles,
+            reference=reference,
+            judge_width=config.judge_width,
+        )
+        self.gate.zero_()
+
+    def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:
+        # Half precision would quantise the curve; it costs nothing beside the segmenter to leave it out here.
+        with torch.autocast(image.device.type, enabled=False):
+            image = image.float()
+            reference = self.reference_quantiles.expand_as(source.quantiles)
+            return dress(image, source.quantiles, reference, source.inverted) - image
+
+    def mapping_parameters(self) -> Iterator[nn.Parameter]:
+        """None: a segmentation loss cannot move a sign."""
+        return iter(())
+
+    def trained_at_reference(self) -> tuple[str, ...]:
+        return ("polarity_judge.",)
+
+    def make_training(self, *, lr: float, total_epochs: int) -> HarmonizerTraining:
+        return PolarityTraining(self, lr=lr, total_epochs=total_epochs)
+
+
+class PolarityTraining(HarmonizerTraining):
+    """Adam for the judge; arguments as of `HarmonizerTraining`."""
+
+    uses_references = True
+
+    def __init__(self, harmonizer: PolarityHarmonizer, *, lr: float, total_epochs: int) -> None:
+        super().__init__(harmonizer, lr=lr, total_epochs=total_epochs)
+        self.optimizers["polarity"] = torch.optim.Adam(harmonizer.parameters(), lr=lr)  # the judge has them all
+
+    def step(
+        self,
+        image: Float[Tensor, "b c *spatial"],
+        sites: Int[Tensor, " b"],
+        generator: torch.Generator,
+        references: Float[Tensor, "b c *spatial"] | None = None,
+    ) -> dict[str, float]:
+        """As of the base class; a site that only votes has no loss: NaN."""
+        loss = polarity_step(self, image, sites, generator, references, judge_steps=1)
+        return {"loss": float("nan") if loss is None else loss}
