@@ -36,13 +36,15 @@ GATE_BATCHES = 20
 
 @contextmanager
 def gates(harmonizer: Harmonizer, value: float) -> Iterator[None]:
-    """All gates of the bank at `value` inside the block."""
-    before = harmonizer.bank_gate.clone()
+    """All gates of the bank at `value` inside the block, and the phase's own gate open, as at prediction."""
+    before, phase = harmonizer.bank_gate.clone(), harmonizer.gate.clone()
     harmonizer.bank_gate.fill_(value)
+    harmonizer.open_gate()
     try:
         yield
     finally:
         harmonizer.bank_gate.copy_(before)
+        harmonizer.gate.copy_(phase)
 
 
 @torch.no_grad()
@@ -66,8 +68,8 @@ def appearance_gains(harmonizer: Harmonizer, sampler: PatchSampler, device: torc
         before, after = [], []
         for _ in range(max(1, -(-GATE_PATCHES // sampler.batch_size))):
             image = own.next()[0].to(device)
-            harmonizer.set_batch_styles(torch.full((len(image),), site))
             with gates(harmonizer, 1.0):
+                harmonizer.set_batch_styles(torch.full((len(image),), site))
                 changed = harmonizer(image)
             before.append(patch_quantiles(image, image != 0))
             after.append(patch_quantiles(changed, image != 0))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.gates import appearance_gains, close_where_dice_falls, close_without_gain
+from nnunet_fedharm.trainers.names import trainer_name_for
 from nnunet_fedharm.trainers.results import make_trainer
 from tests.trainers.conftest import Planned
 
@@ -25,8 +26,7 @@ class Bright(nn.Module):
 
 
 def assembled(planned: Planned, kind: str) -> nnUNetTrainerFedHarm:
-    names = {"nyul": "nnUNetTrainerFedHarmNyul", "curve": "nnUNetTrainerFedHarmCurve"}
-    trainer = make_trainer(names[kind], planned.plans[kind], "2d", 0, planned.dataset_json)
+    trainer = make_trainer(trainer_name_for(kind), planned.plans[kind], "2d", 0, planned.dataset_json)
     trainer.enable_deep_supervision = False
     trainer.initialize()
     trainer.harmonizer.open_gate()
@@ -50,6 +50,15 @@ def test_a_map_to_the_reference_gains_and_a_shift_away_does_not(active: Planned)
     shift_everything(trainer, 3.0)
     assert close_without_gain(trainer.harmonizer, sampler, trainer.device)[B] < 0
     assert trainer.harmonizer.bank_gate.tolist() == [0.0, 0.0]
+
+
+def test_a_gate_is_judged_as_if_the_phase_were_over(active: Planned) -> None:
+    trainer = assembled(active, "polarity")
+    trainer.harmonizer.gate.zero_()  # as during the harmonizer phase
+    sampler = trainer.all_patches(np.random.default_rng(0))
+    assert close_without_gain(trainer.harmonizer, sampler, trainer.device)[B] > 0
+    assert trainer.harmonizer.bank_gate.tolist() == [0.0, 1.0]
+    assert trainer.harmonizer.gate == 0
 
 
 def test_judging_the_gates_changes_nothing_but_the_gates(active: Planned) -> None:
