@@ -2,8 +2,9 @@
 
 Measured on one CPU thread (torch 2.14, AVX-512): a convolution with 32 channels or more runs at about 100 GFLOP/s, a narrower
 one in proportion to its channels, and in 3d one with a single sample and few input values, which PyTorch keeps from oneDNN, at
-about a sixteenth. On a GPU narrow layers wait for memory; no GPU was measured. Against 30 CPU measurements of 1.0 to 2.2 times
-the segmenter's time the count was off by less than .2 as a rule and by .4 at worst: enough to choose sizes by.
+about a sixteenth; the harmonizers compute such a sample as one of two instead. On a GPU narrow layers wait for memory; no GPU was
+measured. Against 30 CPU measurements of 1.0 to 2.2 times the segmenter's time the count was off by less than .2 as a rule and by
+.4 at worst: enough to choose sizes by.
 """
 
 from __future__ import annotations
