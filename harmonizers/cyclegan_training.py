@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_noise, random_sharpness
 from nnunet_fedharm.harmonizers.base import Source
-from nnunet_fedharm.harmonizers.polarity import dress, expand, polarity_step
+from nnunet_fedharm.harmonizers.polarity import dress, dressed_references, expand, polarity_step
 from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator, ResidualNetwork
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining, is_distributed
 
@@ -103,9 +103,9 @@ class CycleGANTraining(HarmonizerTraining):
         generator: torch.Generator,
         references: Tensor | None = None,
     ) -> dict[str, float]:
-        if references is not None:
-            references = self._dressed_references(references)
         polarity_step(self, image, sites, generator, references, judge_steps=JUDGE_STEPS)
+        if references is not None:
+            references = dressed_references(self.harmonizer, references)
         if self.config.train_everywhere:
             sources, reals = self.sources(image, sites, generator), self.reals(image, sites, references)
         elif references is None:
@@ -173,12 +173,6 @@ class CycleGANTraining(HarmonizerTraining):
     def inverted(self, sites: Int[Tensor, " b"]) -> Bool[Tensor, "b c"]:
         """Whether the sites' contrast is the reference's upside down, per channel."""
         return self.harmonizer.bank_source(sites).inverted
-
-    def _dressed_references(self, references: Patch) -> Patch:
-        """Patches of the reference's site in the reference's quantiles: unchanged unless the reference is a consensus."""
-        own = self.harmonizer.bank_quantiles[self.reference_sites[:1]].expand(len(references), -1, -1)
-        upright = torch.zeros(references.shape[:2], dtype=torch.bool, device=references.device)
-        return dress(references, own, self.harmonizer.reference_quantiles.expand_as(own), upright)
 
     def generator_losses(
         self, sources: Sources | None, reals: Tensor | None

@@ -166,6 +166,7 @@ def polarity_step(
         return None
     taught = None
     if references is not None:
+        references = dressed_references(harmonizer, references)
         wanted = harmonizer.reference_quantiles.expand(len(references), -1, -1)
         for _ in range(judge_steps):
             loss = harmonizer.polarity_judge.loss(references, wanted, generator)
@@ -177,6 +178,13 @@ def polarity_step(
         vote(harmonizer.bank_polarity, votes, sites[foreign])
     average_over_processes(harmonizer.bank_polarity)
     return taught
+
+
+def dressed_references(harmonizer: Harmonizer, references: Float[Tensor, "b c *spatial"]) -> Tensor:
+    """Patches of the reference's site in the reference's quantiles: unchanged unless the reference is a consensus."""
+    own = harmonizer.bank_quantiles[harmonizer.reference_sites()[:1]].expand(len(references), -1, -1)
+    upright = torch.zeros(references.shape[:2], dtype=torch.bool, device=references.device)
+    return dress(references, own, harmonizer.reference_quantiles.expand_as(own), upright)
 
 
 @torch.no_grad()

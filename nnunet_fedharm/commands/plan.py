@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIGURATION",
         help=" or ".join(CONFIGURATIONS),
     )
-    parser.add_argument("--harmonizer", choices=KINDS, default="curve", help="kind of harmonizer (default: curve)")
+    parser.add_argument(
+        "--harmonizer", choices=KINDS, default="polarity", help="kind of harmonizer (default: polarity)"
+    )
     parser.add_argument("--reference", default=CONSENSUS, help=f"site to map to, or {CONSENSUS} of all sites (default)")
     parser.add_argument(
         "-p", "--plans-name", default=DEFAULT_PLANS, help=f"plans file to write (default: {DEFAULT_PLANS})"

@@ -24,7 +24,7 @@ from nnunet_fedharm.harmonizers.cyclegan_training import (
     fake_loss,
     real_loss,
 )
-from nnunet_fedharm.harmonizers.polarity import dress
+from nnunet_fedharm.harmonizers.polarity import dress, dressed_references
 from nnunet_fedharm.harmonizers.resnet import MirrorConv, PatchDiscriminator, ResidualNetwork
 from tests.harmonizers.test_harmonizers import style
 
@@ -258,9 +258,9 @@ def test_the_references_of_a_consensus_are_dressed_in_its_quantiles() -> None:
     harmonizer.reference_quantiles.copy_((harmonizer.bank_quantiles[0] + harmonizer.bank_quantiles[1]) / 2)
     trained = training(harmonizer)
     assert len(trained.reference_sites) == 1
-    dressed = trained._dressed_references(blobs(1))
+    dressed = dressed_references(trained.harmonizer, blobs(1))
     assert not torch.equal(dressed, blobs(1))
-    assert torch.equal(training(everywhere())._dressed_references(blobs(1)), blobs(1))
+    assert torch.equal(dressed_references(everywhere(), blobs(1)), blobs(1))
 
 
 def test_the_backward_generator_stays_at_the_site_unless_the_plans_share_it() -> None:

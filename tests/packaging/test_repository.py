@@ -100,7 +100,7 @@ SNIPPETS = sorted(
     {
         line.strip()
         for page in PAGES
-        for line in page.read_text().splitlines()
+        for line in re.sub(r"\\\n\s*", "", page.read_text()).splitlines()  # a backslash continues the command
         if line.strip().startswith("nnunet-fedharm ")
     }
 )

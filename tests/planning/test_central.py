@@ -51,11 +51,11 @@ def test_small_plans_of_both_configurations_are_ready_to_train(
 ) -> None:
     assert run("-c", "2d", "3d_fullres", *SMALL, "--harmonizer-epochs", "2", "--phases", "finetune") == 0
     printed = capsys.readouterr().out
-    assert "nnUNetv2_train 017 2d 0 -tr nnUNetTrainerFedHarmCurve -p nnUNetFedHarmPlans" in printed
+    assert "nnUNetv2_train 017 2d 0 -tr nnUNetTrainerFedHarmPolarity -p nnUNetFedHarmPlans" in printed
     plans = plans_file(folders)
     for name in ("2d", "3d_fullres"):
         section = read_section(plans["configurations"][name])
-        assert (section.kind, section.reference, list(section.styles)) == ("curve", "consensus", ["A", "B"])
+        assert (section.kind, section.reference, list(section.styles)) == ("polarity", "consensus", ["A", "B"])
         assert (section.schedule.harmonizer_epochs, section.schedule.phases) == (2, "finetune")
         folder = folders / "preprocessed" / NAME / f"nnUNetFedHarmPlans_{name}"
         assert len(list(folder.glob("*.pkl"))) == 5
@@ -135,7 +135,7 @@ def test_unknown_dataset_and_reference_are_refused(folders: Path) -> None:
     [
         (["--harmonizer-options", "width=4"], r"is not JSON: .*Write it like '{\"width\": 16}'"),
         (["--harmonizer-options", "[4]"], "must be a JSON object"),
-        (["--harmonizer-options", '{"depth": 2}'], "'curve' has no option 'depth'"),
+        (["--harmonizer-options", '{"depth": 2}'], "'polarity' has no option 'depth'"),
         (["--phases", "both"], "choose one of frozen, alternate, finetune"),
         (["--device", "tpu"], "choose auto, cpu or cuda"),
     ],
