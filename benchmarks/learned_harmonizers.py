@@ -70,6 +70,7 @@ def one_site(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
         yield Arm(Harmonizer("inverse", dims, "central", seed), "A")
         yield Arm(Harmonizer("polarity", dims, "central", seed), "A")
         yield Arm(Harmonizer("cyclegan", dims, "central", seed), "A")
+        yield Arm(Harmonizer("polarity", dims, "federated", seed), "A")
         yield Arm(Harmonizer("diffusion", dims, "federated", seed), "A")
         yield Arm(Harmonizer("cyclegan", dims, "federated", seed), "A")
 
@@ -143,10 +144,10 @@ def measure(bench: Bench, arm: Arm) -> dict[str, Any]:
     }
 
 
-def run(bench: Bench, groups: list[str], kinds: list[str]) -> None:
+def run(bench: Bench, groups: list[str], kinds: list[str], modes: list[str]) -> None:
     for group in groups:
         for arm in GROUPS[group]():
-            if kinds and arm.harmonizer.kind not in kinds:
+            if (kinds and arm.harmonizer.kind not in kinds) or (modes and arm.harmonizer.mode not in modes):
                 continue
             path = bench.work / "metrics" / f"{arm.name}.json"
             if path.exists() or path.with_name(path.name + ".lock").exists():
@@ -169,6 +170,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of Dataset910_HippocampusSites")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is written")
     parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument(
+        "--modes", nargs="*", default=[], choices=("central", "federated"), help="only these; default all"
+    )
     parser.add_argument("--kinds", nargs="*", default=[], help="only arms of these harmonizers; default all")
     arguments = parser.parse_args()
     os.environ.update(nnUNet_compile="f", nnUNet_n_proc_DA="0")
@@ -192,7 +196,7 @@ def main() -> None:
         for kind in arguments.kinds or ("diffusion", "cyclegan"):
             measure_new_site(bench, kind)
         return
-    run(bench, arguments.groups, arguments.kinds)
+    run(bench, arguments.groups, arguments.kinds, arguments.modes)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ class Size:
 SIZES = {"3d": Size("3d_fullres", (32, 40, 32), 2), "2d": Size("2d", (40, 32), 16)}
 HARMONIZER_EPOCHS = {"none": 0, "augment": 0, "nyul": 0, "curve": 6, "polarity": 10, "cyclegan": 10, "diffusion": 10}
 """Epochs of `Size.steps` steps."""
+SIZES_OF = {"diffusion": {"width": 16, "depth": 3}, "cyclegan": {"width": 16, "dilations": [1, 2, 4]}}
+"""The package's own defaults; a federation would choose by the limits of cost."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +299,10 @@ def federated_weights(bench: Bench, harmonizer: Harmonizer) -> Weights:
     command += ["--base-features", 8, "--max-features", 64, "--batch-size", size.batch, "--patch-size", patch]
     command += ["--harmonizer-lr", 2e-3, "--initial-lr", 0.1, "--momentum", 0.9, "--fold", "all"]
     command += ["--plans-name", f"fed_{harmonizer.name}", "--parallel-sites", 1, "--weighting", "sites", "--restart"]
+    command += [
+        "--harmonizer-options",
+        json.dumps(SIZES_OF.get(harmonizer.built, {})),
+    ]  # as centralized, not by the rules
     log = bench.work / "logs" / f"{harmonizer.name}.log"
     log.parent.mkdir(exist_ok=True)
     began = time.monotonic()
