@@ -193,7 +193,7 @@ def main() -> None:
     if arguments.action == "new-site":
         from learned_new_site import measure_new_site
 
-        for kind in arguments.kinds or ("diffusion", "cyclegan"):
+        for kind in arguments.kinds or ("polarity", "diffusion"):
             measure_new_site(bench, kind)
         return
     run(bench, arguments.groups, arguments.kinds, arguments.modes)

@@ -131,6 +131,8 @@ def report(work: Path) -> None:
     polarity_table(results)
     print("\n### Quality on travelling subjects, first seed\n")
     quality_table(work)
+    print("\n### Radiomics of the labelled region and site classifier, first seed\n")
+    agreement_table(work)
     print("\n### Cost\n")
     cost_table(results)
 
@@ -226,13 +228,33 @@ def quality_table(work: Path) -> None:
         print(f"\nSite {site}:\n\n| harmonizer | {' | '.join(title for title, _ in names.values())} |")
         print("|---|" + "---|" * len(names))
         for index, (stem, quality) in enumerate(reports.items()):
-            (metrics,) = list(quality["sites"][site]["channels"].values())[:1]
+            (metrics,) = quality["sites"][site].values()  # one channel
             if index == 0:
                 print(
                     f"| as scanned | {' | '.join(number(metrics[name]['before'], d) for name, (_, d) in names.items())} |"
                 )
             cells = [number(metrics[name]["after"], digits) for name, (_, digits) in names.items()]
             print(f"| {stem.replace('_', ' ').replace(' seed0 toA', '')} | {' | '.join(cells)} |")
+
+
+def agreement_table(work: Path) -> None:
+    """Radiomics against the truth, and what a site classifier still finds."""
+    reports = {path.stem: json.loads(path.read_text()) for path in sorted((work / "quality").glob("*.json"))}
+    if not reports:
+        print("Not measured.")
+        return
+    print(
+        "| harmonizer | median CCC at B, C, D | median ICC(2,1) | site classifier's accuracy | its null, 95th percentile |"
+    )
+    print("|---|---|---|---|---|")
+    for index, (stem, quality) in enumerate(reports.items()):
+        for state in ("before", "after") if index == 0 else ("after",):
+            ccc = ", ".join(number(quality["features"]["sites"][site]["median"][state], 2) for site in "BCD")
+            icc, found = quality["features"]["icc"]["median"][state], quality["site_classifier"][state]
+            name = "as scanned" if state == "before" else stem.replace("_", " ").replace(" seed0 toA", "")
+            print(
+                f"| {name} | {ccc} | {number(icc, 2)} | {found['balanced_accuracy']:.2f} | {found['null_high']:.2f} |"
+            )
 
 
 def number(estimate: Any, digits: int) -> str:

@@ -2,7 +2,8 @@
 
 Two questions, the second only where it can be asked:
 
-1. without labels, after the harmonizer phase: do the site's own patches come nearer to the reference's quantiles?
+1. without labels, after the harmonizer phase: do the site's own patches come nearer to the reference's quantiles? Not asked of
+   inverted sites, as quantiles do not see inversion.
 2. with labels and a validation split, after the segmenter phase: is the Dice of the site's validation patches higher with the
    gate open than with it shut?
 
@@ -21,7 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from nnunet_fedharm.harmonizers import Harmonizer
-from nnunet_fedharm.harmonizers.base import patch_quantiles
+from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, patch_quantiles
 from nnunet_fedharm.trainers.patches import PatchSampler
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def appearance_gains(harmonizer: Harmonizer, sampler: PatchSampler, device: torc
 
     Args:
         harmonizer: with its styles; the gates do not matter.
-        sampler: patches of one or more sites; sites whose gate is shut by definition (the reference) are left out.
+        sampler: patches of one or more sites; the reference, whose gate is shut by definition, and inverted sites,
+            whose gate stays open, are left out.
         device: where the harmonizer is.
 
     Returns:
@@ -63,7 +65,9 @@ def appearance_gains(harmonizer: Harmonizer, sampler: PatchSampler, device: torc
     gains: dict[int, float] = {}
     for site in sorted({case.site for case in sampler.cases}):
         own = sampler.only([site])
-        if own is None or harmonizer.bank_gate[site] == 0:
+        # Quantiles do not see inversion: turned over, a site may be no nearer by them and yet be what the reference shows.
+        inverted = bool((harmonizer.bank_polarity[site] < INVERTED_BELOW).any())
+        if own is None or inverted or harmonizer.bank_gate[site] == 0:
             continue
         before, after = [], []
         for _ in range(max(1, -(-GATE_PATCHES // sampler.batch_size))):

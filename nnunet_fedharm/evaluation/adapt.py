@@ -3,8 +3,9 @@
 1. The style is the average of the volumes' quantiles, as for the sites of the training.
 2. Each fold's judge votes on whether a channel is inverted; the votes are averaged over the volumes. A kind without a judge
    (nyul, curve) takes every channel as it is.
-3. Each fold's gate: without labels it is open if the harmonized volumes' average quantiles are nearer to the reference's than
-   the volumes' own are; with labels, if the stock predictor's Dice is higher with the gate open than with it shut.
+3. Each fold's gate: without labels it is open at an inverted site, which quantiles cannot judge, and elsewhere if the harmonized
+   volumes' average quantiles are nearer to the reference's than the volumes' own are; with labels, if the stock predictor's Dice
+   is higher with the gate open than with it shut.
 """
 
 from __future__ import annotations
@@ -223,10 +224,12 @@ def _evidence(
 ) -> FoldEvidence:
     before, after = (float(np.abs(found - _reference(harmonizer)).mean()) for found in (seen.before, seen.after))
     opened, shut = scores or (None, None)
-    gains = after < before if opened is None or shut is None else opened > shut
+    inverted = tuple(vote < INVERTED_BELOW for vote in votes)
+    # Quantiles do not see inversion, so they do not judge a site that is turned over.
+    gains = after < before or any(inverted) if opened is None or shut is None else opened > shut
     return FoldEvidence(
         votes=tuple(votes) if has_judge(harmonizer) else None,
-        inverted=tuple(vote < INVERTED_BELOW for vote in votes),
+        inverted=inverted,
         distance_before=before,
         distance_after=after,
         dice_open=opened,

@@ -52,6 +52,14 @@ def test_a_map_to_the_reference_gains_and_a_shift_away_does_not(active: Planned)
     assert trainer.harmonizer.bank_gate.tolist() == [0.0, 0.0]
 
 
+def test_quantiles_do_not_judge_an_inverted_site(active: Planned) -> None:
+    trainer = assembled(active, "curve")
+    shift_everything(trainer, 3.0)
+    trainer.harmonizer.bank_polarity[B] = -1.0
+    assert close_without_gain(trainer.harmonizer, trainer.all_patches(np.random.default_rng(0)), trainer.device) == {}
+    assert trainer.harmonizer.bank_gate.tolist() == [0.0, 1.0]
+
+
 def test_a_gate_is_judged_as_if_the_phase_were_over(active: Planned) -> None:
     trainer = assembled(active, "polarity")
     trainer.harmonizer.gate.zero_()  # as during the harmonizer phase
