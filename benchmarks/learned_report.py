@@ -50,9 +50,16 @@ class Results:
             arm = entry["arm"]
             self.entries[Row(arm["scenario"], arm["kind"], arm["dims"], arm["mode"], arm["augmentation"])].append(entry)
 
-    def scores(self, row: Row, site: str, metric: str) -> Scores | None:
+    def seeds(self, row: Row, site: str) -> set[int]:
+        return {entry["arm"]["seed"] for entry in self.entries.get(row, []) if site in entry["sites"]}
+
+    def scores(self, row: Row, site: str, metric: str, seeds: set[int] | None = None) -> Scores | None:
         """(seeds, cases) of a row's test site, cases sorted by name; None where nothing was measured."""
-        found = [entry["sites"][site]["cases"] for entry in self.entries.get(row, []) if site in entry["sites"]]
+        found = [
+            entry["sites"][site]["cases"]
+            for entry in self.entries.get(row, [])
+            if site in entry["sites"] and (seeds is None or entry["arm"]["seed"] in seeds)
+        ]
         if not found:
             return None
         return np.array([[cases[name][metric] for name in sorted(cases)] for cases in found])
@@ -62,8 +69,8 @@ class Results:
         chosen = [row for row in self.entries if row.scenario in scenarios and row.dims == dims]
         return sorted(chosen, key=lambda row: (not row.augmentation, order.index(row.kind), row.mode))
 
-    def oracle(self, site: str, dims: str, metric: str) -> Scores | None:
-        return self.scores(Row("A" if site == "A" else f"own-{site}", "none", dims, "", True), site, metric)
+    def oracle(self, site: str, dims: str, metric: str, seeds: set[int] | None = None) -> Scores | None:
+        return self.scores(Row("A" if site == "A" else f"own-{site}", "none", dims, "", True), site, metric, seeds)
 
 
 def mean_cell(scores: Scores | None, digits: int = 3) -> str:
@@ -171,10 +178,11 @@ def triples_of(results: Results, row: Row, none: Row, sites: str, dims: str) -> 
     """(method, none, oracle) of each site; empty where one of them was not measured."""
     triples = []
     for site in sites:
+        seeds = results.seeds(row, site)  # the same seeds of all three
         found = (
             results.scores(row, site, "dice"),
-            results.scores(none, site, "dice"),
-            results.oracle(site, dims, "dice"),
+            results.scores(none, site, "dice", seeds),
+            results.oracle(site, dims, "dice", seeds),
         )
         if any(scores is None for scores in found):
             return []
