@@ -31,7 +31,7 @@ FIXED_KINDS = frozenset({"none", "augment"})
 
 
 @torch.no_grad()
-def measure_source(harmonizer: Harmonizer, volume: Float[Tensor, c * spatial]) -> tuple[Style, list[float]]:
+def measure_source(harmonizer: Harmonizer, volume: Float[Tensor, "c d h w"]) -> tuple[Style, list[float]]:
     """Style and polarity of one preprocessed volume.
 
     Args:
@@ -79,7 +79,7 @@ def kept_source(harmonizer: Harmonizer) -> Iterator[None]:
 
 
 @contextmanager
-def volume_source(harmonizer: Harmonizer, volume: Float[Tensor, c * spatial]) -> Iterator[None]:
+def volume_source(harmonizer: Harmonizer, volume: Float[Tensor, "c d h w"]) -> Iterator[None]:
     """Inside the block the source is the volume's own style and polarity; afterwards the stored one holds again.
 
     The gate is the stored one if a source is stored, else `known_gate`'s.

@@ -103,9 +103,8 @@ class CycleGANTraining(HarmonizerTraining):
         generator: torch.Generator,
         references: Tensor | None = None,
     ) -> dict[str, float]:
+        references = dressed_references(self.harmonizer, references)
         polarity_step(self, image, sites, generator, references, judge_steps=JUDGE_STEPS)
-        if references is not None:
-            references = dressed_references(self.harmonizer, references)
         if self.config.train_everywhere:
             sources, reals = self.sources(image, sites, generator), self.reals(image, sites, references)
         elif references is None:

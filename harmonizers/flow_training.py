@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nnunet_fedharm.harmonizers.polarity import polarity_step
+from nnunet_fedharm.harmonizers.polarity import dressed_references, polarity_step
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class FlowTraining(HarmonizerTraining):
         references: Float[Tensor, "b c *spatial"] | None = None,
     ) -> dict[str, float]:
         """As of the base class; a site that only votes has no loss: NaN."""
-        polarity_step(self, image, sites, generator, references, judge_steps=1)
+        if self.flow.polarity_judge is not None:
+            polarity_step(self, image, sites, generator, dressed_references(self.flow, references), judge_steps=1)
         if references is None:
             return {"loss": float("nan")}
         own = torch.full((len(references),), self.flow.reference_sites()[0], device=references.device)

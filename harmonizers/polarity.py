@@ -156,6 +156,7 @@ def polarity_step(
 
     Args:
         training: of a `JudgedHarmonizer`, with an optimizer named "polarity".
+        references: patches of the reference's site in the reference's quantiles, see `dressed_references`; or None.
         judge_steps: steps of the judge, all on the same references.
 
     Returns:
@@ -166,7 +167,6 @@ def polarity_step(
         return None
     taught = None
     if references is not None:
-        references = dressed_references(harmonizer, references)
         wanted = harmonizer.reference_quantiles.expand(len(references), -1, -1)
         for _ in range(judge_steps):
             loss = harmonizer.polarity_judge.loss(references, wanted, generator)
@@ -180,8 +180,10 @@ def polarity_step(
     return taught
 
 
-def dressed_references(harmonizer: Harmonizer, references: Float[Tensor, "b c *spatial"]) -> Tensor:
+def dressed_references(harmonizer: Harmonizer, references: Float[Tensor, "b c *spatial"] | None) -> Tensor | None:
     """Patches of the reference's site in the reference's quantiles: unchanged unless the reference is a consensus."""
+    if references is None:
+        return None
     own = harmonizer.bank_quantiles[harmonizer.reference_sites()[:1]].expand(len(references), -1, -1)
     upright = torch.zeros(references.shape[:2], dtype=torch.bool, device=references.device)
     return dress(references, own, harmonizer.reference_quantiles.expand_as(own), upright)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.base import Source
-from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer, dress, polarity_step
+from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer, dress, dressed_references, polarity_step
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 
@@ -92,5 +92,6 @@ class PolarityTraining(HarmonizerTraining):
         references: Float[Tensor, "b c *spatial"] | None = None,
     ) -> dict[str, float]:
         """As of the base class; a site that only votes has no loss: NaN."""
-        loss = polarity_step(self, image, sites, generator, references, judge_steps=1)
+        dressed = dressed_references(self.harmonizer, references)
+        loss = polarity_step(self, image, sites, generator, dressed, judge_steps=1)
         return {"loss": float("nan") if loss is None else loss}
