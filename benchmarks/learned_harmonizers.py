@@ -84,12 +84,16 @@ def baselines(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
         yield Arm(Harmonizer("none", dims, "", seed), "A", augmentation=False)
 
 
+LEFT_OUT = (("none", ""), ("augment", ""), ("polarity", "central"), ("diffusion", "central"), ("cyclegan", "central"))
+"""Kinds and modes of the arms with one site left out; each trains a segmenter of its own, as three sites' labels pass it."""
+
+
 def one_left_out(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
     """Labels at three sites, images of all four."""
     for seed in seeds:
         for site in reversed(SITES):
             reference = "B" if site == "A" else "A"
-            for kind, mode in (("none", ""), ("diffusion", "central"), ("augment", "")):
+            for kind, mode in LEFT_OUT:
                 yield Arm(Harmonizer(kind, dims, mode, seed, reference), f"not-{site}")
 
 

@@ -19,7 +19,7 @@ from nnunet_fedharm.evaluation.fidelity import foreground_mask, nrmse, psnr, win
 from nnunet_fedharm.evaluation.lesions import LesionCount, contrast_to_noise, count_lesions, surroundings
 from nnunet_fedharm.evaluation.paired_files import Pair, Volume, channels_of, read_like, read_volume, segmentation_file
 from nnunet_fedharm.evaluation.structure import edge_correlation, gradient_correlation
-from nnunet_fedharm.sites.radiomics import extract_features, feature_extractor
+from nnunet_fedharm.sites.features.radiomics import extract_features, feature_extractor
 
 Image = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

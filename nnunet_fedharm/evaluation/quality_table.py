@@ -11,7 +11,7 @@ from nnunet_fedharm.evaluation.fidelity import SSIM_WINDOW
 from nnunet_fedharm.evaluation.lesions import DETECTED_OVERLAP, RIM_VOXELS
 from nnunet_fedharm.evaluation.quality import METRICS, PairQuality
 from nnunet_fedharm.evaluation.resampling import RESAMPLES
-from nnunet_fedharm.sites.radiomics import SETTINGS
+from nnunet_fedharm.sites.features.radiomics import SETTINGS
 
 TITLES = {
     "ssim": ("SSIM to truth", 3),

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunet_fedharm.errors import DataError, SetupError, ShapeError
-from nnunet_fedharm.sites import radiomics as ours
+from nnunet_fedharm.sites.features import radiomics as ours
 
 pyradiomics = pytest.importorskip("radiomics", reason="pyradiomics is not installed")
 
