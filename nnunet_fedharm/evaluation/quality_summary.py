@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nnunet_fedharm.errors import DataError
-from nnunet_fedharm.evaluation.agreement import (
+from nnunet_fedharm.differences.agreement import (
     EXCELLENT,
     GOOD,
     concordance,
@@ -21,10 +20,11 @@ from nnunet_fedharm.evaluation.agreement import (
     median,
     share_at_least,
 )
+from nnunet_fedharm.differences.site_classifier import PERMUTATIONS, TREES, site_accuracy
+from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.evaluation.paired_files import ONE_SITE
 from nnunet_fedharm.evaluation.quality import PairQuality
 from nnunet_fedharm.evaluation.resampling import Values, compare, nanmean
-from nnunet_fedharm.evaluation.site_classifier import PERMUTATIONS, TREES, site_accuracy
 
 Vector = npt.NDArray[np.float64]
 RATIOS = ("cnr_over_truth", "cnr_over_input")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nnunet_fedharm.evaluation.agreement import EXCELLENT, GOOD
+from nnunet_fedharm.differences.agreement import EXCELLENT, GOOD
 from nnunet_fedharm.evaluation.fidelity import SSIM_WINDOW
 from nnunet_fedharm.evaluation.lesions import DETECTED_OVERLAP, RIM_VOXELS
 from nnunet_fedharm.evaluation.quality import METRICS, PairQuality

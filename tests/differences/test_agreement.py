@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import f_oneway
 
+from nnunet_fedharm.differences.agreement import concordance, intraclass_correlation, median, share_at_least
 from nnunet_fedharm.errors import ShapeError
-from nnunet_fedharm.evaluation.agreement import concordance, intraclass_correlation, median, share_at_least
 from nnunet_fedharm.evaluation.resampling import compare, nanmean
 
 SHROUT_FLEISS = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float)

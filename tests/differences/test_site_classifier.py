@@ -8,8 +8,8 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold
 
+from nnunet_fedharm.differences.site_classifier import permute_sites, site_accuracy
 from nnunet_fedharm.errors import DataError
-from nnunet_fedharm.evaluation.site_classifier import permute_sites, site_accuracy
 
 FAST = {"seed": 0, "permutations": 19, "trees": 10}
 
