@@ -97,6 +97,16 @@ def one_left_out(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
                 yield Arm(Harmonizer(kind, dims, mode, seed, reference), f"not-{site}")
 
 
+def long(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
+    """Segmenters trained five times as long."""
+    for seed in seeds:
+        for scenario in ("A", *(f"own-{site}" for site in SITES[1:])):
+            yield Arm(Harmonizer("none", dims, "", seed), scenario)
+        yield Arm(Harmonizer("none", dims, "", seed), "A", augmentation=False)
+        for kind, mode in (("polarity", "central"), ("diffusion", "central"), ("cyclegan", "central"), ("augment", "")):
+            yield Arm(Harmonizer(kind, dims, mode, seed), "A")
+
+
 def unaugmented(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
     """Segmenters without nnU-Net's augmentation, which a training as short as this one has not caught up with."""
     for seed in seeds:
@@ -115,6 +125,8 @@ GROUPS = {
     "one-left-out": lambda: one_left_out("3d", SEEDS[:1]),
     "2d": lambda: one_site("2d", SEEDS[:1]),
     "2d-more": lambda: one_site("2d", SEEDS[1:]),
+    "2d-long": lambda: long("2d-long", SEEDS),
+    "3d-long": lambda: long("3d-long", SEEDS[:1]),
     "one-left-out-2": lambda: one_left_out("3d", SEEDS[1:2]),
     "one-left-out-3": lambda: one_left_out("3d", SEEDS[2:]),
 }

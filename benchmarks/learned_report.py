@@ -123,12 +123,13 @@ def gap_cell(triples: list[tuple[Scores, Scores, Scores]]) -> str:
 def report(work: Path) -> None:
     """Print every table for what was measured."""
     results = Results(work)
-    for dims in ("3d", "2d"):
+    for dims in ("3d", "2d", "3d-long", "2d-long"):
         rows = results.rows(["A"], dims)
         if rows:
-            print(f"\n### Labels at A alone, {dims.upper()}: Dice\n")
+            name = dims.upper().replace("-LONG", ", segmenter trained five times as long")
+            print(f"\n### Labels at A alone, {name}: Dice\n")
             one_site_table(results, rows, dims, "dice", 3)
-            print(f"\n### Labels at A alone, {dims.upper()}: HD95 in mm\n")
+            print(f"\n### Labels at A alone, {name}: HD95 in mm\n")
             one_site_table(results, rows, dims, "hd95_mm", 2)
     print("\n### One site without labels, 3D: Dice at that site\n")
     left_out_table(results, "dice", 3)
@@ -136,9 +137,9 @@ def report(work: Path) -> None:
     left_out_table(results, "hd95_mm", 2)
     print("\n### Polarity votes and gates\n")
     polarity_table(results)
-    print("\n### Quality on travelling subjects, first seed\n")
+    print("\n### Quality on travelling subjects\n")
     quality_table(work)
-    print("\n### Radiomics of the labelled region and site classifier, first seed\n")
+    print("\n### Radiomics of the labelled region and site classifier\n")
     agreement_table(work)
     print("\n### Cost\n")
     cost_table(results)
@@ -192,7 +193,7 @@ def triples_of(results: Results, row: Row, none: Row, sites: str, dims: str) -> 
 
 def left_out_table(results: Results, metric: str, digits: int) -> None:
     kinds = {(row.kind, row.mode, row.title) for row in results.rows([f"not-{site}" for site in SITES], "3d")}
-    order = ["none", "augment", "nyul", "curve", "cyclegan", "diffusion"]
+    order = ["none", "augment", "nyul", "curve", "polarity", "cyclegan", "diffusion"]
     with_gap = metric == "dice"
     print(f"| harmonizer | {' | '.join(SITES)}{' | worst | gap recovered at D' if with_gap else ''} |")
     print("|---|" + "---|" * (4 + 2 * with_gap))
@@ -221,53 +222,74 @@ def polarity_table(results: Results) -> None:
                 print(f"| {row.title}, {dims} | {votes} | {gates} |")
 
 
+METRICS = {
+    "ssim": ("SSIM", 3), "psnr_db": ("PSNR, dB", 1), "nrmse": ("nRMSE", 3),
+    "gradient_correlation": ("gradient corr.", 3), "edges_kept": ("edges kept", 3),
+    "cnr_over_truth": ("CNR / truth", 2), "cnr_over_input": ("CNR / input", 2),
+}  # fmt: skip
+Quality = Mapping[str, Any]
+
+
+def qualities(work: Path) -> dict[str, list[Quality]]:
+    """Title -> quality reports of all its seeds."""
+    found: dict[str, list[Quality]] = defaultdict(list)
+    for path in sorted((work / "quality").glob("*.json")):
+        kind, dims, *rest = path.stem.split("_")
+        found[", ".join([kind, dims.upper(), *(part for part in rest if part in ("central", "federated"))])].append(
+            json.loads(path.read_text())
+        )
+    order = ["nyul", "curve", "polarity", "cyclegan", "diffusion"]
+    return dict(sorted(found.items(), key=lambda item: (", 2D" in item[0], order.index(item[0].split(",")[0]))))
+
+
 def quality_table(work: Path) -> None:
-    names = {
-        "ssim": ("SSIM", 3), "psnr_db": ("PSNR, dB", 1), "nrmse": ("nRMSE", 3),
-        "gradient_correlation": ("gradient corr.", 3), "edges_kept": ("edges kept", 3),
-        "cnr_over_truth": ("CNR / truth", 2), "cnr_over_input": ("CNR / input", 2),
-    }  # fmt: skip
-    paths = sorted((work / "quality").glob("*.json"))
-    if not paths:
+    found = qualities(work)
+    if not found:
         print("Not measured.")
         return
-    reports = {path.stem: json.loads(path.read_text()) for path in paths}
     for site in "BCD":
-        print(f"\nSite {site}:\n\n| harmonizer | {' | '.join(title for title, _ in names.values())} |")
-        print("|---|" + "---|" * len(names))
-        for index, (stem, quality) in enumerate(reports.items()):
-            (metrics,) = quality["sites"][site].values()  # one channel
-            if index == 0:
-                print(
-                    f"| as scanned | {' | '.join(number(metrics[name]['before'], d) for name, (_, d) in names.items())} |"
-                )
-            cells = [number(metrics[name]["after"], digits) for name, (_, digits) in names.items()]
-            print(f"| {stem.replace('_', ' ').replace(' seed0 toA', '')} | {' | '.join(cells)} |")
+        print(f"\nSite {site}:\n\n| harmonizer | seeds | {' | '.join(title for title, _ in METRICS.values())} |")
+        print("|---|---|" + "---|" * len(METRICS))
+        first = next(iter(found.values()))[:1]
+        for title, reports, state in [("as scanned", first, "before"), *((t, r, "after") for t, r in found.items())]:
+            (channel,) = reports[0]["sites"][site]
+            cells = [
+                spread([report["sites"][site][channel][name][state] for report in reports], digits)
+                for name, (_, digits) in METRICS.items()
+            ]
+            print(f"| {title} | {len(reports) if state == 'after' else ''} | {' | '.join(cells)} |")
 
 
 def agreement_table(work: Path) -> None:
     """Radiomics against the truth, and what a site classifier still finds."""
-    reports = {path.stem: json.loads(path.read_text()) for path in sorted((work / "quality").glob("*.json"))}
-    if not reports:
+    found = qualities(work)
+    if not found:
         print("Not measured.")
         return
     print(
-        "| harmonizer | median CCC at B, C, D | median ICC(2,1) | site classifier's accuracy | its null, 95th percentile |"
+        "| harmonizer | seeds | median CCC at B, C, D | median ICC(2,1) | site classifier's accuracy "
+        "| its null, 95th percentile |\n|---|---|---|---|---|---|"
     )
-    print("|---|---|---|---|---|")
-    for index, (stem, quality) in enumerate(reports.items()):
-        for state in ("before", "after") if index == 0 else ("after",):
-            ccc = ", ".join(number(quality["features"]["sites"][site]["median"][state], 2) for site in "BCD")
-            icc, found = quality["features"]["icc"]["median"][state], quality["site_classifier"][state]
-            name = "as scanned" if state == "before" else stem.replace("_", " ").replace(" seed0 toA", "")
-            print(
-                f"| {name} | {ccc} | {number(icc, 2)} | {found['balanced_accuracy']:.2f} | {found['null_high']:.2f} |"
-            )
+    first = next(iter(found.values()))[:1]
+    for title, reports, state in [("as scanned", first, "before"), *((t, r, "after") for t, r in found.items())]:
+        features = [report["features"] for report in reports]
+        ccc = ", ".join(
+            spread([f["sites"][site]["median"][state] for f in features], 2, ranged=False) for site in "BCD"
+        )
+        icc = spread([f["icc"]["median"][state] for f in features], 2)
+        accuracy = [report["site_classifier"][state] for report in reports]
+        cells = [spread([found[name] for found in accuracy], 2) for name in ("balanced_accuracy", "null_high")]
+        print(f"| {title} | {len(reports) if state == 'after' else ''} | {ccc} | {icc} | {' | '.join(cells)} |")
 
 
-def number(estimate: Any, digits: int) -> str:
-    value = estimate["value"] if isinstance(estimate, Mapping) else estimate
-    return "-" if value is None else f"{value:.{digits}f}"
+def spread(estimates: list[Any], digits: int, *, ranged: bool = True) -> str:
+    """Mean over seeds and, with more than one, their range."""
+    values = [estimate["value"] if isinstance(estimate, Mapping) else estimate for estimate in estimates]
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) == 1 or not ranged else f"{text} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def cost_table(results: Results) -> None:
