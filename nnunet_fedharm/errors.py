@@ -31,3 +31,7 @@ class CheckpointError(FedHarmError):
 
 class FederationError(FedHarmError):
     """A federated run cannot start or go on."""
+
+
+class PrivacyError(FedHarmError):
+    """A release would pass its budget, cannot be accounted for, or would show one site's part of a sum."""
