@@ -69,8 +69,8 @@ def line_chart(
     xs, ys = [x for x, _ in points], [y for _, y in points]
     y_ticks = ticks(*(y_range or (min(ys), max(ys))))
     x_ticks = [tick for tick in ticks(min(xs), max(xs)) if not whole_x or tick == round(tick)]
-    x_of = _scale(min(xs), max(xs), _LEFT, width - _RIGHT)
-    y_of = _scale(y_ticks[0], y_ticks[-1], height - _BOTTOM, _TOP)
+    x_of = scale(min(xs), max(xs), _LEFT, width - _RIGHT)
+    y_of = scale(y_ticks[0], y_ticks[-1], height - _BOTTOM, _TOP)
     parts = [_grid_line(y_of(tick), width, f"{tick:g}") for tick in y_ticks]
     for tick in x_ticks:
         if min(xs) <= tick <= max(xs):
@@ -83,25 +83,37 @@ def line_chart(
         parts.append(
             f'<polyline points="{path}" class="line {line.style}"><title>{escape(line.name)}</title></polyline>'
         )
-    return _svg(parts, width, height, label)
+    return svg(parts, width, height, label)
 
 
-def interval_chart(groups: Sequence[tuple[str, Sequence[Point]]], *, label: str, x_label: str, width: int = 400) -> str:
+def interval_chart(
+    groups: Sequence[tuple[str, Sequence[Point]]],
+    *,
+    label: str,
+    x_label: str,
+    width: int = 400,
+    left: float = 60.0,
+    x_range: tuple[float, float] | None = None,
+    natural: bool = False,
+) -> str:
     """Horizontal means with their intervals, grouped by row names.
 
     Args:
         groups: (row name, its points from top to bottom).
         label: what the chart shows, for screen readers.
         x_label: under the axis.
+        left: room for the row names.
+        x_range: range of x; None: what the points need.
+        natural: never wider than `width` pixels, so that letters keep their size.
     """
     values = [v for _, points in groups for p in points for v in (p.mean, p.low, p.high) if v is not None]
     if not values:
         return ""
-    step, gap, left = 17, 11, 60.0
+    step, gap = 17, 11
     height = int(_TOP + sum(step * len(points) + gap for _, points in groups) + _BOTTOM)
     centre, half = (min(values) + max(values)) / 2, max(max(values) - min(values), _LEAST_RANGE) / 2
-    x_ticks = ticks(centre - half, centre + half)
-    x_of = _scale(x_ticks[0], x_ticks[-1], left, width - _RIGHT)
+    x_ticks = ticks(*(x_range or (centre - half, centre + half)))
+    x_of = scale(x_ticks[0], x_ticks[-1], left, width - _RIGHT)
     parts = []
     for tick in x_ticks:
         x = x_of(tick)
@@ -116,7 +128,7 @@ def interval_chart(groups: Sequence[tuple[str, Sequence[Point]]], *, label: str,
             parts.append(_interval(point, x_of, y + step / 2))
             y += step
         y += gap
-    return _svg(parts, width, height, label)
+    return svg(parts, width, height, label, natural=natural)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -140,7 +152,7 @@ def _interval(point: Point, x_of: Callable[[float], float], y: float) -> str:
     return f"<g>{bar}{dot}<title>{escape(text)}</title></g>"
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+def scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     """Linear map from [low, high] to [start, end]."""
     factor = (end - start) / (high - low) if high > low else 0.0
     return lambda value: start + (value - low) * factor
@@ -153,6 +165,21 @@ def _grid_line(y: float, width: int, text: str) -> str:
     )
 
 
-def _svg(parts: Sequence[str], width: int, height: int, label: str) -> str:
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label, quote=True)}">{body}</svg>'
+def svg(
+    parts: Sequence[str], width: int, height: int, label: str, *, description: str = "", natural: bool = False
+) -> str:
+    """A picture of its parts.
+
+    Args:
+        parts: SVG elements.
+        width, height: of the view box.
+        label: what it shows, for screen readers.
+        description: what can be seen in it, in words.
+        natural: never wider than `width` pixels, so that letters keep their size.
+    """
+    size = f' style="max-width:{width}px"' if natural else ""
+    words = f"<desc>{escape(description)}</desc>" if description else ""
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label, quote=True)}"{size}>'
+        f"{words}{''.join(parts)}</svg>"
+    )
