@@ -7,8 +7,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,18 @@ class SiteUpdate:
         n_steps: optimizer steps taken in this round.
         n_cases: training cases at the site.
         metrics: train_loss, val_loss, dice (mean foreground pseudo Dice), seconds; absent where not measured.
+        control: change of the site's control variate (SCAFFOLD), by the name of its tensor.
     """
 
     weights: Weights
     n_steps: int
     n_cases: int
     metrics: dict[str, float]
+    control: Weights = field(default_factory=dict)
+
+
+Combine = Callable[[Mapping[str, Weights], Mapping[str, float]], Weights]
+"""From site -> tensors and site -> share to one set of tensors."""
 
 
 def shares(updates: Mapping[str, SiteUpdate], weighting: str, *, batch_size: int = 1) -> dict[str, float]:
@@ -47,50 +53,74 @@ def shares(updates: Mapping[str, SiteUpdate], weighting: str, *, batch_size: int
     Raises:
         FederationError: unknown weighting, no update, or nobody did anything.
     """
-    amounts: dict[str, float]
-    if weighting == "steps":
-        amounts = {site: float(update.n_steps * batch_size) for site, update in updates.items()}
-    elif weighting == "cases":
-        amounts = {site: float(update.n_cases * (update.n_steps > 0)) for site, update in updates.items()}
-    elif weighting == "sites":
-        amounts = {site: float(update.n_steps > 0) for site, update in updates.items()}
-    else:
-        raise FederationError(f"weighting is {weighting!r}; choose steps, cases or sites.")
-    total = math.fsum(amounts.values())
+    parts = amounts(updates, weighting, batch_size=batch_size)
+    total = math.fsum(parts.values())
     if not total > 0:
         raise FederationError(f"No site did any work in this round (weighting {weighting!r}).")
-    return {site: amount / total for site, amount in amounts.items()}
+    return {site: amount / total for site, amount in parts.items()}
+
+
+def amounts(updates: Mapping[str, SiteUpdate], weighting: str, *, batch_size: int = 1) -> dict[str, float]:
+    """What `shares` divides by its sum.
+
+    Raises:
+        FederationError: unknown weighting.
+    """
+    if weighting == "steps":
+        return {site: float(update.n_steps * batch_size) for site, update in updates.items()}
+    if weighting == "cases":
+        return {site: float(update.n_cases * (update.n_steps > 0)) for site, update in updates.items()}
+    if weighting == "sites":
+        return {site: float(update.n_steps > 0) for site, update in updates.items()}
+    raise FederationError(f"weighting is {weighting!r}; choose steps, cases or sites.")
 
 
 def aggregate(
-    former: Weights, updates: Mapping[str, SiteUpdate], share: Mapping[str, float], ownership: Ownership
+    former: Weights,
+    updates: Mapping[str, SiteUpdate],
+    share: Mapping[str, float],
+    ownership: Ownership,
+    *,
+    combine: Combine | None = None,
 ) -> Weights:
     """The next global tensors.
 
     Rows come from their sites word for word; what only the reference's sites train is their mean; the rest is the mean over all
-    sites that took a step. A tensor or row whose owners are not there stays as it was.
+    sites that took a step, or what `combine` makes of them. A tensor or row whose owners are not there stays as it was.
 
     Args:
         former: global tensors before the round.
         updates: site -> reply, with the tensors of `ownership.contribution`.
         share: site -> share, 0 for a site that took no step; renormalised over the sites of each mean.
         ownership: of the phase.
+        combine: instead of the weighted mean, for what all sites train.
 
     Raises:
         ShapeError: names or shapes differ; the message names the site.
     """
     alone = ownership.reference_only & set(former)
-    common = set(former) - alone - ownership.rows - ownership.fixed
     active = {site for site in updates if share[site] > 0}
     merged = dict(former)
-    for names, sites in ((common, active), (alone, active & ownership.reference_sites)):
+    for names, sites, merge in (
+        (ownership.common(former), active, combine or weighted_mean),
+        (alone, active & ownership.reference_sites, weighted_mean),
+    ):
         if names and sites:
             total = math.fsum(share[site] for site in sites)
-            sent = {site: {name: _of(updates[site].weights, name, site) for name in names} for site in sites}
-            merged |= weighted_mean(sent, {site: share[site] / total for site in sites})
+            merged |= merge(select(updates, sites, names), {site: share[site] / total for site in sites})
     for name in ownership.rows & set(former):
         merged[name] = _with_rows(name, former[name], updates, ownership.bank)
     return merged
+
+
+def select(updates: Mapping[str, SiteUpdate], sites: Iterable[str], names: Iterable[str]) -> dict[str, Weights]:
+    """site -> the named tensors of its reply.
+
+    Raises:
+        ShapeError: one is missing; the message names the site.
+    """
+    chosen = sorted(names)
+    return {site: {name: _of(updates[site].weights, name, site) for name in chosen} for site in sorted(sites)}
 
 
 def _with_rows(
@@ -140,11 +170,14 @@ def _mean_tensor(name: str, tensors: Mapping[str, npt.NDArray[Any]], share: Mapp
         if tensors[site].shape != like.shape:
             raise ShapeError(f"{name}: {site} sent {tensors[site].shape}, {sites[0]} sent {like.shape}.")
         total += share[site] * tensors[site].astype(np.float64)
-    if like.dtype == np.bool_:
-        return np.asarray(total > 0.5)
-    if like.dtype.kind in "iu":
-        return np.asarray(np.rint(total), dtype=like.dtype)
-    return np.asarray(total, dtype=like.dtype)
+    return as_dtype(total, like.dtype)
+
+
+def as_dtype(value: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """A float64 result as the tensor's own dtype: integers rounded, booleans decided by more than half."""
+    if dtype == np.bool_:
+        return np.asarray(value > 0.5)
+    return np.asarray(np.rint(value) if dtype.kind in "iu" else value, dtype=dtype)
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -6,7 +6,7 @@ undoes part of what was learnt. What a site's word does not count for, it does n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Ownership:
         reference_only: tensors that only the reference's sites train.
         reference_sites: their names.
         idle: sites that do not take part in the phase.
+        local: tensors of which every site keeps its own (personalisation); they travel in no direction.
     """
 
     bank: tuple[str, ...] = ()
@@ -40,11 +41,20 @@ class Ownership:
     reference_only: frozenset[str] = frozenset()
     reference_sites: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
+    local: frozenset[str] = frozenset()
+
+    def common(self, names: Iterable[str]) -> set[str]:
+        """Those of the names that every site trains, so that a mean over sites makes sense."""
+        return set(names) - self.rows - self.fixed - self.reference_only - self.local
+
+    def shared(self, weights: Weights) -> Weights:
+        """What may travel at all: everything but the tensors of which every site keeps its own."""
+        return {name: value for name, value in weights.items() if name not in self.local}
 
     def contribution(self, site: str, weights: Weights) -> Weights:
         """What a site sends back of these tensors: those that it may change, and of a table of rows its own, (1, ...)."""
         chosen: Weights = {}
-        for name, value in weights.items():
+        for name, value in self.shared(weights).items():
             if name in self.rows:
                 if site in self.bank:
                     row = self.bank.index(site)

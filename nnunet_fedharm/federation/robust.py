@@ -1,0 +1,142 @@
+"""Aggregation that a few bad sites cannot steer, and who sent too large an update: pure functions.
+
+Every function takes site -> (name -> array), the same names and shapes from everybody, and computes in float64 in the order
+of the sites' names. n is the number of sites, f the number of bad ones among them.
+
+References:
+    Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018 (median, trimmed mean).
+    Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017 (Krum).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunet_fedharm.errors import FederationError, ShapeError
+from nnunet_fedharm.federation.aggregation import as_dtype
+from nnunet_fedharm.federation.codec import Weights
+
+NORM_BOUND_LEAST = 3
+"""Replies from which on a median of norms says something about the others."""
+
+
+def coordinate_median(weights: Mapping[str, Weights]) -> Weights:
+    """Median over sites of every number; the mean of the two middle ones where n is even. Sites count alike.
+
+    With fewer bad sites than half of all, every number lies between two numbers that good sites sent.
+    """
+    return _by_tensor(weights, lambda stack: np.median(stack, axis=0))
+
+
+def trimmed_mean(weights: Mapping[str, Weights], trim: float) -> Weights:
+    """Mean over sites of every number without the `cut` largest and `cut` smallest, cut = ceil(trim n). Sites count alike.
+
+    Rounded up, unlike Flower's `FedTrimmedAvg`: a quarter of three replies is one of them, not none.
+
+    Raises:
+        FederationError: nothing would be left.
+    """
+    cut = trimmed(trim, len(weights))
+    if 2 * cut >= len(weights):
+        raise FederationError(f"A trimmed mean with trim {trim} of {len(weights)} replies leaves none of them.")
+    return _by_tensor(weights, lambda stack: np.sort(stack, axis=0)[cut : len(weights) - cut].mean(axis=0))
+
+
+def trimmed(trim: float, n_sites: int) -> int:
+    """Replies that a trimmed mean leaves out at each end: ceil(trim n)."""
+    return math.ceil(trim * n_sites - 1e-9)  # 0.2 * 5 is a little more than 1 in binary
+
+
+def squared_distances(weights: Mapping[str, Weights]) -> npt.NDArray[np.float64]:
+    """(n, n) squared Euclidean distances between sites over all floating tensors, in the order of the sites' names."""
+    sites = sorted(weights)
+    names = [name for name in sorted(weights[sites[0]]) if weights[sites[0]][name].dtype.kind == "f"]
+    total = np.zeros((len(sites), len(sites)))
+    for name in names:
+        flat = [weights[site][name].astype(np.float64).ravel() for site in sites]
+        for i in range(len(sites)):
+            for j in range(i):
+                # Not |a|² + |b|² - 2ab: between near neighbours that is the difference of two large numbers.
+                total[i, j] += float(np.sum((flat[i] - flat[j]) ** 2))
+    return total + total.T
+
+
+def krum_scores(distances: npt.NDArray[np.float64], byzantine: int) -> npt.NDArray[np.float64]:
+    """(n,) sum of each site's n - f - 2 smallest squared distances to others.
+
+    Raises:
+        FederationError: n < 2f + 3, below which Krum promises nothing.
+    """
+    n_sites = len(distances)
+    if n_sites < krum_least(byzantine):
+        raise FederationError(
+            f"Krum with {byzantine} bad sites needs at least {krum_least(byzantine)} replies, got {n_sites}."
+        )
+    others = distances + np.diag(np.full(n_sites, np.inf))
+    return np.sort(others, axis=1)[:, : n_sites - byzantine - 2].sum(axis=1)
+
+
+def krum_choice(weights: Mapping[str, Weights], byzantine: int, *, keep: int) -> tuple[str, ...]:
+    """The `keep` sites with the smallest Krum scores, sorted by name; of equal scores the first by name."""
+    sites = sorted(weights)
+    scores = krum_scores(squared_distances(weights), byzantine)
+    return tuple(sorted(sites[index] for index in np.argsort(scores, kind="stable")[:keep]))
+
+
+def krum_least(byzantine: int) -> int:
+    """Replies that Krum needs: 2f + 3."""
+    return 2 * byzantine + 3
+
+
+def update_norms(weights: Mapping[str, Weights], former: Weights, names: Iterable[str]) -> dict[str, float]:
+    """site -> Euclidean norm of what it changed, over the floating ones of `names`."""
+    chosen = [name for name in sorted(names) if former[name].dtype.kind == "f"]
+    return {
+        site: math.sqrt(
+            math.fsum(
+                float(np.sum((sent[name].astype(np.float64) - former[name].astype(np.float64)) ** 2)) for name in chosen
+            )
+        )
+        for site, sent in sorted(weights.items())
+    }
+
+
+def norm_outliers(norms: Mapping[str, float], factor: float) -> dict[str, str]:
+    """site -> one sentence, for each norm above `factor` times the median; nobody of fewer than three, or where it is 0.
+
+    Args:
+        norms: site -> norm of its update.
+        factor: 0 turns the bound off.
+    """
+    if not factor or len(norms) < NORM_BOUND_LEAST:
+        return {}
+    median = float(np.median(list(norms.values())))
+    if not median > 0:
+        return {}
+    return {
+        site: f"Its update has the norm {norm:.3g}, more than norm-bound {factor:g} times the median {median:.3g}."
+        for site, norm in sorted(norms.items())
+        if norm > factor * median
+    }
+
+
+def _by_tensor(
+    weights: Mapping[str, Weights], combine: Callable[[npt.NDArray[np.float64]], npt.NDArray[Any]]
+) -> Weights:
+    """Combine (n, ...) stacks tensor by tensor; integers are rounded, booleans decided by more than half."""
+    sites = sorted(weights)
+    first = weights[sites[0]]
+    combined: Weights = {}
+    for name in sorted(first):
+        like = first[name]
+        for site in sites:
+            if name not in weights[site] or weights[site][name].shape != like.shape:
+                raise ShapeError(f"{site} and {sites[0]} sent {name} in different shapes, or one of them not at all.")
+        value = combine(np.stack([weights[site][name].astype(np.float64) for site in sites]))
+        combined[name] = as_dtype(value, like.dtype)
+    return combined
