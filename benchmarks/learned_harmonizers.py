@@ -116,6 +116,13 @@ def unaugmented(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
             yield Arm(Harmonizer(kind, dims, mode, seed), "A", augmentation=False)
 
 
+def upright_only(seeds: tuple[int, ...]) -> Iterator[Arm]:
+    """For DATA that `n4_dataset.py` made, in a WORK of its own: what N4 gives alone and together with `polarity`."""
+    for seed in seeds:
+        yield Arm(Harmonizer("none", "3d", "", seed), "A")
+        yield Arm(Harmonizer("polarity", "3d", "central", seed), "A")
+
+
 GROUPS = {
     "one-site": lambda: one_site("3d", SEEDS[:1]),
     "one-site-more": lambda: one_site("3d", SEEDS[1:]),
@@ -127,6 +134,7 @@ GROUPS = {
     "2d-more": lambda: one_site("2d", SEEDS[1:]),
     "2d-long": lambda: long("2d-long", SEEDS),
     "3d-long": lambda: long("3d-long", SEEDS[:1]),
+    "n4": lambda: upright_only(SEEDS),
     "one-left-out-2": lambda: one_left_out("3d", SEEDS[1:2]),
     "one-left-out-3": lambda: one_left_out("3d", SEEDS[2:]),
 }
@@ -185,7 +193,7 @@ def main() -> None:
     parser.add_argument("action", choices=("run", "quality", "new-site", "report"))
     parser.add_argument("--data", type=Path, help="folder of Dataset910_HippocampusSites")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything that is written")
-    parser.add_argument("--groups", nargs="*", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--groups", nargs="*", default=[name for name in GROUPS if name != "n4"], choices=list(GROUPS))
     parser.add_argument(
         "--modes", nargs="*", default=[], choices=("central", "federated"), help="only these; default all"
     )
