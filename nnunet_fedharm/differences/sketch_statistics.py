@@ -1,0 +1,218 @@
+"""What differs between sites, from their histograms on common edges: the pooled statistics up to a bound that is computed.
+
+| symbol | here |
+|---|---|
+| C (K, F, B + 2) | cases of each site in each cell: below, B bins, above |
+| N_b | cases of all sites in cell b |
+| R_k | rank sum of site k, each case at the middle rank of its cell |
+| D_k = sum_b C_kb (N_b - C_kb) / 2 | how far R_k can be from the true rank sum: the order inside cells is unknown |
+
+Cases inside a cell are ties. What could be found by knowing their order is bounded for every feature: `RankTest.error`,
+`ks_bounds`, `wasserstein`. Beyond the outer edges values count as if they lay on them.
+
+References:
+    Kruskal, Wallis, "Use of Ranks in One-Criterion Variance Analysis", JASA 1952.
+    Tomczak, Tomczak, "The need to report effect size estimates revisited", 2014 (eta squared of H).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import chi2, false_discovery_control
+
+from nnunet_fedharm.differences.sketch import Counts, Edges
+from nnunet_fedharm.errors import DataError
+
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RankTest:
+    """Kruskal-Wallis of every feature.
+
+    Attributes:
+        h: (F,) statistic, corrected for ties; NaN where fewer than two sites have the feature or it does not vary.
+        p: (F,) from chi squared with sites - 1 degrees of freedom.
+        effect: (F,) eta squared, (H - k + 1) / (n - k).
+        error: (F,) largest possible difference of `effect` from that of the unbinned values.
+    """
+
+    h: Numbers
+    p: Numbers
+    effect: Numbers
+    error: Numbers
+
+
+def kruskal_wallis(counts: Counts) -> RankTest:
+    """Test of each feature from counts (..., K, F, cells); leading axes are batches (bootstrap replicates)."""
+    counts = np.asarray(counts, dtype=np.float64)
+    middle = middle_ranks(counts.sum(-3))
+    sizes, total = counts.sum(-1), counts.sum((-3, -1))
+    sums = np.einsum("...kfb,...fb->...kf", counts, middle)
+    return rank_test_from_sums(
+        squares=_over(sums**2, sizes).sum(-2),
+        slack=_slack(counts, sums, sizes, total),
+        sizes=sizes,
+        tie=_tie_correction(counts.sum(-3)),
+    )
+
+
+def rank_test_from_sums(*, squares: Numbers, slack: Numbers, sizes: Numbers, tie: Numbers) -> RankTest:
+    """The test from what are sums over sites, so that secure aggregation can do it too.
+
+    Args:
+        squares: (..., F) sum over sites of R_k^2 / n_k.
+        slack: (..., F) sum over sites of (2 |R_k - n_k (N + 1) / 2| D_k + D_k^2) / n_k.
+        sizes: (..., K, F) cases per site.
+        tie: (..., F) tie correction of H.
+    """
+    total, sites = sizes.sum(-2), (sizes > 0).sum(-2)
+    usable = (sites > 1) & (tie > 0) & (total > sites)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = 12 / (total * (total + 1))
+        plain = np.maximum(factor * squares - 3 * (total + 1), 0.0)
+        h = np.where(usable, plain / tie, np.nan)
+        effect = (h - sites + 1) / (total - sites)
+        error = (np.abs(h - plain) + factor * slack) / (total - sites)
+    p = np.where(usable, chi2.sf(h, np.maximum(sites - 1, 1)), np.nan)
+    return RankTest(h=h, p=p, effect=effect, error=np.minimum(error, 1.0))
+
+
+def middle_ranks(pooled: Counts) -> Numbers:
+    """(..., F, cells) middle rank of each cell's cases, from counts of all sites together."""
+    return np.asarray(np.cumsum(pooled, axis=-1) - pooled + (pooled + 1) / 2)
+
+
+def site_rank_sums(own: Counts, pooled: Counts) -> tuple[Numbers, Numbers]:
+    """One site's shares of `squares` and `slack`, (F,) each, from its own and all sites' counts (F, cells)."""
+    own, pooled = np.asarray(own, dtype=np.float64), np.asarray(pooled, dtype=np.float64)
+    sums = (own * middle_ranks(pooled)).sum(-1)
+    sizes, total = own.sum(-1), pooled.sum(-1)
+    room = (own * (pooled - own)).sum(-1) / 2
+    slack = _over(2 * np.abs(sums - sizes * (total + 1) / 2) * room + room**2, sizes)
+    return _over(sums**2, sizes), slack
+
+
+def _slack(counts: Counts, sums: Numbers, sizes: Numbers, total: Numbers) -> Numbers:
+    room = (counts * (counts.sum(-3, keepdims=True) - counts)).sum(-1) / 2
+    away = np.abs(sums - sizes * (total[..., None, :] + 1) / 2)
+    return _over(2 * away * room + room**2, sizes).sum(-2)
+
+
+def _tie_correction(pooled: Counts) -> Numbers:
+    total = pooled.sum(-1)
+    return np.asarray(1 - _over((pooled**3 - pooled).sum(-1), total**3 - total))
+
+
+def tie_correction(pooled: Counts) -> Numbers:
+    """(F,) 1 - sum (N_b^3 - N_b) / (N^3 - N) of counts (F, cells)."""
+    return _tie_correction(np.asarray(pooled, dtype=np.float64))
+
+
+def _over(numerator: Numbers, denominator: Numbers) -> Numbers:
+    return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=np.asarray(denominator) > 0)
+
+
+def false_discovery(p: Numbers) -> Numbers:
+    """(F,) Benjamini-Hochberg q of p; NaN stays NaN and does not count."""
+    q = np.full(p.shape, np.nan)
+    known = np.isfinite(p)
+    if known.any():
+        q[known] = false_discovery_control(p[known])
+    return q
+
+
+def effect_intervals(counts: Counts, *, replicates: int, generator: np.random.Generator) -> Numbers:
+    """95% intervals of eta squared, (F, 2): every site's cases are drawn again from its histogram.
+
+    That is the bootstrap of cases (percentiles), exactly, because a statistic of counts needs no more than counts.
+
+    Args:
+        counts: (K, F, cells), no negative ones.
+        replicates: at least 20.
+
+    Raises:
+        DataError: too few replicates.
+    """
+    if replicates < 20:
+        raise DataError(f"A bootstrap interval needs at least 20 replicates, got {replicates}.")
+    counts = np.asarray(counts, dtype=np.float64)
+    sizes = np.rint(counts.sum(-1)).astype(np.int64)
+    found = np.empty((replicates, counts.shape[1]))
+    shares = _over(counts, counts.sum(-1, keepdims=True) + np.zeros_like(counts))
+    shares[..., 0] += sizes == 0  # any distribution does for nobody
+    for replicate in range(replicates):
+        found[replicate] = kruskal_wallis(generator.multinomial(sizes, shares).astype(np.float64)).effect
+    usable = np.isfinite(found).all(0)
+    intervals = np.full((counts.shape[1], 2), np.nan)
+    if usable.any():
+        intervals[usable] = np.percentile(found[:, usable], [2.5, 97.5], axis=0).T
+    return intervals
+
+
+def distribution(counts: Counts) -> Numbers:
+    """(..., F, B + 1) share of the cases below each edge, of counts (..., F, B + 2)."""
+    counts = np.asarray(counts, dtype=np.float64)
+    return _over(np.cumsum(counts, axis=-1)[..., :-1], counts.sum(-1, keepdims=True) + 0 * counts[..., :-1])
+
+
+def ks_bounds(first: Counts, second: Counts) -> tuple[Numbers, Numbers]:
+    """Kolmogorov-Smirnov distance of two sites, (F,) each: at the edges, and the largest that the true one can be.
+
+    Args:
+        first, second: (F, B + 2) counts.
+    """
+    a, b = distribution(first), distribution(second)
+    zero, one = np.zeros((len(a), 1)), np.ones((len(a), 1))
+    left_a, left_b = np.hstack([zero, a]), np.hstack([zero, b])
+    right_a, right_b = np.hstack([a, one]), np.hstack([b, one])
+    inside = np.maximum(right_a - left_b, right_b - left_a).max(-1)
+    return np.abs(a - b).max(-1), np.minimum(inside, 1.0)
+
+
+def wasserstein(first: Counts, second: Counts, edges: Edges) -> tuple[Numbers, Numbers]:
+    """First Wasserstein distance of two sites between the outer edges, (F,), and a bound of its error, in the features' units.
+
+    Args:
+        first, second: (F, B + 2) counts.
+        edges: (F, B + 1).
+    """
+    a, b = distribution(first), distribution(second)
+    width = np.diff(edges)
+    left, right = (a - b)[:, :-1], (a - b)[:, 1:]
+    size = np.abs(left) + np.abs(right)
+    crossing = left * right < 0
+    area = np.where(crossing, _over(left**2 + right**2, 2 * size), size / 2)
+    unknown = np.diff(a) + np.diff(b)
+    return (width * area).sum(-1), (width * unknown).sum(-1)
+
+
+def spread(pooled: Counts, edges: Edges) -> Numbers:
+    """(F,) standard deviation of pooled counts (F, B + 2), uniform inside a bin, at the outer edge beyond it."""
+    pooled = np.asarray(pooled, dtype=np.float64)
+    share = _over(pooled, pooled.sum(-1, keepdims=True) + 0 * pooled)
+    centres = np.hstack([edges[:, :1], (edges[:, 1:] + edges[:, :-1]) / 2, edges[:, -1:]])
+    inside = np.hstack([np.zeros((len(edges), 1)), np.diff(edges) ** 2 / 12, np.zeros((len(edges), 1))])
+    mean = (share * centres).sum(-1, keepdims=True)
+    return np.sqrt((share * ((centres - mean) ** 2 + inside)).sum(-1))
+
+
+def display_histogram(counts: Counts, edges: Edges, bins: int) -> tuple[Edges, Numbers]:
+    """Histogram of one feature at all sites on equal bins, for a picture.
+
+    Args:
+        counts: (K, B + 2) of one feature.
+        edges: (B + 1,).
+
+    Returns:
+        (bins + 1,) edges and (K, bins) shares; cases beyond the outer edges are in the outermost bins.
+    """
+    plain = np.linspace(edges[0], edges[-1], bins + 1)
+    below: Any = distribution(counts)
+    summed = np.stack([np.interp(plain, edges, row) for row in below])
+    summed[:, 0], summed[:, -1] = 0.0, np.where(counts.sum(-1) > 0, 1.0, 0.0)
+    return plain, np.diff(summed)
