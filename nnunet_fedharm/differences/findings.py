@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from nnunet_fedharm.sites.features.table import Failure as Failure  # measured where images are read, listed here
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -195,15 +197,6 @@ class VariantFinding:
 
     name: str
     parts: list[PartFinding]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A case that could not be measured, and why."""
-
-    site: str
-    case: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ class Row:
         channel: name of dataset.json.
         region: `label NAME`, FOREGROUND or IMAGE.
         scale: one of SCALES.
-        travelling: a subject seen by several sites, kept out of every test between sites.
+        travelling: one of imagesTravelling, the further scans of subjects seen by several sites: kept out of every test
+            between sites, compared with the scan at home (same patient, not travelling). Patients whose scans all lie in
+            imagesTr stay in the tests, and are grouped by patient.
     """
 
     case: str
@@ -40,6 +42,19 @@ class Row:
     region: str
     scale: str
     travelling: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case, or one region of it, that could not be measured.
+
+    Attributes:
+        reason: one sentence, which names the region where only a region failed.
+    """
+
+    site: str
+    case: str
+    reason: str
 
 
 @dataclass(frozen=True)
