@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -45,7 +46,7 @@ def check_raw_dataset(raw_dataset: Path, *, site: str, num_processes: int = 1) -
     labelled, unlabelled = labelled_cases(raw_dataset, dataset_json), unlabelled_cases(raw_dataset, dataset_json)
     _check_counts(raw_dataset, dataset_json, len(labelled), len(unlabelled), site=site)
     for case in [*labelled, *unlabelled]:
-        _check_files(case, dataset_json, site=site)
+        check_files(case, dataset_json, site=site)
     reader = reader_class(dataset_json, (labelled + unlabelled)[0].images[0], site=site)
     work = partial(check_case, reader=reader, expected=expected, site=site)
     for _ in map_cases(
@@ -93,8 +94,26 @@ def expected_labels(dataset_json: Mapping[str, Any], *, where: str) -> list[int]
     return values
 
 
-def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site: str) -> None:
+@dataclass(frozen=True)
+class CaseVolumes:
+    """What the files of one case hold.
+
+    Attributes:
+        images: (C, D, H, W) intensities, axes as nnU-Net's reader orders them; D is 1 for a slice.
+        label: (D, H, W) label values; None for an unlabelled case.
+        spacing_mm: one per axis.
+    """
+
+    images: npt.NDArray[np.float32]
+    label: npt.NDArray[np.floating[Any]] | None
+    spacing_mm: tuple[float, ...]
+
+
+def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site: str) -> CaseVolumes:
     """Read one case and refuse what cannot be trained on.
+
+    Returns:
+        The case's voxels.
 
     Raises:
         DataError: as in `check_raw_dataset`.
@@ -117,8 +136,9 @@ def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site:
                 f"{where}: {file} is damaged ({error}); nnU-Net would take what is missing for zeros. Copy the file again."
             ) from error
         _check_intensities(channel, stored, f"{where}: {file}")
+    spacing_mm = tuple(float(value) for value in properties["spacing"])
     if case.label is None:
-        return
+        return CaseVolumes(images, None, spacing_mm)
     try:
         with redirect_stdout(StringIO()):
             label, label_properties = reader().read_seg(str(case.label))
@@ -131,6 +151,7 @@ def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site:
             f"{where}: {case.label} holds the label value {unknown[0]:g}, which dataset.json does not list ({expected}). "
             "Relabel the segmentation, or add the label at every site."
         )
+    return CaseVolumes(images, label[0], spacing_mm)
 
 
 def _check_counts(
@@ -149,7 +170,12 @@ def _check_counts(
         )
 
 
-def _check_files(case: CaseFiles, dataset_json: Mapping[str, Any], *, site: str) -> None:
+def check_files(case: CaseFiles, dataset_json: Mapping[str, Any], *, site: str) -> None:
+    """Refuse a case whose files are not all there.
+
+    Raises:
+        DataError: a missing channel or label, or more or fewer files than channels.
+    """
     names = list(dataset_json["channel_names"].values())
     if len(case.images) != len(names):
         raise DataError(

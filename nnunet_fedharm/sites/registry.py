@@ -37,10 +37,23 @@ class SitesFile:
     Attributes:
         sites: site -> scanner, in the file's order.
         cases: case identifier -> site.
+        patients: case identifier -> patient, for patients with several cases; a case that is not here is its own patient.
     """
 
     sites: dict[str, SiteInfo] = field(default_factory=dict)
     cases: dict[str, str] = field(default_factory=dict)
+    patients: dict[str, str] = field(default_factory=dict)
+
+    def patient_of(self, case: str) -> str:
+        """Patient of a case."""
+        return self.patients.get(case, case)
+
+    def site_of(self, case: str) -> str | None:
+        """Site of a case; of a travelling subject `<SITE>_<SUBJECT>`, which is not under `cases`, the site in its name."""
+        if case in self.cases:
+            return self.cases[case]
+        named = [site for site in self.sites if case.startswith(f"{site}_") and len(case) > len(site) + 1]
+        return max(named, key=len, default=None)
 
     def cases_of(self, site: str) -> list[str]:
         """Sorted case identifiers of one site."""
@@ -48,36 +61,35 @@ class SitesFile:
 
     def only(self, site: str) -> SitesFile:
         """What one site may know: itself and its own cases."""
-        return SitesFile({site: self.sites[site]}, dict.fromkeys(self.cases_of(site), site))
+        own = {case: patient for case, patient in self.patients.items() if self.site_of(case) == site}
+        return SitesFile({site: self.sites[site]}, dict.fromkeys(self.cases_of(site), site), own)
 
     def to_dict(self) -> dict[str, Any]:
         sites = {
             name: {key: value for key, value in asdict(info).items() if value is not None}
             for name, info in self.sites.items()
         }
-        return {"sites": sites, "cases": dict(self.cases)}
+        return {"sites": sites, "cases": dict(self.cases)} | (
+            {"patients": dict(self.patients)} if self.patients else {}
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: str = SITES_FILE) -> SitesFile:
         """Inverse of `to_dict`.
 
         Raises:
-            DataError: a key is missing or unknown, or a case belongs to a site that is not listed.
+            DataError: a key is missing or unknown, or a case belongs to a site that is not listed, or a patient is given
+                for a case that is not listed.
         """
+        unknown = sorted(set(data) - {item.name for item in fields(cls)})
+        if unknown:
+            raise DataError(f"{source} has the unknown key {unknown[0]!r}. Known keys: sites, cases, patients.")
         for key in ("sites", "cases"):
             if not isinstance(data.get(key), Mapping):
                 raise DataError(
                     f"{source} has no object {key!r}. It needs `sites` (site -> scanner) and `cases` (case -> site)."
                 )
-        known = {item.name for item in fields(SiteInfo)}
-        sites = {}
-        for name, info in data["sites"].items():
-            unknown = sorted(set(info) - known)
-            if unknown:
-                raise DataError(
-                    f"{source}: site {name} has the unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}."
-                )
-            sites[str(name)] = SiteInfo(**info)
+        sites = {str(name): _site(str(name), info, source) for name, info in data["sites"].items()}
         cases = {str(case): str(site) for case, site in data["cases"].items()}
         for case, site in cases.items():
             if site not in sites:
@@ -85,7 +97,14 @@ class SitesFile:
                     f"{source}: case {case} belongs to site {site}, which is not listed under `sites` "
                     f"({', '.join(sites) or 'none'}). Add the site or correct the case."
                 )
-        return cls(sites, cases)
+        found = cls(sites, cases, _patients(data.get("patients", {}), source))
+        for case in found.patients:
+            if found.site_of(case) is None:
+                raise DataError(
+                    f"{source}: `patients` names the case {case}, which is neither under `cases` nor a travelling subject "
+                    "<SITE>_<SUBJECT> of a listed site. Correct the case."
+                )
+        return found
 
     @classmethod
     def load(cls, path: Path) -> SitesFile:
@@ -99,3 +118,19 @@ class SitesFile:
     def save(self, path: Path) -> None:
         """Write the file atomically."""
         write_json(self.to_dict(), path)
+
+
+def _site(name: str, info: Mapping[str, Any], source: str) -> SiteInfo:
+    known = {item.name for item in fields(SiteInfo)}
+    unknown = sorted(set(info) - known)
+    if unknown:
+        raise DataError(
+            f"{source}: site {name} has the unknown key {unknown[0]!r}. Known keys: {', '.join(sorted(known))}."
+        )
+    return SiteInfo(**info)
+
+
+def _patients(data: object, source: str) -> dict[str, str]:
+    if not isinstance(data, Mapping):
+        raise DataError(f"{source}: `patients` holds a {type(data).__name__}; it has to be an object, case -> patient.")
+    return {str(case): str(patient) for case, patient in data.items()}

@@ -149,6 +149,17 @@ def test_registry_survives_a_round_trip(tmp_path: Path) -> None:
     assert registry.only("A") == SitesFile({"A": SiteInfo("GE", 1.5, "T1w")}, {"x": "A"})
 
 
+def test_patients_of_several_cases_survive_a_round_trip_and_stay_with_their_site(tmp_path: Path) -> None:
+    sites = {"A": SiteInfo(), "A_2": SiteInfo()}
+    registry = SitesFile(sites, {"A_1": "A", "A_2_1": "A_2"}, {"A_1": "p", "A_2_1": "p", "A_2_9": "q"})
+    registry.save(tmp_path / "sites.json")
+    assert SitesFile.load(tmp_path / "sites.json") == registry
+    assert registry.only("A").patients == {"A_1": "p"}
+    assert registry.only("A_2").patients == {"A_2_1": "p", "A_2_9": "q"}  # the longest site's name counts
+    assert registry.patient_of("A_2_1") == "p"
+    assert registry.patient_of("other") == "other"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -157,6 +168,9 @@ def test_registry_survives_a_round_trip(tmp_path: Path) -> None:
         ('{"cases": {}}', "no object 'sites'"),
         ('{"sites": {"A": {"colour": 1}}, "cases": {}}', "unknown key 'colour'"),
         ('{"sites": {"A": {}}, "cases": {"x": "B"}}', "case x belongs to site B"),
+        ('{"sites": {"A": {}}, "cases": {}, "patient": {}}', "unknown key 'patient'"),
+        ('{"sites": {"A": {}}, "cases": {}, "patients": []}', "`patients` holds a list"),
+        ('{"sites": {"A": {}}, "cases": {}, "patients": {"x": "p"}}', "names the case x, which is neither"),
     ],
 )
 def test_damaged_registry_is_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
