@@ -1,4 +1,4 @@
-"""`federate`: a whole federation on this machine through the real `flwr run`, in simulation, on loopback, offline."""
+"""A whole federation on this machine through the real `flwr run`, in simulation, on loopback, offline."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.daemon import CONNECTION, flower_environment, local_superlink, program, stop_process
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
+from nnunet_fedharm.federation.measure_config import SiteReportConfig
 from nnunet_fedharm.federation.progress import describe
 from nnunet_fedharm.federation.server_app import resolve_sites, server_folder
 from nnunet_fedharm.federation.site import SITE_LOG
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
+RunConfig = FederateConfig | SiteReportConfig
+
+_GOOD_ENDS = ("finished", "reported")
 _POLL_S = 0.3
 _GRACE_S = 10.0
 """How long after the end of `flwr run` the server's last event may still come."""
@@ -48,6 +52,16 @@ def federate(config: FederateConfig, *, show: Callable[[str], None] | None = Non
         SetupError: Flower cannot start.
         FedHarmError: the run stopped; its sentence.
     """
+    return Path(str(launch(config, show=show)["results"]))
+
+
+def launch(config: RunConfig, *, show: Callable[[str], None] | None = None) -> Mapping[str, Any]:
+    """Run what a configuration asks for, a training or a site report, and wait for its end; returns the last event.
+
+    Raises:
+        SetupError: Flower cannot start.
+        FedHarmError: the run stopped; its sentence.
+    """
     config = _checked(config)
     home = Path(config.root) / "flower"
     environment = flower_environment(home, device=config.device, parallel_sites=config.parallel_sites)
@@ -62,8 +76,8 @@ def federate(config: FederateConfig, *, show: Callable[[str], None] | None = Non
         last = _follow(events, offset, (superlink, process), show or _print)
         if last:
             _let_end(process)
-    if last.get("event") == "finished":
-        return Path(str(last["results"]))
+    if last.get("event") in _GOOD_ENDS:
+        return last
     for line in _site_reasons(config, logs):
         (show or _print)(line)
     if last.get("event") == "failed":
@@ -71,7 +85,7 @@ def federate(config: FederateConfig, *, show: Callable[[str], None] | None = Non
     raise FederationError(f"Flower ended the run without a result; {home / 'run.log'} and superlink.log say why.")
 
 
-def run_arguments(config: FederateConfig, run_config: Path) -> list[str]:
+def run_arguments(config: RunConfig, run_config: Path) -> list[str]:
     """Arguments of `flwr` for this run in simulation."""
     resources: dict[str, Any] = {
         "num-supernodes": len(config.site_names),
@@ -84,18 +98,18 @@ def run_arguments(config: FederateConfig, run_config: Path) -> list[str]:
     return ["run", str(app_folder()), CONNECTION, "--stream", "-c", str(run_config), "--federation-config", options]
 
 
-def write_run_config(config: FederateConfig, path: Path) -> None:
+def write_run_config(config: RunConfig, path: Path) -> None:
     """Flower's run config as TOML; JSON strings, numbers and lower-case booleans are TOML too."""
     lines = [f"{key} = {json.dumps(value)}" for key, value in config.to_run_config().items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _checked(config: FederateConfig) -> FederateConfig:
+def _checked(config: RunConfig) -> RunConfig:
     if not config.root:
         raise FederationError("Say where the sites are: --root FOLDER with sites/<SITE>/ in it.")
     if not config.dataset:
-        raise FederationError("Say which dataset to train on: -d 910, or its name.")
+        raise FederationError("Say which dataset: -d 910, or its name.")
     config = resolve_sites(replace(config, root=str(Path(config.root).expanduser().resolve())))
     for site in config.site_names:
         if not (Path(config.root) / "sites" / site).is_dir():
@@ -105,7 +119,7 @@ def _checked(config: FederateConfig) -> FederateConfig:
 
 
 @contextmanager
-def _flwr_run(config: FederateConfig, home: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def _flwr_run(config: RunConfig, home: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     run_config = home / "run_config.toml"
     write_run_config(config, run_config)
     command = [program("flwr"), *run_arguments(config, run_config)]
@@ -130,7 +144,7 @@ def _follow(
             line = describe(event)
             if line is not None:
                 show(line)
-            if event["event"] in ("finished", "failed"):
+            if event["event"] in (*_GOOD_ENDS, "failed"):
                 return event
         if any(process.poll() is not None for process in processes):
             ended = ended or time.monotonic()
@@ -164,11 +178,11 @@ def _terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def _site_log(config: FederateConfig, site: str) -> Path:
+def _site_log(config: RunConfig, site: str) -> Path:
     return Path(config.root) / "sites" / site / "fedharm" / SITE_LOG
 
 
-def _site_reasons(config: FederateConfig, before: Mapping[str, int]) -> Iterator[str]:
+def _site_reasons(config: RunConfig, before: Mapping[str, int]) -> Iterator[str]:
     """What the sites wrote in their own logs in this run: here all sites are on this machine, so it may be shown."""
     for site, size in before.items():
         path = _site_log(config, site)

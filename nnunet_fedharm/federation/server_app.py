@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -13,6 +14,7 @@ from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig, warnings_of
 from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
+from nnunet_fedharm.federation.measure_config import SiteReportConfig, task_of, training_keys
 from nnunet_fedharm.federation.messages import PHASES
 from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.preparation import Preparation
@@ -24,16 +26,23 @@ from nnunet_fedharm.nnunet_root import NnunetRoot
 
 LOCK_WAIT_S = 30.0
 
+Config = TypeVar("Config", bound=FederateConfig | SiteReportConfig)
+
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Entry point for Flower."""
-    run_server(grid, FederateConfig.from_run_config(context.run_config))
+    """Entry point for Flower: a training, or a site report where the run config's `task` says so."""
+    if task_of(context.run_config) == "site-report":
+        from nnunet_fedharm.federation.measure_server import run_site_report
+
+        run_site_report(grid, SiteReportConfig.from_run_config(context.run_config))
+    else:
+        run_server(grid, FederateConfig.from_run_config(training_keys(context.run_config)))
 
 
-def server_folder(config: FederateConfig) -> Path:
+def server_folder(config: FederateConfig | SiteReportConfig) -> Path:
     """The server's nnU-Net root.
 
     Raises:
@@ -46,7 +55,7 @@ def server_folder(config: FederateConfig) -> Path:
     return Path(config.server_root or Path(config.root) / "server").expanduser().resolve()
 
 
-def resolve_sites(config: FederateConfig) -> FederateConfig:
+def resolve_sites(config: Config) -> Config:
     """The configuration with the sites' names filled in from ROOT/sites where none are given.
 
     Raises:

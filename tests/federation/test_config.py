@@ -13,6 +13,7 @@ from nnunet_fedharm.commands import federate as command
 from nnunet_fedharm.errors import FederationError, PlanError
 from nnunet_fedharm.federation.config import FederateConfig, key_of, warnings_of
 from nnunet_fedharm.federation.launch import app_folder, run_arguments, write_run_config
+from nnunet_fedharm.federation.measure_config import SiteReportConfig, training_keys
 
 
 def shipped_app() -> dict[str, Any]:
@@ -21,9 +22,10 @@ def shipped_app() -> dict[str, Any]:
 
 
 def test_the_shipped_app_has_every_key_with_its_default() -> None:
-    defaults = FederateConfig().to_run_config()
-    assert shipped_app()["config"] == defaults
-    assert FederateConfig.from_run_config(shipped_app()["config"]) == FederateConfig()
+    shipped = shipped_app()["config"]
+    assert shipped == {**SiteReportConfig().to_run_config(), **FederateConfig().to_run_config(), "task": "train"}
+    assert FederateConfig.from_run_config(training_keys(shipped)) == FederateConfig()
+    assert SiteReportConfig.from_run_config(shipped) == SiteReportConfig()
 
 
 def test_the_shipped_app_holds_no_code() -> None:
