@@ -188,6 +188,7 @@ def _solve(covariance: Matrix, shrinkage: float, right: Matrix) -> Matrix:
         return right
     shrunk = (1 - shrinkage) * covariance + shrinkage * size * np.eye(features)
     try:
-        return np.linalg.solve(shrunk, right)
+        solved = np.asarray(np.linalg.solve(shrunk, right), dtype=np.float64)
     except np.linalg.LinAlgError:
-        return np.linalg.pinv(shrunk, hermitian=True) @ right
+        solved = np.asarray(np.linalg.pinv(shrunk, hermitian=True) @ right, dtype=np.float64)
+    return solved

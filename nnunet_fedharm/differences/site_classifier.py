@@ -18,17 +18,146 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import StratifiedGroupKFold
 
+from nnunet_fedharm.differences.cross_validation import (
+    Codes,
+    Predict,
+    accuracy_interval,
+    balanced_accuracy,
+    confusion,
+    null_of,
+    out_of_fold,
+    permute_sites,
+    priorities,
+    stratified_folds,
+)
+from nnunet_fedharm.differences.discriminant import fit_discriminant, moments_of
+from nnunet_fedharm.differences.findings import ClassifierFinding
+from nnunet_fedharm.differences.options import StatisticsOptions
+from nnunet_fedharm.differences.panel import Panel
 from nnunet_fedharm.errors import DataError
 
 Features = npt.NDArray[np.floating[Any]]
-Codes = npt.NDArray[np.intp]
 
+FOREST, DISCRIMINANT = "random forest on features", "linear discriminant on features"
 FOLDS = 5
 TREES = 50
 PERMUTATIONS = 100
+IMPORTANCE_TREES = 200
+"""Of the one forest on all volumes that ranks features: a ranking needs more trees than an accuracy."""
+TOP = 10
+"""Features that a classifier lists."""
+
+
+def forest(values: Features, *, trees: int, seed: int) -> Predict:
+    """Random forest on rows of (n, F) values, classes weighted to equal say."""
+
+    def predict(train: Codes, sites: Codes, test: Codes) -> Codes:
+        model = RandomForestClassifier(trees, class_weight="balanced", random_state=seed, n_jobs=1)
+        predicted: Codes = model.fit(values[train], sites).predict(values[test])
+        return predicted
+
+    return predict
+
+
+def discriminant(values: Features) -> Predict:
+    """Linear discriminant on rows of (n, F) values."""
+
+    def predict(train: Codes, sites: Codes, test: Codes) -> Codes:
+        known = np.unique(sites)
+        model = fit_discriminant({str(code): moments_of(values[train[sites == code]]) for code in known})
+        predicted: Codes = known[model.predict(values[test])]
+        return predicted
+
+    return predict
+
+
+def forest_importances(values: Features, sites: Codes, *, seed: int) -> npt.NDArray[np.float64]:
+    """(F,) mean decrease of impurity in a forest on all rows; sums to 1, shared out among features that say the same."""
+    model = RandomForestClassifier(IMPORTANCE_TREES, class_weight="balanced", random_state=seed, n_jobs=1)
+    importances: npt.NDArray[np.float64] = model.fit(values, sites).feature_importances_
+    return importances
+
+
+def top_features(names: Sequence[str], importances: npt.NDArray[np.float64]) -> list[tuple[str, float]]:
+    """The most important features; equal ones by name."""
+    order = sorted(range(len(names)), key=lambda index: (-importances[index], names[index]))
+    return [(names[index], float(importances[index])) for index in order[:TOP]]
+
+
+def classify(
+    predict: Predict,
+    panel: Panel,
+    *,
+    method: str,
+    permutations: int,
+    options: StatisticsOptions,
+    purpose: str,
+    blocks: Codes | None = None,
+    features: Sequence[tuple[str, float]] = (),
+    tick: Callable[[], object] = lambda: None,
+) -> ClassifierFinding:
+    """Cross-validated accuracy of a classifier of sites, its interval by patient and its permutation null.
+
+    Folds are dealt anew for permuted sites, so the null is that of the whole procedure.
+
+    Args:
+        predict: classifier of rows of the panel.
+        panel: volumes; every site needs two patients (in every block).
+        method: as it stands in the report.
+        permutations: size of the null; 0 for none.
+        options: seed, folds and draws of the interval.
+        purpose: of the random draws.
+        blocks: (n,) rows that are cross-validated apart; None for one.
+        features: most important ones.
+        tick: called after each of the 1 + permutations cross-validations.
+    """
+    order = priorities(panel.patients, options.seed)
+
+    def predictions(codes: Codes) -> Codes:
+        folds = stratified_folds(codes, panel.groups, order, options.folds)
+        predicted = out_of_fold(predict, codes, folds, blocks)
+        tick()
+        return predicted
+
+    predicted = predictions(panel.codes)
+    null = []
+    generator = options.generator(purpose, "permutations")
+    for _ in range(permutations):
+        codes = permute_in_blocks(panel.codes, panel.groups, blocks, generator)
+        null.append(float(balanced_accuracy(codes, predictions(codes))))
+    accuracy = accuracy_interval(
+        panel.codes,
+        predicted,
+        panel.groups,
+        resamples=options.bootstrap,
+        generator=options.generator(purpose, "interval"),
+    )
+    chance = null_of(float(balanced_accuracy(panel.codes, predicted)), null)
+    return ClassifierFinding(
+        method=method,
+        accuracy=accuracy,
+        chance=1 / len(panel.sites),
+        null_mean=chance.mean,
+        null_high=chance.high,
+        p=chance.p,
+        permutations=permutations,
+        confusion=confusion(panel.codes, predicted, panel.sites),
+        n=len(panel.codes),
+        features=list(features),
+    )
+
+
+def permute_in_blocks(sites: Codes, patients: Codes, blocks: Codes | None, generator: np.random.Generator) -> Codes:
+    """`permute_sites` inside each block of rows."""
+    if blocks is None:
+        return permute_sites(sites, patients, generator)
+    shuffled = sites.copy()
+    for block in np.unique(blocks):
+        rows = np.flatnonzero(blocks == block)
+        own = np.unique(patients[rows], return_inverse=True)[1].reshape(-1)
+        shuffled[rows] = permute_sites(sites[rows], own, generator)
+    return shuffled
 
 
 @dataclass(frozen=True)
@@ -68,7 +197,7 @@ def site_accuracy(
     """Balanced accuracy of a random forest in patient-grouped cross-validation, and its permutation null.
 
     No patient is in training and test at once. For the null, the sites of a patient's volumes are shuffled among
-    themselves where patients travelled; where every patient has one site, sites are shuffled among patients.
+    themselves where the patient travelled; sites of other patients are shuffled among these.
 
     Args:
         features: (volumes, F); columns that are not finite everywhere are left out.
@@ -82,71 +211,33 @@ def site_accuracy(
     Raises:
         DataError: fewer than two sites, fewer than two patients at a site, or no usable feature.
     """
-    codes = np.unique(np.asarray(sites), return_inverse=True)[1]
-    groups = np.unique(np.asarray(patients), return_inverse=True)[1]
-    usable = np.asarray(features, dtype=np.float64)[:, np.isfinite(features).all(0)]
-    folds = _folds(usable, codes, groups)
-    generator = np.random.default_rng(seed)
-
-    def accuracy(labels: Codes) -> float:
-        score = _cross_validate(usable, labels, groups, folds, trees, seed)
-        tick()
-        return score
-
-    observed = accuracy(codes)
-    null = np.array([accuracy(permute_sites(codes, groups, generator)) for _ in range(permutations)])
-    return SiteAccuracy(
-        balanced_accuracy=observed,
-        null_mean=float(null.mean()) if null.size else float("nan"),
-        null_high=float(np.percentile(null, 95)) if null.size else float("nan"),
-        p_value=(1 + int((null >= observed - 1e-12).sum())) / (1 + permutations) if null.size else float("nan"),
-        n_volumes=len(codes),
-        n_patients=int(groups.max()) + 1,
-        n_sites=int(codes.max()) + 1,
+    names, codes = np.unique(np.asarray(sites), return_inverse=True)
+    values = np.asarray(features, dtype=np.float64)
+    usable = values[:, np.isfinite(values).all(0)]
+    labels = tuple(str(patient) for patient in patients)
+    panel = Panel(tuple(map(str, names)), codes, labels, labels, tuple(map(str, range(usable.shape[1]))), usable)
+    folds = _check(panel)
+    found = classify(
+        forest(usable, trees=trees, seed=seed),
+        panel,
+        method=FOREST,
+        permutations=permutations,
+        options=StatisticsOptions(seed=seed, bootstrap=0, folds=folds),
+        purpose="site accuracy",
+        tick=tick,
     )
+    numbers = (found.accuracy.value, found.null_mean, found.null_high, found.p)
+    accuracy, mean, high, p = (float("nan") if number is None else number for number in numbers)
+    return SiteAccuracy(accuracy, mean, high, p, len(codes), len(set(labels)), len(names))
 
 
-def permute_sites(sites: Codes, patients: Codes, generator: np.random.Generator) -> Codes:
-    """Sites as they could be if the site left no mark.
-
-    Args:
-        sites: of each volume.
-        patients: of each volume; numbered from 0.
-        generator: source of randomness.
-
-    Returns:
-        Same shape: shuffled within each patient if any patient has several sites, else among the patients.
-    """
-    members = [np.flatnonzero(patients == patient) for patient in range(int(patients.max()) + 1)]
-    shuffled = sites.copy()
-    if all(len(set(sites[rows].tolist())) == 1 for rows in members):
-        order = generator.permutation(len(members))
-        for rows, source in zip(members, order, strict=True):
-            shuffled[rows] = sites[members[source][0]]
-        return shuffled
-    for rows in members:
-        shuffled[rows] = generator.permutation(sites[rows])
-    return shuffled
-
-
-def _folds(features: Features, sites: Codes, patients: Codes) -> int:
-    if sites.max() < 1:
+def _check(panel: Panel) -> int:
+    """Folds to use."""
+    if len(panel.sites) < 2:
         raise DataError("A site classifier needs at least two sites. Give --sites or sites in the pairs file.")
-    counts = [len(set(patients[sites == site].tolist())) for site in range(int(sites.max()) + 1)]
-    if min(counts) < 2:
+    fewest = int(panel.patients_of_sites().min())
+    if fewest < 2:
         raise DataError("A site classifier needs at least two patients at every site. Add volumes or leave it out.")
-    if features.shape[1] == 0:
+    if not panel.names:
         raise DataError("No feature is finite for every volume, so sites cannot be classified.")
-    return min(FOLDS, min(counts))
-
-
-def _cross_validate(features: Features, sites: Codes, patients: Codes, folds: int, trees: int, seed: int) -> float:
-    """Balanced accuracy of the pooled out-of-fold predictions."""
-    predicted = np.zeros_like(sites)
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for train, test in splitter.split(features, sites, patients):
-        if not len(test):
-            continue
-        forest = RandomForestClassifier(trees, class_weight="balanced", random_state=seed, n_jobs=1)
-        predicted[test] = forest.fit(features[train], sites[train]).predict(features[test])
-    return float(balanced_accuracy_score(sites, predicted))
+    return min(FOLDS, fewest)

@@ -45,13 +45,15 @@ def test_sites_without_an_effect_stay_at_the_null() -> None:
 
 def test_patients_of_one_site_each_work_and_patient_marks_do_not_leak() -> None:
     """Two volumes of each patient are near twins; without grouping a forest would learn patients by heart."""
-    generator = np.random.default_rng(0)
-    effect = np.repeat(generator.normal(size=(16, 3)), 2, axis=0)
     sites = np.repeat(["A", "B"] * 8, 2).tolist()
     patients = np.repeat([f"p{index}" for index in range(16)], 2).tolist()
-    found = site_accuracy(effect + generator.normal(0, 0.01, effect.shape), sites, patients, **FAST)
-    assert found.balanced_accuracy < 0.85
-    assert found.p_value > 0.05
+    found = []
+    for seed in range(4):
+        generator = np.random.default_rng(seed)
+        effect = np.repeat(generator.normal(size=(16, 3)), 2, axis=0)
+        found.append(site_accuracy(effect + generator.normal(0, 0.01, effect.shape), sites, patients, **FAST))
+    assert np.mean([each.balanced_accuracy for each in found]) < 0.65
+    assert sum(each.p_value <= 0.05 for each in found) <= 1
 
 
 def test_the_accuracy_agrees_with_another_grouped_split() -> None:
