@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "sites": "split a multi-site data set into one nnU-Net root per site, or check a site's data",
     "plan": "plan a harmonized segmenter for data in one place",
     "federate": "train across sites through Flower",
+    "privacy": "plan the noise for a target epsilon; what a site has released and spent",
     "evaluate": "score predictions: Dice and HD95 per label, case and site",
     "predict": "segment like nnUNetv2_predict, with each volume's own style where none is stored",
     "adapt": "a results folder for a new hospital from a few of its volumes; no weight moves",

@@ -1,0 +1,203 @@
+"""One ledger per site: every release that touches its patients, for good.
+
+An entry is written, and flushed to the disk, *before* what it describes leaves the site, so a crash in between counts a release
+that may not have happened and never misses one. Entries are lines of JSON, each with the SHA-256 of the line before it; a small
+file beside names their number and the last hash. A ledger that was edited, cut or deleted is refused: a budget does not start
+anew because a file is gone.
+
+A release without noise has no finite epsilon. It is entered as `none`, makes the site's total unbounded, and is listed by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import PrivacyError
+from nnunet_fedharm.privacy.releases import Budget, Release, Spent, spent
+
+LEDGER_FILE = "privacy-ledger.jsonl"
+HEAD_FILE = "privacy-ledger.head.json"
+_START = "0" * 64
+
+
+class Ledger:
+    """The ledger of one site.
+
+    Args:
+        folder: the site's own folder (`<site root>/fedharm`); made with the first entry.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LEDGER_FILE
+        self._head = folder / HEAD_FILE
+
+    def releases(self) -> list[Release]:
+        """All entries in order of time.
+
+        Raises:
+            PrivacyError: the ledger was damaged, edited, cut or deleted.
+        """
+        return [_to_release(line, self.path) for line in self._lines()]
+
+    def record(self, release: Release) -> Release:
+        """Append an entry and bring it to the disk; call it before the release leaves the site.
+
+        Returns:
+            The entry as written; the former one where the very same bytes (`digest`) were released before.
+
+        Raises:
+            PrivacyError: the ledger is damaged or cannot be written; nothing may be released then.
+        """
+        stamped = release if release.time else Release(**{**asdict(release), "time": _now()})
+        with self._locked():
+            lines = self._lines()
+            if release.digest:
+                for line in lines:
+                    former = _to_release(line, self.path)
+                    if former.digest == release.digest and former.what == release.what:
+                        return former
+            self._append(lines, stamped)
+        return stamped
+
+    def spent(self, delta: float) -> Spent:
+        """Epsilon of all entries together at delta.
+
+        Raises:
+            PrivacyError: the ledger is damaged, or delta is out of range.
+        """
+        return spent(self.releases(), delta)
+
+    def would_exceed(self, budget: Budget, planned: Sequence[Release]) -> bool:
+        """Whether the entries and the planned releases together are above the budget.
+
+        Raises:
+            PrivacyError: the ledger is damaged.
+        """
+        after = spent([*self.releases(), *planned], budget.delta)
+        return (after.epsilon if budget.allow_unbounded else after.total) > budget.epsilon
+
+    def refuse_beyond(self, budget: Budget, planned: Sequence[Release]) -> None:
+        """Refuse a run that cannot end within the budget, before it starts.
+
+        Raises:
+            PrivacyError: it cannot; the sentence has what is spent, what the run needs and what both are together.
+        """
+        if not self.would_exceed(budget, planned):
+            return
+        before = self.spent(budget.delta)
+        alone = spent(planned, budget.delta)
+        after = spent([*self.releases(), *planned], budget.delta)
+        if math.isinf(after.total) and after.epsilon <= budget.epsilon:
+            names = ", ".join(after.unbounded[:5]) + (", …" if len(after.unbounded) > 5 else "")
+            raise PrivacyError(
+                f"No finite epsilon covers this site: released without noise are {names}. The others together come to "
+                f"{after.epsilon:.3g} of {budget.epsilon:g} at delta {budget.delta:g}; allow the named ones, or leave them out."
+            )
+        raise PrivacyError(
+            f"The budget is epsilon {budget.epsilon:g} at delta {budget.delta:g}: {before.epsilon:.3g} is spent, this run alone "
+            f"needs {alone.epsilon:.3g}, both together {after.epsilon:.3g}. Take more noise, fewer steps or a larger budget."
+        )
+
+    def _append(self, lines: list[bytes], release: Release) -> None:
+        previous = _digest(lines[-1]) if lines else _START
+        line = json.dumps({**asdict(release), "previous": previous}, allow_nan=False).encode()
+        try:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                # What a crash left behind the last whole line was never released: `record` did not return.
+                end = sum(len(former) + 1 for former in lines)
+                os.ftruncate(handle, end)
+                os.lseek(handle, end, os.SEEK_SET)
+                os.write(handle, line + b"\n")
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            self._write_head(len(lines) + 1, _digest(line))
+        except OSError as error:
+            raise PrivacyError(
+                f"Cannot write {self.path}: {error.strerror}. Nothing may leave the site before its entry is stored."
+            ) from error
+
+    def _write_head(self, count: int, digest: str) -> None:
+        temporary = self._head.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump({"entries": count, "sha256": digest}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self._head)
+
+    def _lines(self) -> list[bytes]:
+        """Whole lines whose chain of hashes holds and that are as many as the head says."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        previous = _START
+        for number, line in enumerate(lines, start=1):
+            if _parse(line, self.path).get("previous") != previous:
+                raise PrivacyError(
+                    f"{self.path}: line {number} does not follow the one before it. Restore the ledger from a backup."
+                )
+            previous = _digest(line)
+        count, digest = self._read_head()
+        if len(lines) < count or (count and _digest(lines[count - 1]) != digest):
+            raise PrivacyError(
+                f"{self.path} holds {len(lines)} entries that can be trusted, {count} were written. Restore it from a backup: "
+                "what this site has released cannot be known without it."
+            )
+        return lines
+
+    def _read_head(self) -> tuple[int, str]:
+        if not self._head.exists():
+            return 0, ""
+        try:
+            head = json.loads(self._head.read_bytes())
+            return int(head["entries"]), str(head["sha256"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise PrivacyError(f"{self._head} is damaged. Restore it from a backup.") from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer at a time (POSIX; elsewhere one process a site is assumed)."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if os.name != "posix":
+            yield
+            return
+        import fcntl  # not on every system
+
+        with self.path.with_suffix(".lock").open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
+
+
+def _digest(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _parse(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise PrivacyError(f"{path} has a line that is no entry. Restore the ledger from a backup.")
+    return values
+
+
+def _to_release(line: bytes, path: Path) -> Release:
+    values = {key: value for key, value in _parse(line, path).items() if key != "previous"}
+    unknown = sorted(set(values) - {item.name for item in fields(Release)})
+    if unknown:
+        raise PrivacyError(f"{path} has the unknown key {unknown[0]!r}; it was written by a later release.")
+    return Release(**values)

@@ -1,0 +1,121 @@
+"""Releases about patients, budgets, and what releases cost together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nnunet_fedharm.errors import PrivacyError
+from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
+
+GAUSSIAN, SUBSAMPLED, NONE = "gaussian", "subsampled gaussian", "none"
+MECHANISMS = (GAUSSIAN, SUBSAMPLED, NONE)
+PATIENT = "patient"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """Something about patients that leaves the site.
+
+    Attributes:
+        what: name of the release, "segmenter round 3" for instance; no case identifier.
+        mechanism: "gaussian", "subsampled gaussian", or "none" where no noise is added.
+        noise_multiplier: sigma / L2 sensitivity to one patient; 0 with "none".
+        sample_rate: probability of a patient to be drawn in a step; below 1 with "subsampled gaussian" only.
+        steps: how many equal releases this entry stands for.
+        run_id: the run that it belongs to; empty outside of one.
+        unit: whose presence the epsilon hides.
+        note: anything that helps to read the entry, "inside a secure sum of 4 sites" for instance.
+        digest: SHA-256 of the released bytes where known; the very same bytes once more cost nothing.
+        time: when, UTC, ISO 8601; empty is filled in by `Ledger.record`.
+    """
+
+    what: str
+    mechanism: str
+    noise_multiplier: float = 0.0
+    sample_rate: float = 1.0
+    steps: int = 1
+    run_id: str = ""
+    unit: str = PATIENT
+    note: str = ""
+    digest: str = ""
+    time: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mechanism not in MECHANISMS:
+            raise PrivacyError(f"{self.what}: mechanism is {self.mechanism!r}; choose one of {', '.join(MECHANISMS)}.")
+        if self.unit != PATIENT:
+            raise PrivacyError(f"{self.what}: the unit is {self.unit!r}; a site's ledger counts by {PATIENT}.")
+        if self.mechanism == NONE and (self.noise_multiplier != 0 or self.sample_rate != 1):
+            raise PrivacyError(f"{self.what}: without a mechanism there is neither noise nor sampling to enter.")
+        if self.mechanism == GAUSSIAN and self.sample_rate != 1:
+            raise PrivacyError(f"{self.what}: sampling at rate {self.sample_rate} is the mechanism {SUBSAMPLED!r}.")
+        if self.mechanism != NONE:
+            Noise(self.noise_multiplier, self.sample_rate, self.steps)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it has a finite epsilon."""
+        return self.mechanism != NONE
+
+    @property
+    def noise(self) -> Noise:
+        """For the accountants.
+
+        Raises:
+            PrivacyError: there is none.
+        """
+        return Noise(self.noise_multiplier, self.sample_rate, self.steps)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a site is willing to spend on all releases together.
+
+    Attributes:
+        epsilon, delta: of the total.
+        allow_unbounded: count only the releases that have noise, whatever else has left the site; off, one release without noise
+            is above any budget.
+    """
+
+    epsilon: float
+    delta: float
+    allow_unbounded: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epsilon < math.inf:
+            raise PrivacyError(f"epsilon must be a positive number, got {self.epsilon}.")
+        if not 0 < self.delta < 1:
+            raise PrivacyError(f"delta must lie between 0 and 1, got {self.delta}.")
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a set of releases costs together.
+
+    Attributes:
+        epsilon: of the releases that have noise.
+        delta: at which.
+        unbounded: names of the releases that have none, each once, in order of time.
+    """
+
+    epsilon: float
+    delta: float
+    unbounded: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> float:
+        """Epsilon of everything: infinite as soon as one release has no noise."""
+        return math.inf if self.unbounded else self.epsilon
+
+
+def spent(releases: Sequence[Release], delta: float) -> Spent:
+    """Composition of releases about the same patients.
+
+    Raises:
+        PrivacyError: delta is out of range.
+    """
+    epsilon = epsilon_of([release.noise for release in releases if release.bounded], delta)
+    names = dict.fromkeys(release.what for release in releases if not release.bounded)
+    return Spent(epsilon, delta, tuple(names))

@@ -1,0 +1,179 @@
+"""The ledger of a site: durable, never reset, honest about releases without noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from nnunet_fedharm.errors import PrivacyError
+from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
+from nnunet_fedharm.privacy.ledger import HEAD_FILE, LEDGER_FILE, Ledger
+from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, SUBSAMPLED, Budget, Release, spent
+
+DELTA = 1e-5
+
+
+def rounds(number: int) -> Release:
+    return Release(
+        what=f"segmenter round {number}",
+        mechanism=SUBSAMPLED,
+        noise_multiplier=1.1,
+        sample_rate=0.1,
+        steps=20,
+        run_id="run",
+    )
+
+
+STYLE = Release(what="style bank", mechanism=GAUSSIAN, noise_multiplier=8.0)
+FINGERPRINT = Release(what="fingerprint summary", mechanism=NONE)
+
+
+def test_entries_come_back_as_they_were_and_add_up(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "fedharm")
+    assert ledger.spent(DELTA).epsilon == 0.0
+    written = [ledger.record(release) for release in (STYLE, rounds(1), rounds(2))]
+    assert Ledger(tmp_path / "fedharm").releases() == written
+    assert all(entry.time for entry in written)
+    assert ledger.spent(DELTA).epsilon == pytest.approx(epsilon_of([Noise(8.0), Noise(1.1, 0.1, 40)], DELTA))
+    assert not ledger.spent(DELTA).unbounded
+
+
+def test_a_release_without_noise_makes_the_total_unbounded_and_is_named(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for release in (FINGERPRINT, rounds(1), FINGERPRINT, Release(what="validation Dice", mechanism=NONE)):
+        ledger.record(release)
+    result = ledger.spent(DELTA)
+    assert result.total == math.inf
+    assert result.unbounded == ("fingerprint summary", "validation Dice")
+    assert result.epsilon == pytest.approx(spent([rounds(1)], DELTA).epsilon)
+
+
+def test_a_run_that_cannot_end_within_the_budget_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.record(STYLE)
+    planned = [rounds(number) for number in range(1, 11)]
+    whole = spent([STYLE, *planned], DELTA).epsilon
+    enough, tight = Budget(whole + 0.1, DELTA), Budget(whole - 0.1, DELTA)
+    assert not ledger.would_exceed(enough, planned)
+    ledger.refuse_beyond(enough, planned)
+    assert ledger.would_exceed(tight, planned)
+    with pytest.raises(PrivacyError, match=rf"budget is epsilon .* is spent, .* both together {whole:.3g}"):
+        ledger.refuse_beyond(tight, planned)
+    assert len(ledger.releases()) == 1, "asking writes nothing"
+
+
+def test_an_unbounded_release_is_above_any_budget_unless_it_is_allowed(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.record(FINGERPRINT)
+    with pytest.raises(PrivacyError, match="released without noise are fingerprint summary"):
+        ledger.refuse_beyond(Budget(100.0, DELTA), [rounds(1)])
+    ledger.refuse_beyond(Budget(100.0, DELTA, allow_unbounded=True), [rounds(1)])
+
+
+def test_the_same_bytes_once_more_cost_nothing_and_new_noise_costs_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    sent = Release(what="style bank", mechanism=GAUSSIAN, noise_multiplier=8.0, digest="a" * 64)
+    assert ledger.record(sent) == ledger.record(sent)
+    assert len(ledger.releases()) == 1
+    ledger.record(Release(what="style bank", mechanism=GAUSSIAN, noise_multiplier=8.0, digest="b" * 64))
+    assert ledger.spent(DELTA).epsilon == pytest.approx(epsilon_of([Noise(8.0), Noise(8.0)], DELTA))
+
+
+def test_half_a_line_that_a_crash_left_is_no_entry_and_the_next_one_takes_its_place(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    first = ledger.record(STYLE)
+    with ledger.path.open("a") as stream:
+        stream.write('{"what": "segmenter rou')
+    assert ledger.releases() == [first]
+    second = ledger.record(rounds(1))
+    assert Ledger(tmp_path).releases() == [first, second]
+
+
+def test_an_entry_whose_head_a_crash_left_behind_counts(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.record(STYLE)
+    head = (tmp_path / HEAD_FILE).read_bytes()
+    ledger.record(rounds(1))
+    (tmp_path / HEAD_FILE).write_bytes(head)
+    assert len(ledger.releases()) == 2
+
+
+def test_a_ledger_that_was_edited_cut_or_deleted_is_refused(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for release in (STYLE, rounds(1), rounds(2)):
+        ledger.record(release)
+    whole = ledger.path.read_text()
+    lines = whole.splitlines(keepends=True)
+    edited = json.loads(lines[1]) | {"noise_multiplier": 50.0}
+    last = json.loads(lines[2]) | {"noise_multiplier": 50.0}
+    for content in (
+        lines[0] + json.dumps(edited) + "\n" + lines[2],
+        lines[0] + lines[1] + json.dumps(last) + "\n",
+        lines[0] + lines[1],
+        lines[0] + lines[2],
+        "",
+        "nonsense\n",
+    ):
+        ledger.path.write_text(content)
+        with pytest.raises(PrivacyError, match="backup"):
+            ledger.releases()
+        with pytest.raises(PrivacyError, match="backup"):
+            ledger.record(rounds(3))
+    ledger.path.unlink()
+    with pytest.raises(PrivacyError, match="holds 0 entries"):
+        ledger.spent(DELTA)
+    ledger.path.write_text(whole)
+    assert len(ledger.releases()) == 3
+
+
+def _write_for_ever(folder: str) -> None:
+    for number in range(1_000_000):
+        Ledger(Path(folder)).record(rounds(number))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+def test_a_killed_writer_loses_no_entry_and_two_writers_share_one_chain(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    seen = 0
+    for _ in range(3):
+        writers = [context.Process(target=_write_for_ever, args=(str(tmp_path),)) for _ in range(2)]
+        for writer in writers:
+            writer.start()
+        wanted, end = seen + 5, time.monotonic() + 20
+        while time.monotonic() < end and _count(tmp_path) < wanted:
+            time.sleep(0.02)
+        for writer in writers:
+            os.kill(writer.pid or 0, signal.SIGKILL)
+            writer.join()
+        entries = Ledger(tmp_path).releases()
+        assert len(entries) >= wanted
+        seen = len(entries)
+    Ledger(tmp_path).record(STYLE)
+    assert len(Ledger(tmp_path).releases()) == seen + 1
+
+
+def _count(folder: Path) -> int:
+    path = folder / LEDGER_FILE
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"mechanism": "laplace"}, "mechanism"),
+        ({"mechanism": GAUSSIAN}, "noise multiplier"),
+        ({"mechanism": GAUSSIAN, "noise_multiplier": 1.0, "sample_rate": 0.5}, "subsampled"),
+        ({"mechanism": NONE, "noise_multiplier": 1.0}, "neither noise"),
+        ({"mechanism": GAUSSIAN, "noise_multiplier": 1.0, "unit": "patch"}, "counts by patient"),
+    ],
+)
+def test_an_entry_that_says_nothing_valid_is_refused(values: dict[str, object], words: str) -> None:
+    with pytest.raises(PrivacyError, match=words):
+        Release(what="x", **values)  # type: ignore[arg-type]
