@@ -31,9 +31,12 @@ _SMALLEST, _LARGEST = -20, 40
 _CELLS = PER_OCTAVE * (_LARGEST - _SMALLEST)
 LOCATE_CELLS = 2 * _CELLS + 1
 """Cells of the public grid; one more counts cases without the feature."""
-TRIM = 0.05
-"""Share of cases at each end that does not stretch a range: pyradiomics gives 10^6 where a coarseness does not exist, and one
-such value would empty all other bins. A range is the middle 90%, and as much again on either side where there are cases."""
+TRIM = 0.005
+"""Share of cases at each end whose values are cut before distances."""
+BODY = 0.9
+"""Share of cases that sets a range: pyradiomics gives 10^6 where a coarseness does not exist, and a few such values would empty
+all other bins. A range is the middle 90%, and as much again on either side where there are cases."""
+_TAIL = (1 - BODY) / 2
 WINSOR = 4.0
 """Standardised values are cut at +- this."""
 RESOLVED = 8
@@ -81,7 +84,7 @@ def _range(mass: Counts, borders: Edges) -> tuple[Edges, Edges]:
     """
     borders = np.broadcast_to(borders, (len(mass), mass.shape[1] + 1))
     rows = np.arange(len(mass))
-    low, high = borders[rows, _holding(mass, TRIM)], borders[rows, _holding(mass, 1 - TRIM, from_above=True) + 1]
+    low, high = borders[rows, _holding(mass, _TAIL)], borders[rows, _holding(mass, 1 - _TAIL, from_above=True) + 1]
     least, most = borders[rows, _holding(mass, 0.0)], borders[rows, _holding(mass, 1.0, from_above=True) + 1]
     return np.maximum(least, low - (high - low)), np.minimum(most, high + (high - low))
 
@@ -132,7 +135,7 @@ def count_bins(values: Values, edges: Edges) -> Counts:
 def is_resolved(counts: Counts) -> npt.NDArray[np.bool_]:
     """(F,) whether the middle 90% of the cases are spread over enough bins of a histogram (F, B + 3)."""
     mass = np.maximum(np.asarray(counts, dtype=np.float64)[:, :-1], 0)
-    return _holding(mass, 0.95, from_above=True) - _holding(mass, 0.05) + 1 >= RESOLVED
+    return _holding(mass, 1 - _TAIL, from_above=True) - _holding(mass, _TAIL) + 1 >= RESOLVED
 
 
 def zoomed_range(counts: Counts, edges: Edges) -> tuple[Edges, Edges]:

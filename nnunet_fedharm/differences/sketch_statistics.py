@@ -8,7 +8,7 @@
 | D_k = sum_b C_kb (N_b - C_kb) / 2 | how far R_k can be from the true rank sum: the order inside cells is unknown |
 
 Cases inside a cell are ties. What could be found by knowing their order is bounded for every feature: `RankTest.error`,
-`ks_bounds`, `wasserstein`. Beyond the outer edges values count as if they lay on them.
+`ks_bounds`, `wasserstein`. Distances are of values cut at the outermost TRIM of all cases.
 
 References:
     Kruskal, Wallis, "Use of Ranks in One-Criterion Variance Analysis", JASA 1952.
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import chi2, false_discovery_control
 
-from nnunet_fedharm.differences.sketch import Counts, Edges
+from nnunet_fedharm.differences.sketch import TRIM, Counts, Edges, quantile
 from nnunet_fedharm.errors import DataError
 
 Numbers = npt.NDArray[np.float64]
@@ -56,21 +56,24 @@ def kruskal_wallis(counts: Counts) -> RankTest:
     return rank_test_from_sums(
         squares=_over(sums**2, sizes).sum(-2),
         slack=_slack(counts, sums, sizes, total),
-        sizes=sizes,
-        tie=_tie_correction(counts.sum(-3)),
+        total=total,
+        sites=(sizes > 0).sum(-2),
+        tie=tie_correction(counts.sum(-3)),
     )
 
 
-def rank_test_from_sums(*, squares: Numbers, slack: Numbers, sizes: Numbers, tie: Numbers) -> RankTest:
+def rank_test_from_sums(
+    *, squares: Numbers, slack: Numbers, total: Numbers, sites: npt.NDArray[Any], tie: Numbers
+) -> RankTest:
     """The test from what are sums over sites, so that secure aggregation can do it too.
 
     Args:
         squares: (..., F) sum over sites of R_k^2 / n_k.
         slack: (..., F) sum over sites of (2 |R_k - n_k (N + 1) / 2| D_k + D_k^2) / n_k.
-        sizes: (..., K, F) cases per site.
+        total: (..., F) cases.
+        sites: (..., F) sites that have the feature.
         tie: (..., F) tie correction of H.
     """
-    total, sites = sizes.sum(-2), (sizes > 0).sum(-2)
     usable = (sites > 1) & (tie > 0) & (total > sites)
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = 12 / (total * (total + 1))
@@ -103,14 +106,10 @@ def _slack(counts: Counts, sums: Numbers, sizes: Numbers, total: Numbers) -> Num
     return _over(2 * away * room + room**2, sizes).sum(-2)
 
 
-def _tie_correction(pooled: Counts) -> Numbers:
+def tie_correction(pooled: Counts) -> Numbers:
+    """(..., F) 1 - sum (N_b^3 - N_b) / (N^3 - N) of counts (..., F, cells)."""
     total = pooled.sum(-1)
     return np.asarray(1 - _over((pooled**3 - pooled).sum(-1), total**3 - total))
-
-
-def tie_correction(pooled: Counts) -> Numbers:
-    """(F,) 1 - sum (N_b^3 - N_b) / (N^3 - N) of counts (F, cells)."""
-    return _tie_correction(np.asarray(pooled, dtype=np.float64))
 
 
 def _over(numerator: Numbers, denominator: Numbers) -> Numbers:
@@ -174,31 +173,64 @@ def ks_bounds(first: Counts, second: Counts) -> tuple[Numbers, Numbers]:
     return np.abs(a - b).max(-1), np.minimum(inside, 1.0)
 
 
-def wasserstein(first: Counts, second: Counts, edges: Edges) -> tuple[Numbers, Numbers]:
-    """First Wasserstein distance of two sites between the outer edges, (F,), and a bound of its error, in the features' units.
+@dataclass(frozen=True)
+class Cut:
+    """Where values are cut before distances, and the unit of distances.
+
+    Attributes:
+        low, high: (F,) the outermost TRIM of all cases, not beyond the outer edges.
+        unit: (F,) standard deviation of the cut values; 0 where they do not vary.
+    """
+
+    low: Numbers
+    high: Numbers
+    unit: Numbers
+
+
+def cut_of(pooled: Counts, edges: Edges) -> Cut:
+    """Cut of pooled counts (F, B + 2) on edges (F, B + 1); cases are spread evenly inside a bin."""
+    pooled = np.asarray(pooled, dtype=np.float64)
+    whole = np.hstack([pooled, np.zeros((len(pooled), 1))])
+    low, high = quantile(whole, edges, TRIM), quantile(whole, edges, 1 - TRIM)
+    left, right = (
+        np.clip(edges[:, :-1], low[:, None], high[:, None]),
+        np.clip(edges[:, 1:], low[:, None], high[:, None]),
+    )
+    share = _over(pooled, pooled.sum(-1, keepdims=True) + 0 * pooled)
+    width = np.diff(edges)
+    inside = share[:, 1:-1] * _over(right - left, width)
+    at_low = share[:, 0] + (share[:, 1:-1] * _over(np.maximum(left - edges[:, :-1], 0), width)).sum(-1)
+    at_high = 1 - at_low - inside.sum(-1)
+    centre = (left + right) / 2
+    mean = at_low * low + at_high * high + (inside * centre).sum(-1)
+    spread = inside * ((centre - mean[:, None]) ** 2 + (right - left) ** 2 / 12)
+    variance = spread.sum(-1) + at_low * (low - mean) ** 2 + at_high * (high - mean) ** 2
+    alone = (pooled > 0).sum(-1) <= 1
+    return Cut(low, high, np.where(alone, 0.0, np.sqrt(np.maximum(variance, 0))))
+
+
+def wasserstein(first: Counts, second: Counts, edges: Edges, cut: Cut) -> tuple[Numbers, Numbers]:
+    """First Wasserstein distance of the cut values of two sites, (F,), and a bound of its error, both in `cut.unit`.
 
     Args:
         first, second: (F, B + 2) counts.
         edges: (F, B + 1).
+
+    Returns:
+        Both NaN where the feature does not vary or a site does not have it.
     """
     a, b = distribution(first), distribution(second)
     width = np.diff(edges)
-    left, right = (a - b)[:, :-1], (a - b)[:, 1:]
+    start = np.clip(_over(cut.low[:, None] - edges[:, :-1], width), 0, 1)
+    end = np.clip(_over(cut.high[:, None] - edges[:, :-1], width), 0, 1)
+    gap, slope = (a - b)[:, :-1], np.diff(a - b)
+    left, right = gap + start * slope, gap + end * slope
     size = np.abs(left) + np.abs(right)
-    crossing = left * right < 0
-    area = np.where(crossing, _over(left**2 + right**2, 2 * size), size / 2)
+    area = np.where(left * right < 0, _over(left**2 + right**2, 2 * size), size / 2)
     unknown = np.diff(a) + np.diff(b)
-    return (width * area).sum(-1), (width * unknown).sum(-1)
-
-
-def spread(pooled: Counts, edges: Edges) -> Numbers:
-    """(F,) standard deviation of pooled counts (F, B + 2), uniform inside a bin, at the outer edge beyond it."""
-    pooled = np.asarray(pooled, dtype=np.float64)
-    share = _over(pooled, pooled.sum(-1, keepdims=True) + 0 * pooled)
-    centres = np.hstack([edges[:, :1], (edges[:, 1:] + edges[:, :-1]) / 2, edges[:, -1:]])
-    inside = np.hstack([np.zeros((len(edges), 1)), np.diff(edges) ** 2 / 12, np.zeros((len(edges), 1))])
-    mean = (share * centres).sum(-1, keepdims=True)
-    return np.sqrt((share * ((centres - mean) ** 2 + inside)).sum(-1))
+    known = (cut.unit > 0) & (first.sum(-1) > 0) & (second.sum(-1) > 0)
+    unit = np.where(known, cut.unit, np.nan)
+    return (width * (end - start) * area).sum(-1) / unit, (width * (end - start) * unknown).sum(-1) / unit
 
 
 def display_histogram(counts: Counts, edges: Edges, bins: int) -> tuple[Edges, Numbers]:

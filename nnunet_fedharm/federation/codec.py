@@ -27,12 +27,13 @@ _HEADER_BYTES = 10_000
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-def encode(weights: Mapping[str, npt.NDArray[Any]], *, fp16: bool = False) -> ArrayRecord:
+def encode(weights: Mapping[str, npt.NDArray[Any]], *, fp16: bool = False, also: tuple[str, ...] = ()) -> ArrayRecord:
     """Arrays as a Flower record, in the order of their names.
 
     Args:
         weights: name -> array of float32, int64, uint8 or bool.
         fp16: send float32 as float16 (relative error up to 5e-4).
+        also: further dtypes to allow; float64 sums of a report, for instance, which weights never are.
 
     Raises:
         FederationError: a dtype that is not allowed, NaN or infinity, or a value beyond float16's range.
@@ -40,7 +41,7 @@ def encode(weights: Mapping[str, npt.NDArray[Any]], *, fp16: bool = False) -> Ar
     arrays: dict[str, Array] = {}
     for name in sorted(weights):
         value = np.asarray(weights[name])
-        if str(value.dtype) not in MEMORY_DTYPES:
+        if str(value.dtype) not in (*MEMORY_DTYPES, *also):
             raise FederationError(f"Cannot send {name}: dtype {value.dtype}; allowed are {', '.join(MEMORY_DTYPES)}.")
         _check_finite(name, value, "the sender")
         arrays[name] = Array(
@@ -49,13 +50,20 @@ def encode(weights: Mapping[str, npt.NDArray[Any]], *, fp16: bool = False) -> Ar
     return ArrayRecord(arrays)
 
 
-def decode(record: ArrayRecord, *, like: Mapping[str, npt.NDArray[Any]] | None = None, source: str) -> Weights:
+def decode(
+    record: ArrayRecord,
+    *,
+    like: Mapping[str, npt.NDArray[Any]] | None = None,
+    source: str,
+    also: tuple[str, ...] = (),
+) -> Weights:
     """Arrays of a record, in the order of their names.
 
     Args:
         record: as it arrived; everything about it is checked.
         like: arrays whose names, shapes and dtypes the record has to have; None checks sizes and dtypes only.
         source: who sent it, for messages.
+        also: as in `encode`.
 
     Raises:
         ShapeError: names or shapes differ from `like`.
@@ -70,7 +78,7 @@ def decode(record: ArrayRecord, *, like: Mapping[str, npt.NDArray[Any]] | None =
         _check_names(set(record), set(like), source)
     weights: Weights = {}
     for name in sorted(record):
-        value = _read_array(name, record[name], source)
+        value = _read_array(name, record[name], source, (*WIRE_DTYPES, *also))
         if like is not None:
             _check_like(name, value, like[name], source)
         _check_finite(name, value, source)
@@ -90,12 +98,12 @@ def _shorten(name: str, value: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     return value.astype(np.float16)
 
 
-def _read_array(name: str, array: Array, source: str) -> npt.NDArray[Any]:
+def _read_array(name: str, array: Array, source: str, allowed: tuple[str, ...]) -> npt.NDArray[Any]:
     """One array without numpy.load, so that no header can ask for memory that the message does not hold."""
     where = f"{name} from {source}"
-    if array.stype != "numpy.ndarray" or array.dtype not in WIRE_DTYPES:
+    if array.stype != "numpy.ndarray" or array.dtype not in allowed:
         raise FederationError(
-            f"Cannot read {where}: {array.stype} of dtype {array.dtype}; allowed: {', '.join(WIRE_DTYPES)}."
+            f"Cannot read {where}: {array.stype} of dtype {array.dtype}; allowed: {', '.join(allowed)}."
         )
     stream = io.BytesIO(array.data)
     try:

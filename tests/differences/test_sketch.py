@@ -13,6 +13,7 @@ from scipy import stats
 
 from nnunet_fedharm.differences import sketch
 from nnunet_fedharm.differences.sketch_statistics import (
+    cut_of,
     display_histogram,
     effect_intervals,
     false_discovery,
@@ -20,7 +21,6 @@ from nnunet_fedharm.differences.sketch_statistics import (
     ks_bounds,
     rank_test_from_sums,
     site_rank_sums,
-    spread,
     tie_correction,
     wasserstein,
 )
@@ -148,7 +148,8 @@ def test_the_rank_test_needs_nothing_but_sums_over_sites() -> None:
     found = rank_test_from_sums(
         squares=sum(share[0] for share in shares),
         slack=sum(share[1] for share in shares),
-        sizes=counts.sum(-1),
+        total=pooled.sum(-1),
+        sites=sum(own.sum(-1) > 0 for own in counts),
         tie=tie_correction(pooled),
     )
     np.testing.assert_allclose(found.h, kruskal_wallis(counts).h)
@@ -160,23 +161,26 @@ def test_distances_agree_with_scipy_within_the_stated_error(shift: float) -> Non
     tables = sites(shift=shift)
     counts, edges = final_counts(tables)
     low, high = ks_bounds(counts[0], counts[1])
-    found, error = wasserstein(counts[0], counts[1], edges)
-    for feature in range(len(KINDS)):
+    cut = cut_of(counts.sum(0), edges)
+    found, error = wasserstein(counts[0], counts[1], edges, cut)
+    for feature in range(len(KINDS) - 1):
         a, b = tables[0][:, feature], tables[1][:, feature]
         exact = stats.ks_2samp(a, b).statistic
         assert low[feature] - 1e-12 <= exact <= high[feature] + 1e-12, KINDS[feature]
-        cut = [np.clip(x, edges[feature, 0], edges[feature, -1]) for x in (a, b)]
-        true = stats.wasserstein_distance(*cut)
+        true = stats.wasserstein_distance(*(np.clip(x, cut.low[feature], cut.high[feature]) for x in (a, b)))
+        true /= cut.unit[feature]
         assert abs(found[feature] - true) <= error[feature] * (1 + 1e-9) + 1e-15, KINDS[feature]
-        if KINDS[feature] != "constant":
-            assert abs(found[feature] - true) < 0.05 * np.std(np.concatenate(cut)), KINDS[feature]
+        assert abs(found[feature] - true) < 0.05, KINDS[feature]
+    assert np.isnan(found[-1]), "a constant has no distance"
 
 
-def test_spread_is_the_standard_deviation_between_the_outer_edges() -> None:
+def test_values_are_cut_where_the_pooled_ones_would_be() -> None:
     tables = sites()
     counts, edges = final_counts(tables)
-    pooled = np.clip(np.concatenate(tables), edges[:, 0], edges[:, -1])
-    np.testing.assert_allclose(spread(counts.sum(0), edges)[:-1], pooled.std(0)[:-1], rtol=0.02)
+    cut = cut_of(counts.sum(0), edges)
+    pooled = np.clip(np.concatenate(tables), cut.low, cut.high)
+    np.testing.assert_allclose(cut.unit[:-1], pooled.std(0)[:-1], rtol=0.02)
+    assert cut.unit[-1] == 0
 
 
 def test_q_values_ignore_features_without_a_test() -> None:
