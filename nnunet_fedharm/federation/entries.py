@@ -1,0 +1,65 @@
+"""Which replies of a site tell something about its patients, entered in the site's ledger before they leave it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, RecordDict
+
+from nnunet_fedharm.federation import messages
+from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.privacy.releases import NONE, Release
+
+_NOT_CONTENT = ("seconds", "status", "plans_hash", "run_id")
+"""Keys of replies that say nothing about patients and change from one sending to the next."""
+
+RELEASES: dict[str, Callable[[Mapping[str, Any]], str] | None] = {
+    messages.PREFLIGHT.name: lambda request: "facts: numbers of cases, labels, versions",
+    messages.SUMMARIZE.name: lambda request: "fingerprint summary",
+    messages.PREPARE.name: lambda request: "style",
+    messages.TRAIN.name: lambda request: f"weights and metrics, {request['phase']} round {request['round'] + 1}",
+    messages.STORE_PLANS.name: None,
+    messages.FINISH.name: None,
+}
+"""Request -> name of what the reply releases without noise; None where the reply tells nothing about a patient. A handler that
+is not listed here enters its releases itself."""
+
+
+def enter_release(folder: Path, request: str, values: Mapping[str, Any], content: RecordDict) -> None:
+    """Enter a reply; the same content once more (asked again after a crash, by a rejoining node) is not entered twice.
+
+    Args:
+        folder: the site's own folder.
+        request: name of the request's schema.
+        values: of the request.
+        content: of the reply, which must not be sent where this raises.
+
+    Raises:
+        PrivacyError: the ledger is damaged or cannot be written.
+    """
+    name = RELEASES.get(request)
+    if name is None:
+        return
+    release = Release(what=name(values), mechanism=NONE, run_id=values.get("run_id", ""), digest=digest_of(content))
+    Ledger(folder).record(release)
+
+
+def digest_of(content: RecordDict) -> str:
+    """SHA-256 of what a reply says about patients."""
+    total = hashlib.sha256()
+    for config in content.config_records.values():
+        told = {key: config[key] for key in sorted(config) if key not in _NOT_CONTENT}
+        total.update(json.dumps(told, default=repr).encode())
+    for arrays in content.array_records.values():
+        _add_arrays(total, arrays)
+    return total.hexdigest()
+
+
+def _add_arrays(total: Any, arrays: ArrayRecord) -> None:
+    for name in sorted(arrays):
+        total.update(name.encode())
+        total.update(arrays[name].data)
