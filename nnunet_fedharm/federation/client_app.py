@@ -18,6 +18,7 @@ from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.aggregation import finite
 from nnunet_fedharm.federation.codec import Weights, decode, encode
 from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
+from nnunet_fedharm.federation.entries import enter_release
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
 from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
@@ -77,6 +78,7 @@ def _answer(
         # The lock, because after a server crash this site may still be busy with the former round.
         with file_lock(site.folder / "site.lock"), site.root.create().activate():
             content = work(site, request)
+            enter_release(site.folder, schema.name, request.values, content)
     except Exception as error:  # noqa: BLE001 - the one place where a failure becomes a reply; it is logged at the site
         content = error_reply(*describe_error(site, error))
     return Message(content, reply_to=message)
