@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-from nnunet_fedharm.evaluation.charts import scale, svg, ticks
+from nnunet_fedharm.evaluation.charts import Point, scale, svg, ticks
 
 SITE_STYLES = 8
 """Colours of the style sheet; further sites take them again, with other markers."""
@@ -174,6 +174,32 @@ def ridge_chart(
     return svg(parts, width, height, label, natural=True)
 
 
+def track(points: Sequence[Point], *, highest: float = 1.0, tick_values: Sequence[float] = ()) -> str:
+    """Means with their intervals on one line from 0 to `highest`, as wide as the place it is put in.
+
+    Args:
+        points: from top to bottom.
+        highest: at the right end.
+        tick_values: numbers written below instead, for the head of a column.
+    """
+    if tick_values:
+        ends = {0.0: "", highest: " end"}
+        texts = "".join(
+            f'<text x="{100 * tick / highest:.1f}%" y="12" class="tick{ends.get(tick, " mid")}">{tick:g}</text>'
+            for tick in tick_values
+        )
+        return f'<svg class="track" height="16" aria-hidden="true">{texts}</svg>'
+    lines = "".join(f'<line x1="{x}%" x2="{x}%" y1="0" y2="100%" class="grid"/>' for x in (0, 25, 50, 75, 100))
+    marks = ""
+    for row, point in enumerate(points):
+        y = 9 + 16 * row
+        at = [None if v is None else 100 * min(max(v / highest, 0.0), 1.0) for v in (point.low, point.mean, point.high)]
+        if at[0] is not None and at[2] is not None:
+            marks += f'<line x1="{at[0]:.1f}%" x2="{at[2]:.1f}%" y1="{y}" y2="{y}" class="line {point.style}"/>'
+        marks += f'<circle cx="{at[1]:.1f}%" cy="{y}" r="4.5" class="dot {point.style}"/>'
+    return f'<svg class="track" height="{16 * len(points) + 2}" aria-hidden="true">{lines}{marks}</svg>'
+
+
 def _axes(
     x_ticks: Sequence[float],
     y_ticks: Sequence[float],
@@ -251,7 +277,8 @@ def _polygon(corners: int, start: float = -90.0) -> list[tuple[float, float]]:
 
 def _star(arms: int, inner: float, start: float = -90.0) -> list[tuple[float, float]]:
     pairs = zip(_polygon(arms, start), _polygon(arms, start + 180 / arms), strict=True)
-    return [point for tip, notch in pairs for point in (tip, (inner * notch[0], inner * notch[1]))]
+    points = [point for tip, notch in pairs for point in (tip, (inner * notch[0], inner * notch[1]))]
+    return [(1.35 * x, 1.35 * y) for x, y in points]  # as much ink as a disc
 
 
 _SHAPES: tuple[list[tuple[float, float]], ...] = (

@@ -1,0 +1,202 @@
+"""Slices of the site report: where they are cut, which volumes are typical, and one window for all sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunet_fedharm.evaluation.pictures import data_uri, grey_picture
+from nnunet_fedharm.evaluation.volumes import read_images, read_segmentation, reader_for
+from nnunet_fedharm.sites.features.table import FeatureTable
+from nnunet_fedharm.sites.files import CaseFiles
+from nnunet_fedharm.sites.parallel import map_cases
+
+Array = npt.NDArray[np.float32]
+
+TYPICAL = 3
+"""Volumes of a site on the page."""
+
+PICTURE_SIZE = 200
+"""Longest side of a picture in pixels."""
+
+SHARES = (0.005, 0.995)
+"""Quantiles of all shown slices that become black and white."""
+
+
+@dataclass(frozen=True)
+class CentralSlice:
+    """One slice of one channel.
+
+    Attributes:
+        image: (H, W) standard deviations from the volume's mean, turned as a reader expects it: front or head up,
+            the patient's right on the left.
+        spacing_mm: of rows and columns.
+    """
+
+    image: Array
+    spacing_mm: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class TypicalSlices:
+    """Pictures of one channel.
+
+    Attributes:
+        channel: name.
+        window: standard deviations that are black and white in all of them.
+        pictures: variant -> site -> data addresses, the most typical volume first; the same volumes in every variant.
+    """
+
+    channel: str
+    window: tuple[float, float]
+    pictures: dict[str, dict[str, list[str]]]
+
+
+def central_slices(
+    cases: Sequence[CaseFiles], dataset_json: Mapping[str, Any], *, num_processes: int
+) -> dict[tuple[str, str], CentralSlice]:
+    """The slice through the middle of the labels (else of the image) of each volume.
+
+    Args:
+        cases: their label may be None.
+        dataset_json: names the channels and the reader.
+        num_processes: side by side.
+
+    Returns:
+        (case, channel) -> slice; a case that cannot be read is left out, for the measurement lists it.
+    """
+    names = [str(name) for name in dataset_json["channel_names"].values()]
+    cut = partial(_cut_or_none, dataset_json=dict(dataset_json))
+    found = map_cases(cut, cases, num_processes=num_processes, description="cut slices")
+    return {
+        (case.case, name): piece
+        for case, pieces in zip(cases, found, strict=True)
+        for name, piece in zip(names, pieces, strict=False)
+    }
+
+
+def typical_cases(table: FeatureTable, site: str, count: int = TYPICAL) -> list[str]:
+    """The cases of a site with the smallest summed distance to its other cases, the most typical first.
+
+    Distances are Euclidean between features in standard deviations of the site; features that are missing for a case or do
+    not vary are left out. Travelling subjects do not count.
+
+    Args:
+        table: rows of one channel, region and scale.
+        site: whose cases.
+        count: at most so many.
+    """
+    own = table.where(lambda row: row.site == site and not row.travelling)
+    if not own.rows:
+        own = table.where(lambda row: row.site == site)
+    if not own.rows:
+        return []
+    values = own.values[:, np.isfinite(own.values).all(axis=0)]
+    spread = values.std(axis=0)
+    scaled = (values - values.mean(axis=0))[:, spread > 0] / spread[spread > 0]
+    apart = np.sqrt(((scaled[:, None] - scaled[None]) ** 2).sum(axis=2)).sum(axis=1)
+    return [own.rows[int(index)].case for index in np.argsort(apart, kind="stable")[:count]]
+
+
+def typical_slices(
+    channel: str, cases: Mapping[str, Sequence[str]], slices: Mapping[str, Mapping[tuple[str, str], CentralSlice]]
+) -> TypicalSlices:
+    """Pictures of the chosen cases in one window.
+
+    Args:
+        channel: name.
+        cases: site -> chosen cases.
+        slices: variant -> (case, channel) -> slice.
+    """
+    shown = {
+        variant: {
+            site: [found[case, channel] for case in chosen if (case, channel) in found]
+            for site, chosen in cases.items()
+        }
+        for variant, found in slices.items()
+    }
+    values = [piece.image.ravel() for by_site in shown.values() for pieces in by_site.values() for piece in pieces]
+    low, high = np.quantile(np.concatenate(values), SHARES) if values else (-2.0, 2.0)
+    window = float(low), max(float(high), float(low) + 1e-3)
+    pictures = {
+        variant: {site: [_picture(piece, window) for piece in pieces] for site, pieces in by_site.items()}
+        for variant, by_site in shown.items()
+    }
+    return TypicalSlices(channel, window, pictures)
+
+
+def _cut_or_none(case: CaseFiles, *, dataset_json: dict[str, Any]) -> list[CentralSlice]:
+    from nnunet_fedharm.errors import DataError
+
+    try:
+        return _cut(case, dataset_json)
+    except DataError:
+        return []
+
+
+def _cut(case: CaseFiles, dataset_json: dict[str, Any]) -> list[CentralSlice]:
+    reader = reader_for(dataset_json, case.images[0])
+    volume, properties = read_images(case.images, reader)
+    label = None
+    if case.label is not None and case.label.is_file():
+        label = read_segmentation(case.label, reader).array
+    spacing = [float(value) for value in properties["spacing"]]
+    # Thick slices are looked at in their plane.
+    axis = int(np.argmax(spacing)) if max(spacing) > 1.01 * min(spacing) else 0
+    inside = np.flatnonzero((label > 0).any(axis=tuple(a for a in range(3) if a != axis))) if label is not None else []
+    index = int(inside[len(inside) // 2]) if len(inside) else volume.shape[axis + 1] // 2
+    rows, columns, turn = _upright(axis, _directions(properties))
+    pieces = []
+    for channel in volume:
+        mask = channel != 0
+        values = channel[mask] if mask.any() else channel
+        z = (channel - values.mean()) / max(float(values.std()), 1e-8)
+        piece = np.moveaxis(z, (axis, rows, columns), (0, 1, 2))[index]
+        piece = piece[:: turn[0], :: turn[1]]
+        pieces.append(CentralSlice(np.ascontiguousarray(piece, np.float32), (spacing[rows], spacing[columns])))
+    return pieces
+
+
+def _directions(properties: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    """(3, 3): row k is the direction in which array axis k runs, toward the patient's (left, back, head)."""
+    itk, nifti = properties.get("sitk_stuff"), properties.get("nibabel_stuff")
+    if itk and len(itk.get("direction", ())) == 9:
+        return np.reshape(itk["direction"], (3, 3)).T[::-1]
+    if (nifti and "reoriented_affine" in nifti) or (nifti and "original_affine" in nifti):
+        affine = np.asarray(nifti.get("reoriented_affine", nifti["original_affine"]))[:3, :3]
+        return (np.diag([-1.0, -1.0, 1.0]) @ affine).T[::-1]
+    return np.eye(3)[::-1]
+
+
+def _upright(axis: int, directions: npt.NDArray[np.float64]) -> tuple[int, int, tuple[int, int]]:
+    """Which array axes become rows and columns, and the step (1 or -1) along each.
+
+    Args:
+        axis: the array axis that is cut across.
+        directions: of the array axes.
+    """
+    rest = [other for other in range(3) if other != axis]
+    world = [int(np.argmax(np.abs(directions[other]))) for other in rest]
+    rows, columns = rest if world[0] > world[1] else rest[::-1]
+
+    def runs(array_axis: int) -> float:
+        return float(directions[array_axis][np.argmax(np.abs(directions[array_axis]))])
+
+    # Down the rows toward the back, or toward the feet; along the columns toward the left or the back.
+    upward = int(np.argmax(np.abs(directions[rows]))) == 2
+    return rows, columns, (-1 if (runs(rows) > 0) == upward else 1, 1 if runs(columns) > 0 else -1)
+
+
+def _picture(piece: CentralSlice, window: tuple[float, float]) -> str:
+    """Square pixels, the longest side PICTURE_SIZE."""
+    from scipy.ndimage import zoom
+
+    size = np.array(piece.image.shape) * np.array(piece.spacing_mm)
+    target = np.maximum(np.rint(PICTURE_SIZE * size / size.max()), 1)
+    image = zoom(piece.image, target / np.array(piece.image.shape), order=1, grid_mode=True, mode="nearest")
+    return data_uri(grey_picture(image, np.ones(image.shape, dtype=bool), window), scale=1)

@@ -1,0 +1,142 @@
+"""Words of the site report: names that a reader knows, numbers as text, and what a classifier's accuracy means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nnunet_fedharm.differences.findings import ClassifierFinding, Estimate, Findings, PartFinding, SiteCard
+from nnunet_fedharm.sites.features.table import FOREGROUND, IMAGE, SCALES
+
+Key = tuple[str, str, str]
+"""Channel, region, intensity scale."""
+
+SIGNIFICANT = 0.05
+
+FAMILIES = {
+    "intensity": "intensity: how bright and how spread the grey values are",
+    "texture": "texture: how grey values follow each other from voxel to voxel",
+    "quality": "image quality: noise, contrast, sharpness, bias field, spacing, coverage",
+    "shape": "shape: the control. A scanner hardly changes it; where it differs, patients or contours differ",
+}
+"""Family -> what it is."""
+
+_REGIONS = {FOREGROUND: "all labels together", IMAGE: "the whole body in the image"}
+_SCALES = {SCALES[0]: "after z-score (what nnU-Net sees)", SCALES[1]: "raw values of the files"}
+DASH = "-"
+
+
+def region_name(region: str) -> str:
+    """A region as a reader knows it."""
+    return _REGIONS.get(region, region)
+
+
+def scale_name(scale: str) -> str:
+    """An intensity scale as a reader knows it."""
+    return _SCALES.get(scale, scale)
+
+
+def part_name(key: Key) -> str:
+    """One line for a channel, region and scale."""
+    channel, region, scale = key
+    return f"{channel}, {region_name(region)}, {scale_name(scale)}"
+
+
+def keys(findings: Findings) -> list[Key]:
+    """Parts of the report, that of the first screen first."""
+    found = dict.fromkeys(
+        (part.channel, part.region, part.scale) for variant in findings.variants for part in variant.parts
+    )
+    return sorted(found, key=lambda key: (key[2] != SCALES[0], key[1] != FOREGROUND))
+
+
+def parts_of(findings: Findings, key: Key) -> list[tuple[str, PartFinding]]:
+    """(variant, its finding) of one part, as scanned first."""
+    return [
+        (variant.name, part)
+        for variant in findings.variants
+        for part in variant.parts
+        if (part.channel, part.region, part.scale) == key
+    ]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number, or a dash."""
+    if value is None:
+        return DASH
+    shown = f"{value:.{digits}f}"
+    return shown.removeprefix("-") if not float(shown) else shown
+
+
+def significant_digits(value: float | None) -> str:
+    """A number of any size in four digits, or a dash."""
+    return DASH if value is None else f"{value:.4g}"
+
+
+def probability(value: float | None) -> str:
+    """A p value."""
+    if value is None:
+        return DASH
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent."""
+    return DASH if value is None else f"{100 * value:.0f}%"
+
+
+def interval(estimate: Estimate, digits: int = 2) -> str:
+    """ "0.50 (0.41 to 0.60)"; the value alone without an interval."""
+    if estimate.value is None:
+        return DASH
+    if estimate.low is None or estimate.high is None:
+        return number(estimate.value, digits)
+    return f"{number(estimate.value, digits)} ({number(estimate.low, digits)} to {number(estimate.high, digits)})"
+
+
+def percent_interval(estimate: Estimate) -> str:
+    """The same in percent."""
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return percent(estimate.value)
+    return f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)})"
+
+
+def scanner(card: SiteCard) -> str:
+    """ "Siemens, 3 T, T1w MPRAGE"."""
+    words = [card.vendor, None if card.field is None else f"{card.field:g} T", card.sequence]
+    return ", ".join(str(word) for word in words if word) or "scanner not stated in sites.json"
+
+
+def count(size: int, one: str, many: str | None = None) -> str:
+    """ "1 volume", "2 volumes"."""
+    return f"{size} {one if size == 1 else many or one + 's'}"
+
+
+def is_recognised(finding: ClassifierFinding) -> bool:
+    """Whether the classifier beats its null."""
+    return finding.p is not None and finding.p < SIGNIFICANT
+
+
+def classifier_sentence(finding: ClassifierFinding) -> str:
+    """What one classifier found, in two sentences."""
+    words = f"{finding.method[:1].upper()}{finding.method[1:]}: recognises the site of "
+    words += f"{percent_interval(finding.accuracy)} of the volumes"
+    words += f" (p {_equals(finding.p)})" if finding.p is not None else ""
+    return f"{words}. {chance_sentence(finding)}"
+
+
+def chance_sentence(finding: ClassifierFinding) -> str:
+    """What guessing gives, and the null."""
+    words = f"Guessing gives {percent(finding.chance)}"
+    if finding.null_high is not None:
+        words += f"; with shuffled sites 95 of 100 runs stay at or below {percent(finding.null_high)}"
+    return words + "."
+
+
+def joined(words: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+
+
+def _equals(p: float) -> str:
+    text = probability(p)
+    return text if text.startswith("<") else f"= {text}"
