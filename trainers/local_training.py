@@ -7,33 +7,33 @@ with seeds derived from (run, site, phase, round), draws the same numbers.
 
 from __future__ import annotations
 
-import pickle
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from nnunet_fedharm.errors import CheckpointError, FederationError, PlanError
+from nnunet_fedharm.errors import FederationError, PlanError
 from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.section import read_section
-from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_gain
+from nnunet_fedharm.trainers.groups import copies, load_with_own, own_tensors, planned_tensors_of, shared_weights
 from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
+from nnunet_fedharm.trainers.local_objectives import ControlVariate, Objective, extended
 from nnunet_fedharm.trainers.results import make_trainer, write_results_folder
+from nnunet_fedharm.trainers.round_states import RoundStates
 from nnunet_fedharm.trainers.seeds import derive_seed, seed_everything, torch_generator
-from nnunet_fedharm.trainers.weights import Weights, export_weights, load_weights
+from nnunet_fedharm.trainers.segmenter_state import epoch_means, restore_segmenter, segmenter_state
+from nnunet_fedharm.trainers.weights import Weights, load_weights
 
 Phase = Literal["harmonizer", "segmenter"]
 
-KEPT_STATES = 2
-"""The state a round started from and the one it wrote: enough to repeat it."""
+PLAIN = Objective()
+"""Nothing but the site's own loss."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,18 @@ class LocalResult:
     """What a site sends back.
 
     Attributes:
-        weights: updated weights, canonical names.
+        weights: updated weights, canonical names; without the tensors that the site keeps for itself.
         n_steps: optimizer steps taken.
         n_cases: training cases drawn from.
         metrics: means over the local epochs: train_loss, val_loss, dice (foreground pseudo Dice), seconds.
+        control: change of the site's control variate; empty without SCAFFOLD.
     """
 
     weights: Weights
     n_steps: int
     n_cases: int
     metrics: dict[str, float]
+    control: Weights = field(default_factory=dict)
 
 
 class LocalTraining:
@@ -68,6 +70,7 @@ class LocalTraining:
         state_folder: where the durable state of this run lies.
         seed: the run's seed.
         device: "cpu" or "cuda".
+        local_groups: groups of tensors that this site keeps for itself, of `groups.GROUPS`.
 
     Raises:
         PlanError: no `fedharm` section, or phases that alternate.
@@ -87,6 +90,7 @@ class LocalTraining:
         state_folder: Path,
         seed: int,
         device: str,
+        local_groups: Sequence[str] = (),
     ) -> None:
         self.root = root
         self.dataset_name = dataset_name
@@ -96,9 +100,10 @@ class LocalTraining:
         self.fold = fold
         self.site = site
         self.trainer_name = trainer_name
-        self.state_folder = state_folder
+        self.states = RoundStates(state_folder, site, device)
         self.seed = seed
         self.device = device
+        self.local_groups = tuple(local_groups)
         self.section = read_section(plans["configurations"][configuration], configuration_name=configuration)
         if self.section.schedule.phases == "alternate":
             raise PlanError(
@@ -106,7 +111,16 @@ class LocalTraining:
                 "segmenter. Choose 'frozen' or 'finetune'."
             )
 
-    def run(self, *, phase: Phase, round_index: int, first_epoch: int, epochs: int, weights: Weights) -> LocalResult:
+    def run(
+        self,
+        *,
+        phase: Phase,
+        round_index: int,
+        first_epoch: int,
+        epochs: int,
+        weights: Weights,
+        objective: Objective = PLAIN,
+    ) -> LocalResult:
         """Train `epochs` local epochs from the given weights.
 
         Args:
@@ -114,10 +128,11 @@ class LocalTraining:
             round_index: counts within the phase, from 0.
             first_epoch: epoch of the shared learning-rate clock at which this round starts.
             epochs: local epochs.
-            weights: the global weights.
+            weights: the global weights; of the tensors that this site keeps for itself the start of the run.
+            objective: what the federation adds to the site's loss.
 
         Raises:
-            FederationError: unknown phase.
+            FederationError: unknown phase, or SCAFFOLD in the harmonizer phase.
             FedHarmError: data, plans or weights do not fit; the message names the site's problem.
         """
         start = perf_counter()
@@ -127,20 +142,24 @@ class LocalTraining:
                 self.trainer_name, self.plans, self.configuration, self.fold, self.dataset_json, self.device
             )
             if phase == "harmonizer":
-                result = self._harmonizer_round(trainer, round_index, first_epoch, epochs, weights)
+                result = self._harmonizer_round(trainer, round_index, first_epoch, epochs, weights, objective)
             elif phase == "segmenter":
-                result = self._segmenter_round(trainer, round_index, first_epoch, epochs, weights)
+                result = self._segmenter_round(trainer, round_index, first_epoch, epochs, weights, objective)
             else:
                 raise FederationError(f"Unknown phase {phase!r}; a round is of the harmonizer or of the segmenter.")
         result.metrics["seconds"] = perf_counter() - start
         return result
 
     def finish(self, weights: Weights, fingerprint: Mapping[str, Any], *, epoch: int) -> Path:
-        """Write the standard results folder at the site, with the site's own style stored as source.
+        """Write the standard results folder at the site, with the site's own style stored as source and its own tensors.
 
         Returns:
             The fold's folder, ready for `nnUNetv2_predict`.
+
+        Raises:
+            FederationError: tensors that this site has to have of its own were never trained here.
         """
+        weights = self._with_own(weights)
         return write_results_folder(
             self.root,
             self.dataset_name,
@@ -180,24 +199,49 @@ class LocalTraining:
                 trainer.on_train_end()
             return float(harmonizer.bank_gate[index])
 
+    def _with_own(self, weights: Weights) -> Weights:
+        """Final weights with this site's own tensors in their places."""
+        with self.root.activate():
+            names = planned_tensors_of(
+                self.plans, self.dataset_json, self.configuration, self.trainer_name, self.local_groups
+            )
+        own: Weights = {}
+        for phase in ("harmonizer", "segmenter"):
+            own |= own_tensors(self.states.older_than(phase, None))
+        if names - set(own):
+            raise FederationError(
+                f"Site {self.site} never trained its own {', '.join(self.local_groups)} ({len(names - set(own))} of "
+                f"{len(names)} tensors), so it has no model. It gets one when it takes part in a round of the run."
+            )
+        return {**weights, **{name: own[name] for name in names}}
+
     def _harmonizer_round(
-        self, trainer: nnUNetTrainerFedHarm, round_index: int, first_epoch: int, epochs: int, weights: Weights
+        self,
+        trainer: nnUNetTrainerFedHarm,
+        round_index: int,
+        first_epoch: int,
+        epochs: int,
+        weights: Weights,
+        objective: Objective,
     ) -> LocalResult:
+        if objective.control is not None:
+            raise FederationError("SCAFFOLD corrects segmenter rounds only; the harmonizer's optimizers are adaptive.")
         trainer.assemble()
-        load_weights(trainer.network, weights)
+        state = self.states.older_than("harmonizer", round_index)
+        local = load_with_own(trainer.network, weights, self.local_groups, state)
         if not self._takes_part(trainer):
             # No step, no weight in the mean: the others' result reaches this site with the next round.
-            return LocalResult(weights=export_weights(trainer.network), n_steps=0, n_cases=0, metrics={})
+            return LocalResult(weights=shared_weights(trainer.network, local), n_steps=0, n_cases=0, metrics={})
         schedule = self.section.schedule
         training = trainer.harmonizer.make_training(lr=schedule.harmonizer_lr, total_epochs=schedule.harmonizer_epochs)
-        state = self._restore("harmonizer", round_index)
         if state is not None:
             training.load_state_dict(state["training"])
         stream = (self.site, "harmonizer", str(round_index))
         sampler = trainer.harmonizer_sampler(np.random.default_rng(derive_seed(self.seed, *stream, "patches")))
         generator = torch_generator(self.seed, *stream, "styles")
         losses = []
-        with trainable(trainer.harmonizer):
+        added = extended(training.optimizers.values(), trainer.network, local, proximal_mu=objective.proximal_mu)
+        with trainable(trainer.harmonizer), added:
             for epoch in range(first_epoch, first_epoch + epochs):
                 training.set_epoch(epoch)
                 losses.append(
@@ -211,9 +255,10 @@ class LocalTraining:
                 )
         if first_epoch + epochs >= schedule.harmonizer_epochs:
             trainer.close_gates_without_gain(sampler)
-        self._keep("harmonizer", round_index, {"training": training.state_dict()})
+        own = {name: value for name, value in copies(trainer.network, local).items() if name.startswith("harmonizer.")}
+        self.states.keep("harmonizer", round_index, {"training": training.state_dict(), "own": own})
         return LocalResult(
-            weights=export_weights(trainer.network),
+            weights=shared_weights(trainer.network, local),
             n_steps=epochs * schedule.iterations_per_epoch,
             n_cases=len(sampler.cases),
             metrics={"train_loss": float(np.mean([epoch["loss"] for epoch in losses]))},
@@ -224,93 +269,42 @@ class LocalTraining:
         return self.site not in trainer.bank or trainer.harmonizer.trains_on(trainer.bank.index(self.site))
 
     def _segmenter_round(
-        self, trainer: nnUNetTrainerFedHarm, round_index: int, first_epoch: int, epochs: int, weights: Weights
+        self,
+        trainer: nnUNetTrainerFedHarm,
+        round_index: int,
+        first_epoch: int,
+        epochs: int,
+        weights: Weights,
+        objective: Objective,
     ) -> LocalResult:
         trainer.initialize()
-        load_weights(trainer.network, weights)
+        state = self.states.older_than("segmenter", round_index)
+        former = self.states.older_than("harmonizer", None) if self.local_groups else None
+        local = load_with_own(trainer.network, weights, self.local_groups, former, state)
+        drift = ControlVariate(self.states, objective, trainer.network) if objective.control is not None else None
         trainer.harmonizer.open_gate()
         # The round's result is the weights sent back; a local checkpoint would look like a finished model and be none.
         trainer.disable_checkpointing = True
-        self._restore_segmenter(trainer, round_index, first_epoch)
+        restore_segmenter(trainer, state, first_epoch)
         trainer.current_epoch = first_epoch
         trainer.on_train_start()
-        trainer.run_epochs(first_epoch, epochs)
-        self._keep("segmenter", round_index, _segmenter_state(trainer))
-        metrics = _epoch_means(trainer, epochs)
+        added = extended(
+            [trainer.optimizer],
+            trainer.network,
+            local,
+            proximal_mu=objective.proximal_mu,
+            correction=None if drift is None else drift.correction,
+        )
+        with added as terms:
+            trainer.run_epochs(first_epoch, epochs)
+        change = {} if drift is None or terms is None else drift.update(terms, round_index)
+        self.states.keep("segmenter", round_index, segmenter_state(trainer) | {"own": copies(trainer.network, local)})
+        metrics = epoch_means(trainer, epochs)
         trainer.on_train_end()  # stops the data loaders' workers
         return LocalResult(
-            weights=export_weights(trainer.network),
+            weights=shared_weights(trainer.network, local),
             n_steps=epochs * trainer.num_iterations_per_epoch,
             n_cases=len(trainer.do_split()[0]),
             metrics=metrics,
+            control=change,
         )
-
-    def _restore_segmenter(self, trainer: nnUNetTrainerFedHarm, round_index: int, first_epoch: int) -> None:
-        state = self._restore("segmenter", round_index)
-        if state is not None:
-            trainer.optimizer.load_state_dict(state["optimizer"])
-            trainer.logger.load_checkpoint(state["logging"])
-            trainer._best_ema = state["best_ema"]
-            if trainer.grad_scaler is not None and state["grad_scaler"] is not None:
-                trainer.grad_scaler.load_state_dict(state["grad_scaler"])
-        _pad_log(trainer, first_epoch)
-
-    def _state_file(self, phase: Phase, round_index: int) -> Path:
-        return self.state_folder / f"{phase}_round_{round_index:05d}.pt"
-
-    def _states(self, phase: Phase) -> list[tuple[int, Path]]:
-        found = []
-        for path in self.state_folder.glob(f"{phase}_round_*.pt"):
-            match = re.fullmatch(rf"{phase}_round_(\d+)", path.stem)
-            if match:
-                found.append((int(match.group(1)), path))
-        return sorted(found)
-
-    def _restore(self, phase: Phase, round_index: int) -> dict[str, Any] | None:
-        """Newest state older than `round_index`, or None for a site that has none yet."""
-        older = [path for index, path in self._states(phase) if index < round_index]
-        if not older:
-            return None
-        try:
-            state: dict[str, Any] = torch.load(older[-1], map_location=self.device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"Site {self.site} cannot read its training state {older[-1]} ({type(error).__name__}). "
-                "Delete that file to continue with a fresh optimizer."
-            ) from error
-        return state
-
-    def _keep(self, phase: Phase, round_index: int, state: dict[str, Any]) -> None:
-        self.state_folder.mkdir(parents=True, exist_ok=True)
-        save_atomically(str(self._state_file(phase, round_index)), lambda path: torch.save(state, path))
-        for _, path in [item for item in self._states(phase) if item[0] <= round_index][:-KEPT_STATES]:
-            path.unlink()
-
-
-def _segmenter_state(trainer: nnUNetTrainerFedHarm) -> dict[str, Any]:
-    log = trainer.logger.get_checkpoint()
-    return {
-        "optimizer": trainer.optimizer.state_dict(),
-        "grad_scaler": trainer.grad_scaler.state_dict() if trainer.grad_scaler is not None else None,
-        # Plain floats: the file is read back with weights_only=True, which refuses numpy scalars.
-        "logging": {key: _plain(values) for key, values in log.items()},
-        "best_ema": None if trainer._best_ema is None else float(trainer._best_ema),
-    }
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else float(value)
-
-
-def _pad_log(trainer: nnUNetTrainerFedHarm, first_epoch: int) -> None:
-    """Rounds that this site missed leave a gap in its log; nnU-Net's logger insists on one value per epoch."""
-    log = trainer.logger.local_logger.my_fantastic_logging
-    for key, values in log.items():
-        del values[first_epoch:]
-        filler: Any = values[-1] if values else ([float("nan")] if key == "dice_per_class_or_region" else 0.0)
-        values.extend([filler] * (first_epoch - len(values)))
-
-
-def _epoch_means(trainer: nnUNetTrainerFedHarm, epochs: int) -> dict[str, float]:
-    names = {"train_loss": "train_losses", "val_loss": "val_losses", "dice": "mean_fg_dice"}
-    return {name: float(np.mean(trainer.logger.get_value(key, step=None)[-epochs:])) for name, key in names.items()}

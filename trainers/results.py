@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from nnunet_fedharm import trainers
 from nnunet_fedharm.errors import PlanError
@@ -58,21 +59,28 @@ def initial_weights(
     plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, trainer_name: str, seed: int
 ) -> Weights:
     """Weights of round 0: nnU-Net's own initialisation under `seed`, harmonizer at the identity."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_network(plans, dataset_json, configuration, trainer_name)
+    return export_weights(network)
+
+
+def build_network(
+    plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, trainer_name: str
+) -> nn.Module:
+    """The network that the plans describe, untrained, on the CPU."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     manager = PlansManager(dict(plans))
     planned = manager.get_configuration(configuration)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = trainer_class(trainer_name).build_network_architecture(
-            manager,
-            planned,
-            determine_num_input_channels(manager, planned, dict(dataset_json)),
-            manager.get_label_manager(dict(dataset_json)).num_segmentation_heads,
-            True,
-        )
-    return export_weights(network)
+    return trainer_class(trainer_name).build_network_architecture(
+        manager,
+        planned,
+        determine_num_input_channels(manager, planned, dict(dataset_json)),
+        manager.get_label_manager(dict(dataset_json)).num_segmentation_heads,
+        True,
+    )
 
 
 def write_results_folder(

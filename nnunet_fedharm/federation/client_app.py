@@ -16,13 +16,13 @@ from flwr.clientapp import ClientApp
 from nnunet_fedharm.errors import CheckpointError, FederationError, FedHarmError
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.aggregation import finite
-from nnunet_fedharm.federation.codec import Weights, decode, encode
+from nnunet_fedharm.federation.codec import Weights, decode
 from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
 from nnunet_fedharm.federation.entries import enter_release
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
 from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
-from nnunet_fedharm.federation.updates import travelling
+from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
 
 app = ClientApp()
 
@@ -142,10 +142,17 @@ def _store_plans(site: Site, request: Unpacked) -> RecordDict:
 
 
 def _train(site: Site, request: Unpacked) -> RecordDict:
+    from nnunet_fedharm.trainers.local_objectives import Objective
+
     start = time.monotonic()
     values = request.values
     phase = values["phase"]
-    received = decode(request.weights, source="the server")
+    received, control = split_control(decode(request.weights, source="the server"))
+    objective = Objective(
+        proximal_mu=values["proximal_mu"],
+        control=control if values["scaffold"] else None,
+        counted=values["counted"].get(site.name),
+    )
     with training_environment(site.device):
         training, federation = _local_training(site, values)
         result = training.run(
@@ -154,9 +161,11 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
             first_epoch=values["first_epoch"],
             epochs=values["epochs"],
             weights=_whole(received, federation, values),
+            objective=objective,
         )
     answer = {
         "site": site.name,
+        **{key: values[key] for key in ("phase", "round", "plans_hash")},
         "n_steps": int(result.n_steps),
         "n_cases": int(result.n_cases),
         "metrics": finite(result.metrics),
@@ -164,7 +173,8 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
     }
     ownership = ownership_of(federation["plans"], values["configuration"], phase)
     changed = ownership.contribution(site.name, travelling(phase, result.weights))
-    return reply(messages.TRAIN_REPLY, answer, encode(changed, fp16=values["fp16"]))
+    record = encode_with_control(changed, result.control, fp16=values["fp16"])
+    return reply(messages.TRAIN_REPLY, answer, record)
 
 
 def _finish(site: Site, request: Unpacked) -> RecordDict:
@@ -210,13 +220,14 @@ def _local_training(site: Site, values: dict[str, Any]) -> tuple[Any, dict[str, 
         state_folder=site.folder / values["run_id"],
         seed=values["seed"],
         device=site.device,
+        local_groups=[group for group in values["local_groups"].split(",") if group],
     )
     return training, federation
 
 
 def _whole(received: Weights, federation: dict[str, Any], values: dict[str, Any]) -> Weights:
-    """All tensors of the network; in the harmonizer phase the segmenter rests at its seeded start and does not travel."""
-    if values["phase"] == "segmenter":
+    """All tensors of the network: what does not travel (a resting segmenter, local groups) begins at the run's seeded start."""
+    if values["phase"] == "segmenter" and not values["local_groups"]:
         return received
     from nnunet_fedharm.trainers.results import initial_weights
 

@@ -13,6 +13,8 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, cast
 
 from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.strategy import STRATEGIES
+from nnunet_fedharm.federation.strategy_checks import LOCAL_GROUPS, check_strategy
 from nnunet_fedharm.harmonizers import KINDS, LEARNED, check_options
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule
 
@@ -71,6 +73,24 @@ class FederateConfig:
     weighting: str = _option(
         "steps", "weight of a site in the mean: steps (optimizer steps x batch), cases, or sites (equal)"
     )
+    strategy: str = _option("fedavg", "how the replies become one model: " + ", ".join(STRATEGIES))
+    proximal_mu: float = _option(0.0, "FedProx: pull of a site's weights to the received ones; 0 = off")
+    server_lr: float = _option(0.0, "server learning rate; 0 = the strategy's own (1; fedadam and fedyogi 0.01)")
+    server_momentum: float = _option(0.9, "momentum of fedavgm")
+    server_beta1: float = _option(0.9, "first decay of fedadam and fedyogi")
+    server_beta2: float = _option(0.99, "second decay of fedadam and fedyogi")
+    server_tau: float = _option(1e-3, "adaptivity of fedadam and fedyogi: smallest change that counts as one")
+    trim: float = _option(0.25, "share of the replies that trimmed-mean cuts at each end, rounded up")
+    byzantine: int = _option(1, "bad sites that krum and multi-krum expect")
+    norm_bound: float = _option(
+        0.0, "set replies aside that change more than this many times the median; 0 = off, from three replies on"
+    )
+    server_ema: float = _option(
+        0.0, "decay of the average of segmenter rounds that is the final model; 0 = the last one"
+    )
+    local_groups: str = _option(
+        "", "groups that each site keeps for itself, comma separated: " + ", ".join(LOCAL_GROUPS)
+    )
     fp16: bool = _option(False, "send float32 weights as float16: half the bytes")
     seed: int = _option(0, "seed of the run")
     device: str = _option("cpu", "device of the sites: cpu, cuda or mps", identity=False)
@@ -91,11 +111,17 @@ class FederateConfig:
         _check_choices(self)
         _check_ranges(self)
         _check_names(self)
+        check_strategy(self)
 
     @property
     def site_names(self) -> tuple[str, ...]:
         """Expected sites, sorted."""
         return tuple(sorted(name.strip() for name in self.sites.split(",") if name.strip()))
+
+    @property
+    def own_groups(self) -> tuple[str, ...]:
+        """`local_groups` as names, sorted."""
+        return tuple(sorted(name.strip() for name in self.local_groups.split(",") if name.strip()))
 
     @property
     def patch_shape(self) -> tuple[int, ...] | None:

@@ -80,6 +80,9 @@ FLAG = Item(bool, 1)
 PLANS = Item(dict, 8 * _MIB)
 DATASET_JSON = Item(dict, 1 * _MIB)
 FINGERPRINT = Item(dict, 32 * _MIB)
+PHASE = Item(str, 16, pattern="|".join(PHASES))
+PLANS_HASH = Item(str, 64, pattern="[0-9a-f]{64}")
+GROUPS = Item(str, 64, pattern=r"([a-z]+(,[a-z]+)*)?")
 
 _TRAINING = {
     "run_id": RUN_ID,
@@ -87,8 +90,9 @@ _TRAINING = {
     "configuration": CONFIGURATION,
     "fold": Item(str, 3, pattern="all|[0-4]"),
     "trainer_name": WORD,
-    "plans_hash": Item(str, 64, pattern="[0-9a-f]{64}"),
+    "plans_hash": PLANS_HASH,
     "seed": Item(int, 2**62),
+    "local_groups": GROUPS,
 }
 
 PREFLIGHT = Schema("preflight request", {"run_id": RUN_ID, "dataset": DATASET, "check_data": FLAG})
@@ -121,17 +125,29 @@ TRAIN = Schema(
     "train request",
     {
         **_TRAINING,
-        "phase": Item(str, 16, pattern="|".join(PHASES)),
+        "phase": PHASE,
         "round": COUNT,
         "first_epoch": COUNT,
         "epochs": Item(int, 10**6, 1),
         "fp16": FLAG,
+        "proximal_mu": Item(float, 10**6),
+        "scaffold": FLAG,
+        "counted": Item(dict, 64 * _KIB),
     },
     weights=True,
 )
 TRAIN_REPLY = Schema(
     "train reply",
-    {"site": SITE, "n_steps": COUNT, "n_cases": COUNT, "metrics": Item(dict, 64 * _KIB), "seconds": SECONDS},
+    {
+        "site": SITE,
+        "phase": PHASE,
+        "round": COUNT,
+        "plans_hash": PLANS_HASH,
+        "n_steps": COUNT,
+        "n_cases": COUNT,
+        "metrics": Item(dict, 64 * _KIB),
+        "seconds": SECONDS,
+    },
     weights=True,
 )
 FINISH = Schema("finish request", {**_TRAINING, "epoch": COUNT}, weights=True)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from flwr.app import MessageType, RecordDict
 
 from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.asking import ask, join_reasons
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.messages import (
@@ -22,8 +23,8 @@ from nnunet_fedharm.federation.messages import (
     unpack_reply,
 )
 from nnunet_fedharm.federation.roster import Roster
-from nnunet_fedharm.federation.rounds import ask, join_reasons
 from nnunet_fedharm.federation.state import ServerState
+from nnunet_fedharm.federation.strategy_checks import check_sites
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.facts import SiteFacts, check_agreement, federation_dataset_json
@@ -88,6 +89,7 @@ class Preparation:
 
         facts = [self.roster.facts[site] for site in self.roster.expected]
         check_agreement(facts)
+        check_sites(self.config, facts)
         for fact in facts:
             if fact.n_labelled:
                 check_fold(fact.n_labelled, self.config.fold, site=fact.site)

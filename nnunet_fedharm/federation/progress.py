@@ -42,7 +42,8 @@ def _round_end(event: Mapping[str, Any]) -> str:
     traffic = f"down {human_bytes(event['bytes_down'])}, up {human_bytes(event['bytes_up'])}"
     best = "  (best so far)" if event.get("best") else ""
     where = f"{event['phase']} round {event['round']}/{event['rounds']}"
-    return f"{where} done: {_metrics(event)}  {event['seconds']:.1f} s  {traffic}{best}"
+    left_out = f"  (left out: {', '.join(event['left_out'])})" if event.get("left_out") else ""
+    return f"{where} done: {_metrics(event)}  {event['seconds']:.1f} s  {traffic}{best}{left_out}"
 
 
 def _set_aside(event: Mapping[str, Any]) -> str:
@@ -84,6 +85,7 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "reference_missing": lambda event: (
         f"  no reply of the reference ({', '.join(event['sites'])}): what only it trains stays as it was"
     ),
+    "local_groups": lambda event: f"the server's own model is not whole: {event['text']}",
     "site_finished": lambda event: f"  {event['site']} holds the final model",
     "finished": _finished,
     "failed": lambda event: f"failed: {event['error']}",

@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, MessageType, RecordDict
 
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.federation.aggregation import SiteUpdate, aggregate, mean_metric, shares
+from nnunet_fedharm.federation.aggregation import SiteUpdate, mean_metric
+from nnunet_fedharm.federation.asking import ask, join_reasons
 from nnunet_fedharm.federation.codec import Weights, encode, payload_bytes
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EventLog
-from nnunet_fedharm.federation.exchange import Answers, exchange
+from nnunet_fedharm.federation.exchange import Answers
 from nnunet_fedharm.federation.messages import (
     FINISH,
     FINISH_REPLY,
@@ -32,7 +33,15 @@ from nnunet_fedharm.federation.messages import (
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.state import ServerState
-from nnunet_fedharm.federation.updates import quorum_of, read_update, travelling
+from nnunet_fedharm.federation.strategy import controlled, current_control, next_model, strategy_of, trains_together
+from nnunet_fedharm.federation.updates import (
+    Asked,
+    encode_with_control,
+    quorum_of,
+    read_update,
+    set_outliers_aside,
+    travelling,
+)
 
 METRICS = ("train_loss", "val_loss", "dice")
 
@@ -77,10 +86,19 @@ class RoundLoop:
         number = state.rounds_done[phase]
         self.log.write("round_start", phase=phase, round=number + 1, rounds=rounds)
         updates, traffic = self._collect(phase, number, state, weights)
-        share = shares(updates, self.config.weighting, batch_size=self.batch_size)
         self._report_missing_reference(phase, number, updates)
-        mean = weights | aggregate(travelling(phase, weights), updates, share, self.ownership[phase])
-        metrics = {name: mean_metric(updates, share, name) for name in METRICS}
+        made = next_model(
+            strategy_of(self.config),
+            self._part(phase, weights),
+            updates,
+            self.ownership[phase],
+            state.memory,
+            phase=phase,
+            number=number,
+            weighting=self.config.weighting,
+            batch_size=self.batch_size,
+        )
+        metrics = {name: mean_metric(updates, made.share, name) for name in METRICS}
         dice = metrics["dice"]
         is_best = phase == "segmenter" and dice is not None and (state.best_dice is None or dice > state.best_dice)
         seconds = round(time.monotonic() - start, 3)
@@ -91,11 +109,17 @@ class RoundLoop:
             **metrics,
             **traffic,
             "sites": sorted(updates),
+            "left_out": list(made.left_out),
         }
-        state = state.with_round(phase, entry, dice if is_best else state.best_dice)
-        self.checkpoint(state, mean, is_best)
+        state = replace(state.with_round(phase, entry, dice if is_best else state.best_dice), memory=made.memory)
+        weights = weights | made.weights
+        self.checkpoint(state, weights, is_best)
         self.log.write("round_end", rounds=rounds, best=is_best, **entry)
-        return state, mean
+        return state, weights
+
+    def _part(self, phase: str, weights: Weights) -> Weights:
+        """What travels in a phase."""
+        return self.ownership[phase].shared(travelling(phase, weights))
 
     def _report_missing_reference(self, phase: str, number: int, updates: Mapping[str, SiteUpdate]) -> None:
         ownership = self.ownership[phase]
@@ -108,13 +132,16 @@ class RoundLoop:
         """Updates of at least a quorum, and the bytes of all attempts."""
         wanted = self.sites_of(phase)
         quorum = quorum_of(self.config.quorum, len(wanted))
-        part = travelling(phase, weights)
-        record = encode(part, fp16=self.config.fp16)
+        part = self._part(phase, weights)
+        if trains_together(self.ownership[phase], part):
+            quorum = max(quorum, strategy_of(self.config).least_replies)
+        control = current_control(state.memory, self._controlled(phase, part))
+        record = encode_with_control(part, control, fp16=self.config.fp16)
         down, up = 0, 0
         for attempt in range(self.config.max_retries + 1):
             there = self._wait_for(wanted, quorum, state)
             request = self._train_request(phase, number, state, record)
-            answers = self._train(there, request, phase, number, part, payload_bytes(record))
+            answers = self._train(there, request, phase, number, part, state, payload_bytes(record))
             down += payload_bytes(record) * len(there)
             up += sum(size for _, size in answers.accepted.values())
             if len(answers.accepted) >= quorum:
@@ -169,7 +196,19 @@ class RoundLoop:
             "first_epoch": number * epochs,
             "epochs": epochs,
         }
-        return pack(TRAIN, values | {"fp16": self.config.fp16}, record)
+        values |= {
+            "fp16": self.config.fp16,
+            "proximal_mu": self.config.proximal_mu,
+            "scaffold": self._scaffold(phase),
+            "counted": state.memory.numbers.get("counted", {}) if self._scaffold(phase) else {},
+        }
+        return pack(TRAIN, values, record)
+
+    def _scaffold(self, phase: str) -> bool:
+        return self.config.strategy == "scaffold" and phase == "segmenter"
+
+    def _controlled(self, phase: str, part: Weights) -> Weights:
+        return controlled(self.ownership[phase], part) if self._scaffold(phase) else {}
 
     def _common(self, state: ServerState) -> dict[str, Any]:
         return {
@@ -180,15 +219,31 @@ class RoundLoop:
             "trainer_name": self.trainer_name,
             "plans_hash": json_hash(state.plans),
             "seed": self.config.seed,
+            "local_groups": ",".join(self.config.own_groups),
         }
 
     def _train(
-        self, sites: list[str], request: RecordDict, phase: str, number: int, like: Weights, bytes_down: int
+        self,
+        sites: list[str],
+        request: RecordDict,
+        phase: str,
+        number: int,
+        like: Weights,
+        state: ServerState,
+        bytes_down: int,
     ) -> Answers[tuple[SiteUpdate, int]]:
         start = time.monotonic()
+        ownership, control = self.ownership[phase], self._controlled(phase, like)
+        asked = Asked(
+            phase,
+            number,
+            json_hash(state.plans),
+            self.config.local_epochs * self.config.iterations_per_epoch,
+            {site: facts.n_labelled + facts.n_unlabelled for site, facts in self.roster.facts.items()},
+        )
 
         def accept(site: str, content: RecordDict) -> tuple[SiteUpdate, int]:
-            update, size = read_update(site, content, self.ownership[phase].contribution(site, like))
+            update, size = read_update(site, content, ownership.contribution(site, like), asked, control)
             self.log.write(
                 "site_trained",
                 site=site,
@@ -205,6 +260,7 @@ class RoundLoop:
         answers = self._ask(
             sites, request, MessageType.TRAIN, self.config.deadline_s, accept, f"{phase} round {number + 1}"
         )
+        set_outliers_aside(answers, like, ownership.common(like), self.config.norm_bound)
         for site, reason in sorted(answers.failures.items()):
             self.log.write("site_set_aside", site=site, phase=phase, round=number + 1, reason=reason)
         return answers
@@ -232,7 +288,8 @@ class RoundLoop:
         self._give_plans(state)
         sites = [site for site in self.roster.nodes if site not in state.finished_sites]
         epoch = max(0, state.rounds_done["segmenter"] * self.config.local_epochs - 1)
-        request = pack(FINISH, self._common(state) | {"epoch": epoch}, encode(weights))
+        shared = self.ownership["segmenter"].shared(weights)
+        request = pack(FINISH, self._common(state) | {"epoch": epoch}, encode(shared))
 
         def accept(site: str, content: RecordDict) -> None:
             unpack_reply(FINISH_REPLY, content, source=site)
@@ -255,34 +312,3 @@ class RoundLoop:
         what: str,
     ) -> Answers[Any]:
         return ask(self.roster, self.log, sites, content, message_type, deadline_s=deadline_s, accept=accept, what=what)
-
-
-def ask(
-    roster: Roster,
-    log: EventLog,
-    sites: list[str],
-    content: RecordDict,
-    message_type: str,
-    *,
-    deadline_s: float,
-    accept: Callable[[str, RecordDict], Any],
-    what: str,
-) -> Answers[Any]:
-    """Send the same content to several sites by name and collect the replies until the deadline."""
-    requests = {
-        site: Message(content, dst_node_id=roster.nodes[site], message_type=message_type, ttl=deadline_s)
-        for site in sites
-    }
-    return exchange(
-        roster.grid,
-        requests,
-        deadline_s=deadline_s,
-        accept=accept,
-        waiting=lambda left, seconds: log.write("waiting", what=what, sites=sorted(left), seconds=round(seconds)),
-    )
-
-
-def join_reasons(failures: Mapping[str, str]) -> str:
-    """Who failed and why, in one line; a sentence that names its site already is not prefixed."""
-    named = (text if site in text else f"{site}: {text}" for site, text in sorted(failures.items()))
-    return "; ".join(text.rstrip(".") for text in named)

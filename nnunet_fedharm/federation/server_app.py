@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from nnunet_fedharm.errors import FederationError, FedHarmError
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig, warnings_of
-from nnunet_fedharm.federation.durable import file_lock
+from nnunet_fedharm.federation.durable import file_lock, write_bytes
 from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
 from nnunet_fedharm.federation.measure_config import SiteReportConfig, task_of, training_keys
 from nnunet_fedharm.federation.messages import PHASES
@@ -22,9 +23,12 @@ from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.rounds import RoundLoop
 from nnunet_fedharm.federation.site import site_folders
 from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state, unfinished_runs
+from nnunet_fedharm.federation.strategy import final_weights
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
 LOCK_WAIT_S = 30.0
+LOCAL_GROUPS_FILE = "local_groups.json"
+"""Beside the server's checkpoints where sites keep tensors for themselves."""
 
 Config = TypeVar("Config", bound=FederateConfig | SiteReportConfig)
 
@@ -97,6 +101,7 @@ def run_server(grid: Grid, config: FederateConfig) -> Path:
 
 
 def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) -> Path:
+    from nnunet_fedharm.trainers.groups import planned_tensors_of
     from nnunet_fedharm.trainers.names import trainer_name_for
     from nnunet_fedharm.trainers.results import initial_weights
 
@@ -116,12 +121,18 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
         _write_results(root, config, new, mean, trainer_name, ("best", "latest") if is_best else ("latest",))
 
     batch_size = int(state.plans["configurations"][config.configuration]["batch_size"])
-    ownership = {phase: ownership_of(state.plans, config.configuration, phase) for phase in PHASES}
+    local = planned_tensors_of(state.plans, state.dataset_json, config.configuration, trainer_name, config.own_groups)
+    ownership = {
+        phase: replace(ownership_of(state.plans, config.configuration, phase), local=local) for phase in PHASES
+    }
     loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint)
     state, weights = loop.run_phase("harmonizer", config.harmonizer_rounds, state, weights)
     state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, weights)
-    results = _write_results(root, config, state, weights, trainer_name, _last_checkpoints(state))
-    state = loop.finish(state, weights)
+    last = final_weights(state.memory, weights)
+    results = _write_results(root, config, state, last, trainer_name, _last_checkpoints(state))
+    if local:
+        _state_what_is_missing(results, config, local, log)
+    state = loop.finish(state, last)
     save_state(folder, state, weights)
     without = sorted(set(config.site_names) - set(state.finished_sites))
     log.write("finished", results=str(results), sites_without_model=without)
@@ -141,6 +152,16 @@ def _open_state(fedharm: Path, config: FederateConfig, log: EventLog) -> tuple[S
     for text in warnings_of(config):
         log.write("warning", text=text)
     return state, weights
+
+
+def _state_what_is_missing(results: Path, config: FederateConfig, local: frozenset[str], log: EventLog) -> None:
+    """Say, beside the model and in the log, which tensors of the server's own model nobody trained."""
+    held = (
+        f"The tensors of {' and '.join(config.own_groups)} are each site's own, never sent or averaged. This folder holds "
+        f"their untrained start (seed {config.seed}): predict with a site's results folder, not with this one."
+    )
+    write_bytes(results / LOCAL_GROUPS_FILE, json.dumps({"held": held, "tensors": sorted(local)}, indent=1).encode())
+    log.write("local_groups", groups=list(config.own_groups), tensors=len(local), text=held)
 
 
 def _last_checkpoints(state: ServerState) -> tuple[str, ...]:

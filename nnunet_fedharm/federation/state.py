@@ -1,6 +1,7 @@
 """The server's state: what a restarted run needs to go on after the last completed round.
 
-`<server root>/fedharm/<run id>/state.json` names the weights file and its SHA-256, so the pair changes in one rename.
+`<server root>/fedharm/<run id>/state.json` names the files with the weights and with the strategy's memory, and their SHA-256, so
+all of it changes in one rename.
 """
 
 from __future__ import annotations
@@ -19,6 +20,34 @@ STATE_VERSION = 1
 STATE_FILE = "state.json"
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a strategy keeps on the server between rounds.
+
+    Attributes:
+        tensors: "part:name of tensor" -> array; parts are velocity, first, second, control, average.
+        numbers: JSON-able values: SCAFFOLD's `amounts` (site -> weight) and `counted` (site -> last round that was counted).
+    """
+
+    tensors: Weights = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, name: str) -> Weights:
+        """One part by the names of the model's tensors."""
+        start = f"{name}:"
+        return {key[len(start) :]: value for key, value in self.tensors.items() if key.startswith(start)}
+
+    def with_part(self, name: str, values: Weights) -> Memory:
+        """The memory with a part replaced."""
+        kept = self.without(name).tensors
+        return replace(self, tensors=kept | {f"{name}:{key}": value for key, value in values.items()})
+
+    def without(self, *names: str) -> Memory:
+        """The memory without some parts."""
+        starts = tuple(f"{name}:" for name in names)
+        return replace(self, tensors={key: value for key, value in self.tensors.items() if not key.startswith(starts)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerState:
     """Everything that is known after the last completed step.
@@ -34,6 +63,7 @@ class ServerState:
         history: one entry per completed round: phase, round, seconds, metrics, bytes.
         best_dice: best mean pseudo Dice so far; None before the first segmenter round.
         finished_sites: sites that hold the final model.
+        memory: of the strategy.
     """
 
     run_id: str
@@ -48,6 +78,7 @@ class ServerState:
     history: list[dict[str, Any]] = field(default_factory=list)
     best_dice: float | None = None
     finished_sites: list[str] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
 
     def with_round(self, phase: str, entry: Mapping[str, Any], best_dice: float | None) -> ServerState:
         """The state after one more round of a phase."""
@@ -61,19 +92,22 @@ def new_state(fingerprint: str, config: Mapping[str, Any]) -> ServerState:
 
 
 def save_state(folder: Path, state: ServerState, weights: Weights | None) -> None:
-    """Write state and weights so that a crash at any moment leaves the former pair or this one.
+    """Write state, weights and the strategy's memory so that a crash at any moment leaves the former set or this one.
 
     Raises:
-        CheckpointError: the disk is full or not writable; the former pair stays whole.
+        CheckpointError: the disk is full or not writable; the former set stays whole.
     """
     content: dict[str, Any] = {item.name: getattr(state, item.name) for item in fields(state)}
-    content |= {"version": STATE_VERSION, "weights_file": "", "weights_sha256": ""}
-    if weights is not None:
-        name = "weights-{harmonizer:05d}-{segmenter:05d}.safetensors".format(**state.rounds_done)
-        content |= {"weights_file": name, "weights_sha256": write_weights(folder / name, weights)}
+    content |= {"version": STATE_VERSION, "memory": state.memory.numbers}
+    for kind, tensors in (("weights", weights), ("memory", state.memory.tensors or None)):
+        name, digest = "", ""
+        if tensors is not None:
+            name = "{kind}-{harmonizer:05d}-{segmenter:05d}.safetensors".format(kind=kind, **state.rounds_done)
+            digest = write_weights(folder / name, tensors)
+        content |= {f"{kind}_file": name, f"{kind}_sha256": digest}
     write_json(folder / STATE_FILE, content)
-    for old in folder.glob("weights-*.safetensors"):
-        if old.name != content["weights_file"]:
+    for old in folder.glob("*.safetensors"):
+        if old.name not in (content["weights_file"], content["memory_file"]):
             old.unlink(missing_ok=True)
 
 
@@ -85,11 +119,14 @@ def load_state(folder: Path) -> tuple[ServerState, Weights | None]:
     """
     content = read_json(folder / STATE_FILE)
     version, name, digest = (content.pop(key, None) for key in ("version", "weights_file", "weights_sha256"))
+    kept, kept_digest = content.pop("memory_file", ""), content.pop("memory_sha256", "")
     if version != STATE_VERSION:
         raise CheckpointError(f"{folder / STATE_FILE} has version {version}, this release reads {STATE_VERSION}.")
     unknown = sorted(set(content) - {item.name for item in fields(ServerState)})
     if unknown:
         raise CheckpointError(f"{folder / STATE_FILE} has the unknown key {unknown[0]!r}.")
+    tensors = read_weights(folder / str(kept), str(kept_digest)) if kept else {}
+    content["memory"] = Memory(tensors, dict(content.get("memory", {})))
     return ServerState(**content), read_weights(folder / str(name), str(digest)) if name else None
 
 

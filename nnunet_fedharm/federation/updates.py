@@ -1,13 +1,39 @@
-"""What travels in a round, how many replies it needs, and how a reply is read."""
+"""What travels in a round, how many replies it needs, and how a reply is read and checked."""
 
 from __future__ import annotations
 
-from flwr.app import RecordDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, RecordDict
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import SiteUpdate
-from nnunet_fedharm.federation.codec import Weights, decode, payload_bytes
+from nnunet_fedharm.federation.codec import Weights, decode, encode, payload_bytes
+from nnunet_fedharm.federation.exchange import Answers
 from nnunet_fedharm.federation.messages import TRAIN_REPLY, unpack_reply
+from nnunet_fedharm.federation.robust import norm_outliers, update_norms
+
+CONTROL = "control:"
+"""Before the names of control variates (SCAFFOLD), which travel in the same record as the weights."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a round asked its sites for; a reply has to be the answer to it.
+
+    Attributes:
+        phase, round: the round, from 0.
+        plans_hash: of the final plans.
+        steps: optimizer steps that every site was asked for.
+        cases: site -> cases that it has, by its facts.
+    """
+
+    phase: str
+    round: int
+    plans_hash: str
+    steps: int
+    cases: Mapping[str, int]
 
 
 def travelling(phase: str, weights: Weights) -> Weights:
@@ -30,22 +56,84 @@ def quorum_of(quorum: int, n_sites: int) -> int:
     return min(quorum, n_sites) if quorum else n_sites // 2 + 1
 
 
-def read_update(site: str, content: RecordDict, like: Weights) -> tuple[SiteUpdate, int]:
+def encode_with_control(weights: Weights, control: Weights, *, fp16: bool) -> ArrayRecord:
+    """Weights, and beside them control variates under their prefix; these stay float32, since their errors would add up."""
+    record = encode(weights, fp16=fp16)
+    record.update(encode(with_prefix(control)))
+    return record
+
+
+def with_prefix(control: Weights) -> Weights:
+    """Control variates under their names on the wire."""
+    return {CONTROL + name: value for name, value in control.items()}
+
+
+def split_control(received: Weights) -> tuple[Weights, Weights]:
+    """Weights and control variates of a decoded record, each by the names of their tensors."""
+    weights = {name: value for name, value in received.items() if not name.startswith(CONTROL)}
+    control = {name[len(CONTROL) :]: value for name, value in received.items() if name.startswith(CONTROL)}
+    return weights, control
+
+
+def read_update(
+    site: str, content: RecordDict, like: Weights, asked: Asked, control_like: Weights | None = None
+) -> tuple[SiteUpdate, int]:
     """A site's reply as an update, and its bytes.
+
+    Args:
+        site: who was asked.
+        content: what came.
+        like: the tensors that this site has to send.
+        asked: the round.
+        control_like: control variates that it has to send; none where the strategy has none.
 
     Raises:
         SiteFailure: the site says that it failed.
-        FederationError, ShapeError: the reply does not follow the schema, or its weights do not fit.
+        FederationError, ShapeError: the reply does not follow the schema, belongs to another round or other plans, claims more
+            work than was asked for, or its weights do not fit.
     """
     message = unpack_reply(TRAIN_REPLY, content, source=site)
     values = message.values
     if values["site"] != site:
         raise FederationError(f"The reply of {site} carries the name {values['site']}.")
-    weights = decode(message.weights, like=like, source=site)
+    if (values["phase"], values["round"]) != (asked.phase, asked.round):
+        raise FederationError(
+            f"The reply of {site} is of {values['phase']} round {values['round'] + 1}, asked was for {asked.phase} round "
+            f"{asked.round + 1}."
+        )
+    if values["plans_hash"] != asked.plans_hash:
+        raise FederationError(f"The reply of {site} was trained with other plans. Start its SuperNode again.")
+    if asked.phase == "segmenter" and not values["n_steps"]:
+        raise FederationError(f"The reply of {site} says that it took no step.")
+    for name, most in (("n_steps", asked.steps), ("n_cases", asked.cases[site])):
+        if values[name] > most:
+            # Both are weights in the mean: a site must not give itself any weight it likes.
+            raise FederationError(f"The reply of {site} claims {name} {values[name]}; at most {most} is possible.")
+    expected = like | with_prefix(control_like or {})
+    weights, control = split_control(decode(message.weights, like=expected, source=site))
     metrics = {
         name: float(value)
         for name, value in values["metrics"].items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    update = SiteUpdate(weights=weights, n_steps=values["n_steps"], n_cases=values["n_cases"], metrics=metrics)
+    update = SiteUpdate(weights, values["n_steps"], values["n_cases"], metrics, control)
     return update, payload_bytes(message.weights)
+
+
+def set_outliers_aside(
+    answers: Answers[tuple[SiteUpdate, int]], former: Weights, names: Iterable[str], factor: float
+) -> None:
+    """Move replies whose change of what all sites train is far larger than the others' from accepted to failed.
+
+    Args:
+        answers: of a round; changed in place.
+        former: what the sites were given.
+        names: the tensors that every site trains.
+        factor: times the median norm; 0 = off.
+    """
+    if not factor:
+        return
+    working = {site: update.weights for site, (update, _) in answers.accepted.items() if update.n_steps}
+    for site, reason in norm_outliers(update_norms(working, former, names), factor).items():
+        del answers.accepted[site]
+        answers.failures[site] = reason

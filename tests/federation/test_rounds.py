@@ -86,13 +86,20 @@ class ScriptedSite:
         received = self.ownership.contribution(self.name, decode(request.weights, source="s"))
         weights = {name: value + np.float32(self.step) for name, value in received.items()}
         values = {
+            **echo(message),
             "site": self.name,
             "n_steps": self.n_steps,
-            "n_cases": 2,
+            "n_cases": self.facts["n_labelled"] + self.facts["n_unlabelled"],
             "metrics": {"dice": self.step},
             "seconds": 0.1,
         }
         return Message(reply(messages.TRAIN_REPLY, values, encode(weights)), reply_to=message)
+
+
+def echo(message: Message) -> dict[str, Any]:
+    """What a reply repeats of its request."""
+    request = unpack(messages.TRAIN, message.content, source="s").values
+    return {key: request[key] for key in ("phase", "round", "plans_hash")}
 
 
 class Bench:
@@ -225,7 +232,7 @@ def test_an_error_reply_is_set_aside_with_its_reason(tmp_path: Path) -> None:
 def nan_reply(message: Message) -> Message:
     content = reply(
         messages.TRAIN_REPLY,
-        {"site": "C", "n_steps": 1, "n_cases": 1, "metrics": {}, "seconds": 0.0},
+        {**echo(message), "site": "C", "n_steps": 1, "n_cases": 1, "metrics": {}, "seconds": 0.0},
         encode(START),
     )
     array = content.array_records["weights"]["segmenter.w"]
@@ -234,13 +241,13 @@ def nan_reply(message: Message) -> Message:
 
 
 def misshapen_reply(message: Message) -> Message:
-    values = {"site": "C", "n_steps": 1, "n_cases": 1, "metrics": {}, "seconds": 0.0}
+    values = {**echo(message), "site": "C", "n_steps": 1, "n_cases": 1, "metrics": {}, "seconds": 0.0}
     weights = {**START, "segmenter.w": np.zeros(4, np.float32)}
     return Message(reply(messages.TRAIN_REPLY, values, encode(weights)), reply_to=message)
 
 
 def foreign_reply(message: Message) -> Message:
-    values = {"site": "A", "n_steps": 1, "n_cases": 1, "metrics": {}, "seconds": 0.0}
+    values = {**echo(message), "site": "A", "n_steps": 1, "n_cases": 1, "metrics": {}, "seconds": 0.0}
     return Message(reply(messages.TRAIN_REPLY, values, encode(START)), reply_to=message)
 
 
