@@ -2,15 +2,13 @@
 
 | step | who | what |
 |---|---|---|
-| 1 | site | mean and scatter of its standardised features |
-| 2 | server | principal axes of all sites; at most 20 of them are the classifier's features |
-| 3 | site | mean and scatter of each of its folds (whole patients) on these axes |
-| 4 | server | for each fold a discriminant from the moments of all other folds |
-| 5 | site | predicts the fold that the discriminant has not seen; how often it was taken for which site |
+| 1 | site | mean and scatter of its standardised features in each of its folds (whole patients) |
+| 2 | server | principal axes of all sites; for each fold a discriminant from the moments of all other folds |
+| 3 | site | predicts the fold that the discriminant has not seen; how often it was taken for which site |
 
 The null is simulated, not permuted: sums over many random relabellings of a dozen patients form equations that can be solved
 for single patients. Under the null all sites have one distribution, so the server draws patients from a normal distribution
-with the pooled covariance and repeats steps 3 to 5 with the same numbers of patients, folds and axes.
+with the pooled covariance and repeats the steps with the same numbers of patients and folds.
 """
 
 from __future__ import annotations
@@ -101,6 +99,29 @@ def fold_moments(projected: Numbers, fold: Codes, folds: int) -> list[Moments]:
     return [moments_of(projected[fold == index]) for index in range(folds)]
 
 
+def moments_from_sums(n: float, total: Numbers, products: Numbers) -> Moments:
+    """Moments from sums over volumes, which may carry noise: a scatter that is no scatter any more is made the nearest one.
+
+    Args:
+        n: volumes; below one there are none.
+        total: (F,) sum of x.
+        products: (F (F + 1) / 2,) upper triangle of the sum of x x'.
+    """
+    features = len(total)
+    count = round(n)
+    if count < 1:
+        return Moments(0, np.zeros(features), np.zeros((features, features)))
+    square = np.zeros((features, features))
+    square[np.triu_indices(features)] = products
+    square = square + square.T - np.diag(np.diag(square))
+    mean = total / count
+    scatter = square - count * np.outer(mean, mean)
+    values, vectors = np.linalg.eigh(scatter)
+    if values[0] < -1e-9 * max(values[-1], 1.0):
+        scatter = (vectors * np.maximum(values, 0)) @ vectors.T
+    return Moments(count, mean, scatter)
+
+
 def fold_models(by_site: Mapping[str, Sequence[Moments]]) -> tuple[Numbers, Numbers]:
     """For each fold the discriminant that was fitted on all others, as one affine map.
 
@@ -133,11 +154,15 @@ def predicted_sites(projected: Numbers, fold: Codes, weights: Numbers, biases: N
     return scores.argmax(1)
 
 
-def importances(weights: Numbers, axes: Axes) -> Numbers:
-    """(F,) root mean square over pairs of sites of the weights' difference, per pooled standard deviation of each feature."""
-    per_deviation = axes.spread[:, None] * (axes.weights @ weights.mean(0))
-    centred = per_deviation - per_deviation.mean(1, keepdims=True)
-    return np.sqrt(2 * (centred**2).sum(1) / max(1, weights.shape[2] - 1))
+def importances(weights: Numbers, spread: Numbers) -> Numbers:
+    """(F,) root mean square over pairs of sites of the weights' difference, per standard deviation `spread` (F,) of each feature.
+
+    Args:
+        weights: (folds, F, sites).
+    """
+    plain = spread[:, None] * weights.mean(0)
+    centred = plain - plain.mean(1, keepdims=True)
+    return np.asarray(np.sqrt(2 * (centred**2).sum(1) / max(1, weights.shape[2] - 1)))
 
 
 def balanced_accuracy(confusion: npt.NDArray[Any]) -> float:
@@ -161,25 +186,25 @@ def accuracy_interval(confusion: npt.NDArray[Any], sizes: Sequence[int], seed: i
 
 
 def simulated_null(
-    sizes: Sequence[int], variances: Numbers, folds: int, *, simulations: int, generator: np.random.Generator
+    sizes: Sequence[int], axes: Axes, folds: int, *, simulations: int, generator: np.random.Generator
 ) -> Numbers:
     """(simulations,) balanced accuracies where all sites are the same.
 
     Args:
         sizes: patients of each site.
-        variances: (d,) of the projected values.
+        axes: all axes of the pooled correlation matrix; the classifier does not feel the features' units.
     """
+    root = (axes.weights * axes.spread[:, None] * np.sqrt(axes.variances)).T
+    root = root[:, axes.spread > 0]
     scores = np.empty(simulations)
-    fold = {site: np.arange(size) % folds for site, size in enumerate(sizes)}
+    fold = [np.arange(size) % folds for size in sizes]
     for index in range(simulations):
-        values = {
-            site: generator.normal(size=(size, len(variances))) * np.sqrt(variances) for site, size in enumerate(sizes)
-        }
-        parts = {str(site): fold_moments(drawn, fold[site], folds) for site, drawn in values.items()}
+        drawn = [generator.normal(size=(size, len(root))) @ root for size in sizes]
+        parts = {str(site): fold_moments(values, fold[site], folds) for site, values in enumerate(drawn)}
         weights, biases = fold_models(parts)
-        confusion = [
-            np.bincount(predicted_sites(drawn, fold[site], weights, biases), minlength=len(sizes))
-            for site, drawn in values.items()
+        rows = [
+            np.bincount(predicted_sites(values, fold[site], weights, biases), minlength=len(sizes))
+            for site, values in enumerate(drawn)
         ]
-        scores[index] = balanced_accuracy(np.array(confusion))
+        scores[index] = balanced_accuracy(np.array(rows))
     return scores

@@ -16,6 +16,7 @@ from nnunet_fedharm.differences.sketch_classifier import (
     fold_moments,
     folds_of,
     importances,
+    moments_from_sums,
     predicted_sites,
     principal_axes,
     simulated_null,
@@ -62,8 +63,10 @@ def test_constant_features_have_no_weight_and_no_importance() -> None:
     axes = principal_axes(moments_of(values), 20)
     assert axes.weights.shape[1] == 11
     assert not axes.weights[3].any()
-    weights = np.random.default_rng(0).normal(size=(5, 11, 3))
-    assert importances(weights, axes)[3] == 0
+    weights = np.random.default_rng(0).normal(size=(5, 12, 3))
+    found = importances(weights, axes.spread)
+    assert found[3] == 0
+    assert (np.delete(found, 3) > 0).all()
 
 
 def test_the_federated_classifier_predicts_what_the_pooled_one_predicts() -> None:
@@ -108,7 +111,8 @@ def test_the_simulated_null_is_that_of_permuted_sites() -> None:
         weights, biases = fold_models({site: fold_moments(part, fold, folds) for site, part in parts.items()})
         rows = [np.bincount(predicted_sites(part, fold, weights, biases), minlength=3) for part in parts.values()]
         permuted.append(balanced_accuracy(np.array(rows)))
-    null = simulated_null(sizes, variances, folds, simulations=200, generator=np.random.default_rng(4))
+    axes = principal_axes(moments_of(values), 4)
+    null = simulated_null(sizes, axes, folds, simulations=200, generator=np.random.default_rng(4))
     assert np.mean(null) == pytest.approx(np.mean(permuted), abs=0.015)
     assert np.percentile(null, 95) == pytest.approx(np.percentile(permuted, 95), abs=0.03)
 
@@ -118,3 +122,20 @@ def test_accuracy_counts_sites_equally_and_its_interval_narrows_with_patients() 
     assert balanced_accuracy(confusion) == pytest.approx(0.7)
     few, many = (accuracy_interval(confusion, sizes, 0) for sizes in ((10, 10), (1000, 1000)))
     assert few[0] < many[0] < 0.7 < many[1] < few[1]
+
+
+def test_moments_from_sums_are_the_moments() -> None:
+    values = tables()["B"]
+    upper = np.triu_indices(12)
+    found = moments_from_sums(len(values), values.sum(0), (values.T @ values)[upper])
+    exact = moments_of(values)
+    np.testing.assert_allclose(found.mean, exact.mean)
+    np.testing.assert_allclose(found.scatter, exact.scatter, atol=1e-9)
+    assert moments_from_sums(0.3, values.sum(0), (values.T @ values)[upper]).n == 0
+
+
+def test_sums_with_noise_still_give_a_scatter() -> None:
+    values = tables()["B"]
+    noise = np.random.default_rng(0).normal(0, 100, size=78)
+    found = moments_from_sums(40.2, values.sum(0), (values.T @ values)[np.triu_indices(12)] + noise)
+    assert np.linalg.eigvalsh(found.scatter).min() > -1e-6
