@@ -38,6 +38,8 @@ class HarmonizerTraining(ABC):
         optimizers: by name; their states are kept between rounds.
         local: modules that never leave the site.
         clip: bound on the gradient's norm in `descend`.
+        collecting: `descend` only adds its gradients to those that are there, and no weight changes: whoever set this clips
+            them, adds noise and steps the optimizers.
     """
 
     uses_references: bool = False
@@ -50,6 +52,7 @@ class HarmonizerTraining(ABC):
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.local = nn.ModuleDict()
         self.clip = GRADIENT_CLIP
+        self.collecting = False
 
     @abstractmethod
     def step(
@@ -99,6 +102,9 @@ class HarmonizerTraining(ABC):
         Raises:
             FedHarmError: the loss is NaN or infinite.
         """
+        if self.collecting:
+            loss.backward()
+            return
         if not torch.isfinite(loss):
             raise FedHarmError(
                 f"The harmonizer's loss ({name}) became {loss.item()}. Lower schedule.harmonizer_lr, or look for extreme "

@@ -25,12 +25,14 @@ from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
 from nnunet_fedharm.trainers.names import trainer_name_for
 from nnunet_fedharm.trainers.patches import PatchSampler, list_cases
+from nnunet_fedharm.trainers.patient_loader import PatientDraw
 from nnunet_fedharm.trainers.phases import GroupedPolyLRScheduler, HarmonizerPhase, give_own_group
+from nnunet_fedharm.trainers.private_hooks import PrivateHooks
 from nnunet_fedharm.trainers.seeds import seed_everything
 from nnunet_fedharm.trainers.weights import bare_module
 
 
-class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainers by this spelling
+class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers by this spelling
     """Trains S(H(x)); the kind of H is the plans'. Sub-classes insist on one kind, so that results folders tell them apart.
 
     Raises:
@@ -169,6 +171,13 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
         """Harmonizer phase (if any is left to do), then the base class's training."""
         if not self.was_initialized:
             self.initialize()
+        self.start_private()
+        if self.private is not None:
+            done = int(self.harmonizer.trained_epochs)
+            self.private.check_budget(
+                harmonizer_epochs=self.section.schedule.harmonizer_epochs - done,
+                segmenter_epochs=self.num_epochs - self.current_epoch,
+            )
         self.run_harmonizer_phase()
         self.harmonizer.open_gate()
         super().run_training()
@@ -189,7 +198,9 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
         super().on_train_epoch_start()
 
     def close_gates_without_gain(self, sampler: PatchSampler) -> None:
-        """Shut the gates of sites whose patches do not come nearer to the reference; see `trainers.gates`."""
+        """Shut the gates of sites whose patches do not come nearer to the reference; see `trainers.gates`. Not under DP."""
+        if self.private is not None:
+            return
         gains = close_without_gain(self.harmonizer, sampler, self.device)
         for site, gain in gains.items():
             verdict = "gate open" if gain > 0 else "gate shut: nothing is gained"
@@ -197,7 +208,8 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
 
     def on_train_end(self) -> None:
         """As the base class, after the labelled sites' gates were judged by validation Dice."""
-        if not self.disable_checkpointing:  # a federated site judges its gate once, when it gets the final weights
+        # A federated site judges its gate once, when it gets the final weights.
+        if not self.disable_checkpointing and self.private is None:
             for site, (opened, shut) in close_where_dice_falls(self).items():
                 verdict = "gate open" if opened > shut else "gate shut"
                 self.print_to_log_file(
@@ -229,16 +241,18 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
             )
         return sampler
 
-    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def train_step(self, batch: Any) -> dict[str, Any]:
         """Base step, with each sample's site told to the harmonizer."""
-        self._tell_sites(batch)
+        if isinstance(batch, PatientDraw):
+            return super().train_step(batch)
+        self.tell_sites(batch)
         result: dict[str, Any] = super().train_step(batch)
         self.harmonizer.set_batch_styles(None)
         return result
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Base step, with each sample's site told to the harmonizer."""
-        self._tell_sites(batch)
+        self.tell_sites(batch)
         result: dict[str, Any] = super().validation_step(batch)
         self.harmonizer.set_batch_styles(None)
         return result
@@ -266,7 +280,12 @@ class nnUNetTrainerFedHarm(nnUNetTrainer):  # noqa: N801 - nnU-Net finds trainer
                 )
         super().load_checkpoint(filename_or_checkpoint)
 
-    def _tell_sites(self, batch: dict[str, Any]) -> None:
+    def tell_sites(self, batch: dict[str, Any]) -> None:
+        """Tell the harmonizer each sample's site.
+
+        Raises:
+            PlanError: a case has no site with a style.
+        """
         if self.section.kind == "none" or not self.site_of_case:
             return
         names = [str(name) for name in batch["keys"]]

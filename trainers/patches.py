@@ -6,7 +6,7 @@ labelled cases and from the one of the unlabelled cases.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,11 @@ class PatchSampler:
         """A sampler of these sites' cases that shares this one's source of draws; None where there is no such case."""
         cases = [case for case in self.cases if case.site in sites]
         return PatchSampler(cases, self.patch_size, self.batch_size, self.rng) if cases else None
+
+    def of(self, names: Collection[str], batch_size: int) -> PatchSampler:
+        """A sampler of these cases that shares this one's source of draws."""
+        cases = [case for case in self.cases if case.name in names]
+        return PatchSampler(cases, self.patch_size, batch_size, self.rng)
 
     def next(self) -> tuple[Tensor, Tensor]:
         """A batch (B, C, *patch) of float32 and the sites (B,) of its samples."""

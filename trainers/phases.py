@@ -20,6 +20,7 @@ from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
 from nnunet_fedharm.trainers.patches import PatchSampler
+from nnunet_fedharm.trainers.private_training import HARMONIZER
 from nnunet_fedharm.trainers.seeds import derive_seed, torch_generator
 
 if TYPE_CHECKING:
@@ -65,13 +66,13 @@ class HarmonizerPhase:
         # DDP ranks draw different patches; an epoch draws the same whether or not the phase was interrupted before.
         stream = (f"fold_{trainer.fold}", f"rank_{trainer.local_rank}", f"epoch_{epoch}")
         sampler.rng = np.random.default_rng(derive_seed(seed, *stream, "patches"))
-        losses = harmonizer_epoch(
-            training,
-            sampler,
-            steps=self.schedule.iterations_per_epoch,
-            device=trainer.device,
-            generator=torch_generator(seed, *stream, "harmonizer"),
-        )
+        generator, steps = torch_generator(seed, *stream, "harmonizer"), self.schedule.iterations_per_epoch
+        if trainer.private is None:
+            losses = harmonizer_epoch(training, sampler, steps=steps, device=trainer.device, generator=generator)
+        else:
+            last = epoch == self.schedule.harmonizer_epochs - 1
+            losses = trainer.private.harmonizer_epoch(training, sampler, generator=generator, last=last)
+            trainer.private.record(HARMONIZER)
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         trainer.print_to_log_file(f"Harmonizer epoch {epoch}: {parts}")
 

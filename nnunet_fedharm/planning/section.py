@@ -13,6 +13,7 @@ from typing import Any
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.style import Style, average_styles
+from nnunet_fedharm.privacy.options import PrivacyOptions
 
 SECTION = "fedharm"
 SECTION_VERSION = 1
@@ -95,6 +96,7 @@ class FedHarmSection:
         reference: "consensus" (barycentre of all sites, each weighing the same) or a site's name.
         styles: site -> style, in the order of the style bank; may be empty before the bank is made.
         schedule: lengths and learning rates of the phases.
+        privacy: differential privacy of the training; None trains without.
     """
 
     kind: str
@@ -102,6 +104,7 @@ class FedHarmSection:
     reference: str = CONSENSUS
     styles: dict[str, Style] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule)
+    privacy: PrivacyOptions | None = None
 
     @property
     def reference_style(self) -> Style | None:
@@ -129,6 +132,7 @@ class FedHarmSection:
             "reference": self.reference,
             "styles": {site: style.to_dict() for site, style in self.styles.items()},
             "schedule": asdict(self.schedule),
+            **({} if self.privacy is None else {"privacy": self.privacy.to_dict()}),
         }
 
     @classmethod
@@ -143,7 +147,7 @@ class FedHarmSection:
                 f"The fedharm section has version {data.get('version')!r}; this release reads version {SECTION_VERSION}. "
                 "Make the plans again with `nnunet-fedharm plan`."
             )
-        known = {"version", "kind", "harmonizer", "reference", "styles", "schedule"}
+        known = {"version", "kind", "harmonizer", "reference", "styles", "schedule", "privacy"}
         _refuse_unknown(set(data) - known, known, "fedharm section")
         if "kind" not in data:
             raise PlanError(
@@ -157,12 +161,17 @@ class FedHarmSection:
                 '"phases": "frozen" instead of false.'
             )
         _refuse_unknown(set(schedule) - schedule_keys, schedule_keys, "fedharm schedule")
+        private = data.get("privacy")
+        if private is not None:
+            options = {item.name for item in fields(PrivacyOptions)}
+            _refuse_unknown(set(private) - options, options, "fedharm section's privacy")
         return cls(
             kind=str(data["kind"]),
             harmonizer=dict(data.get("harmonizer", {})),
             reference=str(data.get("reference", CONSENSUS)),
             styles={site: Style.from_dict(style) for site, style in dict(data.get("styles", {})).items()},
             schedule=Schedule(**schedule),
+            privacy=None if private is None else PrivacyOptions(**private),
         )
 
 

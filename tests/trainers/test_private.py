@@ -1,0 +1,158 @@
+"""Training under differential privacy: what moves, what is entered into the ledger, and what never leaves."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
+
+from nnunet_fedharm.errors import PrivacyError
+from nnunet_fedharm.privacy.accounting import epsilon_of
+from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
+from nnunet_fedharm.trainers.patient_loader import PatientLoader, by_patient
+from nnunet_fedharm.trainers.results import make_trainer
+from tests.trainers.conftest import Planned
+from tests.trainers.test_trainer import TRAINERS
+
+OPTIONS = {"epsilon": 5.0, "delta": 1e-3, "clip": 1.0, "patients_per_step": 3.0, "patches_per_patient": 2}
+
+
+@pytest.fixture
+def private(active: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """A trainer under DP by kind of harmonizer, with an empty ledger."""
+    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda *_: None)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    files = (active.root.path / "fedharm").glob("privacy-ledger*")
+    for path in files:
+        path.unlink()
+
+    def make(kind: str, configuration: str = "2d", **options: Any) -> nnUNetTrainerFedHarm:
+        plans = copy.deepcopy(active.plans[kind])
+        section = plans["configurations"][configuration]["fedharm"]
+        section["privacy"] = {**OPTIONS, **options}
+        section["schedule"]["seed"] = 0
+        return make_trainer(TRAINERS[kind], plans, configuration, "all", active.dataset_json)
+
+    yield make
+    for path in (active.root.path / "fedharm").glob("privacy-ledger*"):
+        path.unlink()
+
+
+def ledger(active: Planned) -> Ledger:
+    return Ledger(active.root.path / "fedharm")
+
+
+@pytest.mark.parametrize("kind", ["curve", "polarity", "diffusion", "cyclegan"])
+def test_both_phases_are_trained_and_accounted_for(kind: str, private: Callable[..., Any], active: Planned) -> None:
+    trainer = private(kind)
+    trainer.initialize()
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    trainer.run_training()
+    after = trainer.network.state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert any(name.startswith("segmenter.") for name in moved)
+    assert any(name.startswith("harmonizer.") and "bank" not in name for name in moved)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in after.values())
+    releases = ledger(active).releases()
+    steps: dict[str, int] = {}
+    for release in releases:
+        steps[release.what] = steps.get(release.what, 0) + release.steps
+    votes = {} if kind == "curve" else {"votes on polarity": 1}
+    assert steps == {"harmonizer training": 4, "segmenter training": 6, **votes}
+    assert 0 < epsilon_of([release.noise for release in releases], 1e-3) <= 5.0
+    card = json.loads((Path(trainer.output_folder) / "privacy.json").read_text())
+    assert card["unit"] == "patient"
+    assert card["epsilon"] <= 5.0
+
+
+def test_checkpoints_hold_neither_losses_nor_dice_nor_votes_of_single_patches(private: Callable[..., Any]) -> None:
+    trainer = private("polarity", "3d_fullres")
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    for name in ("checkpoint_final.pth", "checkpoint_best.pth"):
+        log = torch.load(folder / name, map_location="cpu", weights_only=False)["logging"]
+        for key in ("train_losses", "val_losses", "mean_fg_dice"):
+            assert set(log[key]) == {0.0}
+    final = (folder / "checkpoint_final.pth").read_bytes()
+    assert final == (folder / "checkpoint_best.pth").read_bytes()
+    assert trainer.harmonizer.bank_gate.tolist() == [0.0, 1.0]  # the reference's is shut by definition, none was judged
+
+
+def test_a_run_that_the_budget_cannot_hold_is_refused_before_anything_is_trained(
+    private: Callable[..., Any], active: Planned
+) -> None:
+    private("curve").run_training()
+    spent = ledger(active).releases()
+    again = private("curve")
+    again.run_id = "another run"
+    again.initialize()
+    before = copy.deepcopy(again.network.state_dict())
+    with pytest.raises(PrivacyError, match=r"budget is epsilon 5 .* is spent, this run alone needs"):
+        again.run_training()
+    assert ledger(active).releases() == spent
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.network.state_dict().items())
+
+
+def test_a_continued_run_goes_on_within_its_budget(private: Callable[..., Any], active: Planned) -> None:
+    trainer = private("curve")
+
+    def stop() -> None:
+        type(trainer).on_epoch_end(trainer)
+        if trainer.current_epoch == 2:
+            trainer.current_epoch -= 1  # nnU-Net's checkpoints count the epoch that they are written in as done
+            trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
+            raise KeyboardInterrupt
+
+    trainer.on_epoch_end = stop
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run_training()
+    resumed = private("curve")
+    resumed.initialize()
+    maybe_load_checkpoint(resumed, True, False)
+    assert resumed.current_epoch == 2
+    resumed.run_training()
+    releases = ledger(active).releases()
+    assert sum(release.steps for release in releases if release.what == "segmenter training") == 6
+    assert epsilon_of([release.noise for release in releases], 1e-3) <= 5.0
+
+
+def test_more_noise_for_a_smaller_epsilon(private: Callable[..., Any]) -> None:
+    multipliers = []
+    for epsilon in (1.0, 5.0, 50.0):
+        trainer = private("none", epsilon=epsilon)
+        trainer.initialize()
+        trainer.start_private()
+        multipliers.append(trainer.private.noise_multiplier)
+    assert multipliers[0] > 2 * multipliers[1] > 4 * multipliers[2]
+
+
+def test_without_a_privacy_part_nothing_changes(
+    active: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    trainer = make_trainer(TRAINERS["none"], active.plans["none"], "2d", "all", active.dataset_json)
+    trainer.initialize()
+    trainer.start_private()
+    assert trainer.private is None
+    assert trainer.num_val_iterations_per_epoch == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_step_draws_patients_and_hands_out_whole_ones(workers: int) -> None:
+    patients = by_patient(["a1", "a2", "b1", "c1"], {"a1": "a", "a2": "a"})
+    assert patients == [("a1", "a2"), ("b1",), ("c1",)]
+    loader = PatientLoader(patients, 0.5, lambda cases: {"keys": list(cases)}, workers=workers)
+    draws = [[tuple(batch["keys"]) for batch in next(loader)] for _ in range(400)]
+    loader.close()
+    assert all(len(set(draw)) == len(draw) for draw in draws)
+    share = [np.mean([patient in draw for draw in draws]) for patient in patients]
+    assert share == pytest.approx([0.5] * 3, abs=0.12)

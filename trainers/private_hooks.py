@@ -1,0 +1,118 @@
+"""Hooks of a trainer under differential privacy; without a `privacy` part in the plans each is the base class's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunet_fedharm.privacy.patient_gradients import PatientGradients
+from nnunet_fedharm.trainers.patient_loader import PatientDraw, PatientLoader, from_stock_loader
+from nnunet_fedharm.trainers.private_training import SEGMENTER, PrivateTraining
+
+if TYPE_CHECKING:
+    from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
+
+WITHHELD = 0.0
+"""Stands for every loss and Dice in nnU-Net's log, which each checkpoint carries."""
+
+
+class PrivateHooks(nnUNetTrainer):
+    """Between nnU-Net's trainer and ours. `private` is None without differential privacy."""
+
+    private: PrivateTraining | None = None
+    run_id: str | None = None
+    """Name of the run in the ledger; None makes one of plans, configuration and fold."""
+    _gradients: PatientGradients | None = None
+
+    def start_private(self) -> None:
+        """Set up differential privacy if the plans ask for it; needs the network and the site of each case."""
+        trainer = cast("nnUNetTrainerFedHarm", self)
+        if trainer.section.privacy is not None and self.private is None:
+            self.private = PrivateTraining.beside(trainer, trainer.section.privacy)
+
+    def get_dataloaders(self) -> Any:
+        """Base loaders; under DP the training one draws patients instead of patches, with the base's patches and augmentation."""
+        if self.private is None:
+            return super().get_dataloaders()
+        workers = get_allowed_n_proc_DA()
+        with _in_this_process():
+            train, validation = super().get_dataloaders()
+        phase = self.private.phases[SEGMENTER]
+        load = from_stock_loader(train.data_loader, self.private.options.patches_per_patient)
+        return PatientLoader(phase.patients, phase.sample_rate, load, workers=workers), validation
+
+    def on_train_start(self) -> None:
+        """As the base class; under DP without validation, whose every number would be a release."""
+        super().on_train_start()
+        if self.private is not None:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            self._gradients = self.private.gradients(SEGMENTER, parameters)
+            self.num_val_iterations_per_epoch = 0
+            self.print_to_log_file(
+                f"Differential privacy: noise multiplier {self.private.noise_multiplier:.3g} for epsilon "
+                f"{self.private.options.epsilon:g} at delta {self.private.options.delta:g} by patient. No validation is run; "
+                f"losses and Dice in the checkpoints read {WITHHELD:g}."
+            )
+
+    def train_step(self, batch: Any) -> dict[str, Any]:
+        """Base step, or one step over the patients drawn; their losses are printed at this place and go nowhere else."""
+        if not isinstance(batch, PatientDraw):
+            step: dict[str, Any] = super().train_step(batch)
+            return step
+        assert self.private is not None
+        assert self._gradients is not None
+        return {"loss": self.private.segmenter_step(batch, self._gradients)}
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Base logging; under DP the epoch enters the ledger and the log gets no loss."""
+        if self.private is None:
+            super().on_train_epoch_end(train_outputs)
+            return
+        losses = [loss for output in train_outputs for loss in output["loss"]]
+        mean = f"{np.mean(losses):.4f}" if losses else "none, nobody was drawn"
+        self.print_to_log_file(f"Training loss, for this place only: {mean}")
+        self.private.record(SEGMENTER)
+        self.logger.log("train_losses", WITHHELD, self.current_epoch)
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """Base logging; nothing was validated under DP."""
+        if self.private is None:
+            super().on_validation_epoch_end(val_outputs)
+            return
+        heads = self.label_manager.num_segmentation_heads - (0 if self.label_manager.has_regions else 1)
+        self.logger.log("mean_fg_dice", WITHHELD, self.current_epoch)
+        self.logger.log("dice_per_class_or_region", [WITHHELD] * heads, self.current_epoch)
+        self.logger.log("val_losses", WITHHELD, self.current_epoch)
+
+    def on_train_end(self) -> None:
+        """As the base class; under DP no epoch is the best one, so the last one is."""
+        super().on_train_end()
+        if self.private is None:
+            return
+        self.dataloader_train.close() if self.dataloader_train is not None else None
+        if not self.disable_checkpointing:
+            folder = Path(self.output_folder)
+            shutil.copyfile(folder / "checkpoint_final.pth", folder / "checkpoint_best.pth")
+            self.private.write_card(folder)
+
+
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """nnU-Net's loaders without worker processes: threads of our own load for DP."""
+    name, before = "nnUNet_n_proc_DA", os.environ.get("nnUNet_n_proc_DA")
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
