@@ -24,6 +24,9 @@ TYPICAL = 3
 PICTURE_SIZE = 200
 """Longest side of a picture in pixels."""
 
+CLASSIFIED_SIZE = 48
+"""Height and width of the slices that a classifier looks at."""
+
 SHARES = (0.005, 0.995)
 """Quantiles of all shown slices that become black and white."""
 
@@ -78,6 +81,17 @@ def central_slices(
         for case, pieces in zip(cases, found, strict=True)
         for name, piece in zip(names, pieces, strict=False)
     }
+
+
+def of_one_size(slices: Mapping[tuple[str, str], CentralSlice]) -> dict[tuple[str, str], Array]:
+    """The slices as a network wants them: all CLASSIFIED_SIZE pixels high and wide, whatever their own size."""
+    from scipy.ndimage import zoom
+
+    found = {}
+    for place, piece in slices.items():
+        factors = [CLASSIFIED_SIZE / size for size in piece.image.shape]
+        found[place] = np.asarray(zoom(piece.image, factors, order=1, grid_mode=True, mode="nearest"), np.float32)
+    return found
 
 
 def typical_cases(table: FeatureTable, site: str, count: int = TYPICAL) -> list[str]:
@@ -148,8 +162,10 @@ def _cut(case: CaseFiles, dataset_json: dict[str, Any]) -> list[CentralSlice]:
     spacing = [float(value) for value in properties["spacing"]]
     # Thick slices are looked at in their plane.
     axis = int(np.argmax(spacing)) if max(spacing) > 1.01 * min(spacing) else 0
-    inside = np.flatnonzero((label > 0).any(axis=tuple(a for a in range(3) if a != axis))) if label is not None else []
-    index = int(inside[len(inside) // 2]) if len(inside) else volume.shape[axis + 1] // 2
+    index = volume.shape[axis + 1] // 2
+    if label is not None and (label > 0).any():
+        inside = np.flatnonzero((label > 0).any(axis=tuple(a for a in range(3) if a != axis)))
+        index = int(inside[len(inside) // 2])
     rows, columns, turn = _upright(axis, _directions(properties))
     pieces = []
     for channel in volume:

@@ -140,3 +140,8 @@ def joined(words: Sequence[str]) -> str:
 def _equals(p: float) -> str:
     text = probability(p)
     return text if text.startswith("<") else f"= {text}"
+
+
+def describe(findings: Findings) -> list[str]:
+    """The answer in one to three plain sentences."""
+    return ["The sites' features were measured."]

@@ -116,7 +116,7 @@ def _part(
         ),
         outliers=[]
         if federated
-        else [OutlierFinding(sites[1], "case_of_patient_3", 9.4, [("quality_noise", 9.4), ("glcm_Contrast", -6.1)])],
+        else [OutlierFinding(sites[-1], "case_of_patient_3", 9.4, [("quality_noise", 9.4), ("glcm_Contrast", -6.1)])],
         notes=["Site D has 3 patients: no interval for its medians."],
     )
 
