@@ -15,7 +15,7 @@ COMMANDS: dict[str, str] = {
     "demo": "run the whole path on MR anatomy that ships with the packages, in minutes",
     "convert": "a published data set (BraTS 2021, MAMA-MIA, BIDS) as an nnU-Net raw dataset with sites",
     "simulate-sites": "a raw dataset as several scanners would show it, with ground truth",
-    "sites": "split a multi-site data set into one nnU-Net root per site, or check a site's data",
+    "sites": "measure how different sites are; split a multi-site data set into one root per site; check data",
     "plan": "plan a harmonized segmenter for data in one place",
     "federate": "train across sites through Flower",
     "privacy": "plan the noise for a target epsilon; what a site has released and spent",

@@ -1,4 +1,4 @@
-"""`nnunet-fedharm sites split|check`: one nnU-Net root per site, and checks of raw data."""
+"""`nnunet-fedharm sites split|check|report`: one nnU-Net root per site, checks of raw data, differences between sites."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import argparse
 import os
 from pathlib import Path
 
+from nnunet_fedharm.commands import sites_report
 from nnunet_fedharm.nnunet_root import environment_paths
 from nnunet_fedharm.planning.central import find_dataset
 from nnunet_fedharm.sites.checks import N_FOLDS, check_raw_dataset
 from nnunet_fedharm.sites.split import SplitOptions, split_dataset
 
-HELP = "Split a dataset of several sites into one nnU-Net root per site, or check raw data before training."
+HELP = "Split a dataset of several sites into one nnU-Net root per site, check raw data, or measure how different sites are."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare `split` and `check`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="split|check")
+    """Declare `split`, `check` and `report`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="split|check|report")
     split = actions.add_parser("split", help="write ROOT/sites/<site>/ for every site of sites.json, and ROOT/server/")
     split.add_argument("-d", "--dataset", required=True, help="raw dataset folder, or its number or name in nnUNet_raw")
     split.add_argument("-o", "--output", type=Path, required=True, metavar="ROOT", help="folder of the consortium")
@@ -38,10 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("-d", "--dataset", required=True, help="raw dataset folder, or its number or name in nnUNet_raw")
     check.add_argument("--site", help="name of the site in messages (default: the folder that holds its nnU-Net root)")
     check.add_argument("-np", "--num-processes", type=int, default=min(8, os.cpu_count() or 1), help="worker processes")
+    report = actions.add_parser("report", help=sites_report.HELP, description=sites_report.HELP)
+    sites_report.add_arguments(report)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen action."""
+    if args.action == "report":
+        return sites_report.run(args)
     dataset = find_raw_dataset(args.dataset)
     if args.action == "check":
         site = args.site or dataset.resolve().parent.parent.name

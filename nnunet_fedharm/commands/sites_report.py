@@ -1,0 +1,152 @@
+"""`nnunet-fedharm sites report`: how different the sites of a raw dataset are, as scanned and harmonized."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunet_fedharm.errors import DataError, SetupError
+from nnunet_fedharm.nnunet_root import environment_paths
+from nnunet_fedharm.sites.files import read_dataset_json
+
+if TYPE_CHECKING:
+    from nnunet_fedharm.differences.options import Progress, StatisticsOptions
+    from nnunet_fedharm.evaluation.site_report import ReportOptions
+
+HELP = "measure how different the sites are, and write a page, JSON and CSV about it"
+
+FOLDER = "site_report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "-d", "--dataset", required=True, help="raw dataset folder, or its number or name in nnUNet_raw"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the report (default: nnUNet_results/DATASET/site_report, or DATASET_site_report here where "
+        "nnUNet_results is not set)",
+    )
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="results folders TRAINER__PLANS__CONFIGURATION of our trainers: the same volumes harmonized by each, side by "
+        "side; {site} in a path stands for each site's name",
+    )
+    parser.add_argument(
+        "-np", "--num-processes", type=int, default=min(8, os.cpu_count() or 1), help="worker processes"
+    )
+    parser.add_argument("--image-region", action="store_true", help="features of the whole body in the image too")
+    parser.add_argument("--channels", nargs="+", metavar="NAME", help="channels of dataset.json (default: all)")
+    parser.add_argument(
+        "--permutations",
+        type=int,
+        metavar="N",
+        help="permuted sites behind each p (default: 999 for distances, 199 for the discriminant, 49 for the forest, 19 for "
+        "the network on slices); the forest and the network take no more than that",
+    )
+    parser.add_argument("--bootstrap", type=int, metavar="N", help="draws behind each interval (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: %(default)s)")
+    parser.add_argument("--no-slices", action="store_true", help="no pictures of patients, no classifier on slices")
+    parser.add_argument("--device", default="cpu", help="where --model runs: cpu, cuda, mps (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the report, print what it says and where it is."""
+    # Imported here: they import this module's caller, or take seconds that --help need not wait for.
+    from nnunet_fedharm.commands.sites import find_raw_dataset
+    from nnunet_fedharm.evaluation.site_report import build_report
+    from nnunet_fedharm.evaluation.site_report_files import write_report
+    from nnunet_fedharm.evaluation.site_report_words import describe
+
+    dataset = find_raw_dataset(args.dataset)
+    output = args.output or default_output(dataset)
+    options = report_options(args, dataset)
+    with progress_bar() as progress:
+        report = build_report(dataset, output, models=args.model, options=options, progress=progress)
+    page = write_report(report.findings, output, tables=report.tables, slices=report.slices)
+    print("\n".join(describe(report.findings)))
+    failed = len(report.findings.failures)
+    if failed:
+        print(f"{failed} measurement{'' if failed == 1 else 's'} failed; the page lists which and why.")
+    print(f"\nThe page: {page}")
+    return 0
+
+
+def default_output(dataset: Path) -> Path:
+    """Beside the dataset's trained models, or in the current folder where nnU-Net has no results folder."""
+    name = dataset.resolve().name
+    try:
+        return environment_paths()[2] / name / FOLDER
+    except SetupError:
+        return Path(f"{name}_{FOLDER}")
+
+
+def report_options(args: argparse.Namespace, dataset: Path) -> ReportOptions:
+    """Options of the report from the command line.
+
+    Raises:
+        DataError: a channel that dataset.json does not name, or a number that cannot be used.
+    """
+    from nnunet_fedharm.commands.device import torch_device
+    from nnunet_fedharm.evaluation.site_report import ReportOptions
+    from nnunet_fedharm.sites.features.options import FeatureOptions
+
+    if args.num_processes < 1:
+        raise DataError(f"-np must be at least 1, got {args.num_processes}.")
+    known = [str(name) for name in read_dataset_json(dataset, site=dataset.name)["channel_names"].values()]
+    unknown = [name for name in args.channels or [] if name not in known]
+    if unknown:
+        raise DataError(f"--channels: {dataset.name} has no channel {unknown[0]!r}. It has: {', '.join(known)}.")
+    return ReportOptions(
+        features=FeatureOptions(
+            image_region=args.image_region, channels=tuple(args.channels) if args.channels else None
+        ),
+        statistics=statistics_options(args.seed, args.permutations, args.bootstrap),
+        slices=not args.no_slices,
+        num_processes=args.num_processes,
+        device=str(torch_device(args.device)) if args.model else "cpu",
+    )
+
+
+def statistics_options(seed: int, permutations: int | None, bootstrap: int | None) -> StatisticsOptions:
+    """Sizes of the resampling; `permutations` never makes the slow nulls larger than they are by default."""
+    from nnunet_fedharm.differences.options import StatisticsOptions
+
+    standard = StatisticsOptions(seed=seed)
+    draws = standard.bootstrap if bootstrap is None else bootstrap
+    if permutations is None:
+        return StatisticsOptions(seed=seed, bootstrap=draws)
+    return StatisticsOptions(
+        seed=seed,
+        bootstrap=draws,
+        permutations=permutations,
+        mmd_permutations=permutations,
+        forest_permutations=min(permutations, standard.forest_permutations),
+        slice_permutations=min(permutations, standard.slice_permutations),
+    )
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar that says what is being computed; it appears with the first report."""
+    from tqdm import tqdm
+
+    with tqdm(total=100, desc="compare sites", leave=False, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
+
+        def tell(what: str, share: float) -> None:
+            bar.set_description(what, refresh=False)
+            bar.n = round(100 * share)
+            bar.refresh()
+
+        yield tell
