@@ -1,0 +1,277 @@
+"""Secure sums: exact for 4 and 20 sites, dropouts in every step, refusals, and what the server gets to see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare, kstest
+
+from nnunet_fedharm.errors import PrivacyError
+from nnunet_fedharm.privacy.fixed_point import Field, Layout
+from nnunet_fedharm.privacy.primitives import widen
+from nnunet_fedharm.privacy.secure_aggregation import Advert, Shares, make_terms, neighbourhoods
+from nnunet_fedharm.privacy.secure_site import SiteSession
+from tests.privacy.local_sum import LocalSum, plain_sum
+
+
+def names(count: int) -> list[str]:
+    return [f"site{number:02d}" for number in range(count)]
+
+
+def layout(count: int, size: int = 50, width: int = 5) -> Layout:
+    return Layout((Field("x", (size,), 4.0), Field("n", (), 100, weighted=False, integer=True)), count, 20, width)
+
+
+def make(count: int, *, size: int = 50, width: int = 5, threshold: int = 0, **options: object) -> LocalSum:
+    rng = np.random.default_rng(count)
+    sites = names(count)
+    values = {site: {"x": rng.normal(0, 1, size).clip(-4, 4), "n": int(rng.integers(0, 100))} for site in sites}
+    weights = {site: int(rng.integers(1, 21)) for site in sites}
+    terms = make_terms(sites, layout(count, size, width), threshold=threshold)
+    return LocalSum(terms, values, weights, **options)  # type: ignore[arg-type]
+
+
+def check(local: LocalSum, expected_sites: list[str]) -> None:
+    result = local.run()
+    assert sorted(local.server.answered) == expected_sites
+    weight = sum(local.weights[site] for site in expected_sites)
+    assert result.weight == weight
+    assert result.clipped == 0
+    ones = dict.fromkeys(local.weights, 1)
+    assert result.values["n"] == plain_sum(local.values, ones, "n", expected_sites), "counts are exact"
+    error = np.abs(result.values["x"] - plain_sum(local.values, local.weights, "x", expected_sites))
+    space = local.server.layout
+    assert error.max() <= weight * space.mean_error(space.fields[0]) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("count", [3, 4, 20])
+def test_the_sum_is_the_plain_sum_within_the_bound(count: int) -> None:
+    check(make(count), names(count))
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_other_widths_sum_as_well(width: int) -> None:
+    check(make(4, width=width), names(4))
+
+
+@pytest.mark.parametrize("step", ["setup", "share", "mask", "unmask"])
+@pytest.mark.parametrize(("count", "lost"), [(4, 1), (20, 9)])
+def test_sites_may_drop_out_in_every_step(step: str, count: int, lost: int) -> None:
+    gone = names(count)[1 : 1 + lost]
+    there = names(count) if step == "unmask" else [site for site in names(count) if site not in gone]
+    check(make(count, lost={step: gone}), there)
+
+
+def test_sites_may_drop_out_in_all_steps_of_one_sum() -> None:
+    lost = {
+        "setup": ["site00", "site05"],
+        "share": ["site01"],
+        "mask": ["site02", "site19"],
+        "unmask": ["site03", "site18"],
+    }
+    gone = {"site00", "site05", "site01", "site02", "site19"}
+    check(make(20, lost=lost), [site for site in names(20) if site not in gone])
+
+
+@pytest.mark.parametrize("step", ["setup", "share", "mask", "unmask"])
+def test_below_the_threshold_the_sum_stays_closed_with_one_sentence(step: str) -> None:
+    local = make(20, lost={step: names(20)[:10]})  # the threshold is 11
+    with pytest.raises(PrivacyError) as caught:
+        local.run()
+    assert "11" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_four_sites_two_answers_are_too_few() -> None:
+    for step in ("setup", "share", "mask"):
+        with pytest.raises(PrivacyError, match="needs at least 3"):
+            make(4, lost={step: ["site01", "site02"]}).run()
+
+
+def test_fewer_than_three_sites_are_refused_before_anything_is_sent() -> None:
+    for count in (0, 1, 2):
+        with pytest.raises(PrivacyError, match=f"at least 3 sites, here are {count}"):
+            make_terms(names(count), layout(3))
+
+
+def test_unsafe_terms_are_refused_by_the_site_itself() -> None:
+    terms = make_terms(names(4), layout(4))["site00"]
+    for change, words in (
+        ({"threshold": 2}, "threshold of 2 for 4 holders"),
+        ({"threshold": 5}, "threshold of 5"),
+        ({"n_sites": 2}, "at least 3 sites"),
+        ({"neighbours": ("site01",)}, "at least 3 sites, here are 2"),
+        ({"neighbours": ("site00", "site01", "site02")}, "not a list of other sites"),
+        ({"n_sites": 5}, "laid out for 4 sites"),
+        ({"session": "x"}, "session"),
+    ):
+        with pytest.raises(PrivacyError, match=words):
+            replace(terms, **change)  # type: ignore[arg-type]
+
+
+def test_what_the_server_sees_of_a_site_is_uniform_and_tells_nothing_of_its_vector() -> None:
+    local = make(4, size=40_000, width=5)
+    for site in local.values:
+        local.values[site]["x"] = np.zeros(40_000)  # type: ignore[index]
+    local.values["site02"]["x"] = np.full(40_000, 3.0)  # type: ignore[index]
+    result = local.run()
+    np.testing.assert_allclose(result.values["x"], 3.0 * local.weights["site02"], atol=1e-5)
+    seen = {site: widen(masked, 5)[:40_000] for site, masked in local.masked.items()}
+    for entries in seen.values():
+        assert kstest(entries / 2.0**40, "uniform").pvalue > 1e-4
+        for shift in (0, 8, 32):  # each byte by itself, the highest one too
+            counts = np.bincount((entries >> np.uint64(shift)).astype(np.uint8), minlength=256)
+            assert chisquare(counts).pvalue > 1e-4
+    rows = [entries / 2.0**40 for entries in seen.values()]
+    assert np.abs(np.corrcoef(rows) - np.eye(4)).max() < 0.03
+    plain = local.server.layout.encode(local.values["site02"], local.weights["site02"])[:40_000]
+    assert np.mean(seen["site02"] == plain) < 1e-3
+
+
+def test_the_sum_of_some_masked_vectors_is_uniform_too() -> None:
+    local = make(4, size=20_000)
+    local.run()
+    part = sum(widen(local.masked[site], 5)[:20_000] for site in names(3)) & np.uint64(2**40 - 1)
+    assert kstest(part / 2.0**40, "uniform").pvalue > 1e-4
+
+
+def test_one_session_after_another_masks_the_same_vector_differently() -> None:
+    first, second = make(3), make(3)
+    first.run(), second.run()
+    assert all(first.masked[site] != second.masked[site] for site in names(3))
+
+
+def test_a_sealed_share_that_was_changed_is_refused_by_name() -> None:
+    def tamper(step: str, site: str, answer: object) -> object:
+        if step == "share" and site == "site01":
+            sealed = dict(answer)  # type: ignore[call-overload]
+            sealed["site02"] = sealed["site02"][:-10] + b"A" * 10
+            return sealed
+        return answer
+
+    with pytest.raises(PrivacyError, match="The share from site01 for site02 was changed on its way"):
+        make(4, tamper=tamper).run()
+
+
+def test_a_sealed_share_for_somebody_else_is_refused() -> None:
+    def tamper(step: str, site: str, answer: object) -> object:
+        if step == "share" and site == "site01":
+            sealed = dict(answer)  # type: ignore[call-overload]
+            return sealed | {"site02": sealed["site03"]}
+        return answer
+
+    with pytest.raises(PrivacyError, match="The share from site01 for site02"):
+        make(4, tamper=tamper).run()
+
+
+def changed(shares: Shares, site: str) -> Shares:
+    false = bytearray(shares.seeds[site])
+    false[10] ^= 1
+    return Shares(shares.seeds | {site: bytes(false)}, shares.keys)
+
+
+def test_a_false_share_of_a_seed_is_found_and_done_without_where_others_suffice() -> None:
+    def tamper(step: str, site: str, answer: object) -> object:
+        return changed(answer, "site02") if step == "unmask" and site == "site01" else answer  # type: ignore[arg-type]
+
+    check(make(4, tamper=tamper), names(4))
+    with pytest.raises(PrivacyError, match="seed of site02 has shares that make another secret"):
+        make(4, tamper=tamper, lost={"unmask": ["site00"]}).run()
+
+
+def test_a_false_share_of_a_lost_sites_key_is_found() -> None:
+    def tamper(step: str, site: str, answer: object) -> object:
+        if step == "unmask" and site == "site01":
+            false = bytearray(answer.keys["site00"])  # type: ignore[attr-defined]
+            false[-1] ^= 1
+            return Shares(answer.seeds, {"site00": bytes(false)})  # type: ignore[attr-defined]
+        return answer
+
+    check(make(5, tamper=tamper, lost={"mask": ["site00"]}), names(5)[1:])
+    with pytest.raises(PrivacyError, match="key of site00 has shares that make another"):
+        make(4, tamper=tamper, lost={"mask": ["site00"]}).run()
+
+
+def sessions(count: int, secret: bytes = b"") -> dict[str, SiteSession]:
+    terms = make_terms(names(count), layout(count))
+    return {site: SiteSession.start(terms[site], secret=secret) for site in terms}
+
+
+def test_a_site_takes_no_mask_off_for_a_server_that_asks_for_more_than_the_sum() -> None:
+    def ready() -> SiteSession:
+        sites = sessions(4)
+        adverts = {site: session.setup() for site, session in sites.items()}
+        sealed = {
+            site: session.share({peer: adverts[peer] for peer in sites if peer != site})
+            for site, session in sites.items()
+        }
+        site = sites["site00"]
+        site.mask(
+            {peer: sealed[peer]["site00"] for peer in names(4)[1:]}, layout(4).encode({"x": np.zeros(50), "n": 0})
+        )
+        return site
+
+    with pytest.raises(PrivacyError, match="that it answered and that it did not"):
+        ready().unmask(names(4), ["site01"])
+    with pytest.raises(PrivacyError, match="that it answered and that it did not"):
+        ready().unmask(names(4)[:3], [])
+    with pytest.raises(PrivacyError, match="fewer than 3"):
+        ready().unmask(["site00", "site01"], ["site02", "site03"])
+    site = ready()
+    site.unmask(names(4), [])
+    with pytest.raises(PrivacyError, match="each step is taken once"):
+        site.unmask(names(4)[:3], ["site03"])
+
+
+def test_a_step_that_failed_cannot_be_tried_again_in_the_same_session() -> None:
+    sites = sessions(3)
+    adverts = {site: session.setup() for site, session in sites.items()}
+    with pytest.raises(PrivacyError, match="Only 2 of 3 sites around site00 sent keys"):
+        sites["site00"].share({"site01": adverts["site01"]})
+    with pytest.raises(PrivacyError, match="'mask' comes next"):
+        sites["site00"].share({peer: adverts[peer] for peer in names(3)[1:]})
+
+
+def test_forged_public_keys_are_found_with_a_secret_of_the_sites() -> None:
+    sites = sessions(3, secret=b"told by telephone")
+    adverts = {site: session.setup() for site, session in sites.items()}
+    assert sites["site01"].share({"site00": adverts["site00"], "site02": adverts["site02"]})
+    forged = sessions(3)["site01"].setup()
+    for advert in (forged, replace(adverts["site01"], mask_key=forged.mask_key)):
+        with pytest.raises(PrivacyError, match="public keys of site01 are not tagged"):
+            replace(sites["site00"]).share({"site01": advert, "site02": adverts["site02"]})
+    local = make(4, secret=b"told by telephone")
+    check(local, names(4))
+
+
+def test_strangers_twins_and_nonsense_for_keys_are_refused() -> None:
+    sites = sessions(3)
+    adverts = {site: session.setup() for site, session in sites.items()}
+    with pytest.raises(PrivacyError, match="stranger is no neighbour"):
+        replace(sites["site00"]).share({"stranger": adverts["site01"], "site02": adverts["site02"]})
+    with pytest.raises(PrivacyError, match="have one key"):
+        replace(sites["site00"]).share({"site01": adverts["site02"], "site02": adverts["site02"]})
+    nonsense = Advert(b"no key", b"no key either", bytes(32))
+    with pytest.raises(PrivacyError, match="no point of P-384"):
+        replace(sites["site00"]).share({"site01": nonsense, "site02": adverts["site02"]})
+
+
+def test_many_sites_have_a_limited_number_of_neighbours_and_sum_as_well() -> None:
+    sites = names(30)
+    around = neighbourhoods(sites, 8)
+    assert all(len(peers) == 8 and site not in peers for site, peers in around.items())
+    assert all(site in around[peer] for site, peers in around.items() for peer in peers)
+    rng = np.random.default_rng(0)
+    values = {site: {"x": rng.normal(0, 1, 5).clip(-4, 4), "n": 1} for site in sites}
+    terms = make_terms(sites, layout(30, 5), degree=8)
+    local = LocalSum(terms, values, dict.fromkeys(sites, 2), lost={"share": sites[3:4], "mask": sites[10:12]})
+    check(local, [site for site in sites if site not in (sites[3], *sites[10:12])])
+
+
+def test_the_random_source_decides_the_seed_and_never_the_sum() -> None:
+    terms = make_terms(names(3), layout(3))["site00"]
+    session = SiteSession.start(terms, random=lambda count: bytes(range(count)))
+    assert session.seed == bytes(range(32))
+    assert SiteSession.start(terms).seed != SiteSession.start(terms).seed
