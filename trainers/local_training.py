@@ -22,7 +22,7 @@ from nnunet_fedharm.planning.section import read_section
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_gain
 from nnunet_fedharm.trainers.groups import copies, load_with_own, own_tensors, planned_tensors_of, shared_weights
-from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
+from nnunet_fedharm.trainers.harmonizer_phase import trainable
 from nnunet_fedharm.trainers.local_objectives import ControlVariate, Objective, extended
 from nnunet_fedharm.trainers.results import make_trainer, write_results_folder
 from nnunet_fedharm.trainers.round_states import RoundStates
@@ -46,6 +46,7 @@ class LocalResult:
         n_cases: training cases drawn from.
         metrics: means over the local epochs: train_loss, val_loss, dice (foreground pseudo Dice), seconds.
         control: change of the site's control variate; empty without SCAFFOLD.
+        private: under differential privacy: entered in the ledger already, and metrics say what was spent instead.
     """
 
     weights: Weights
@@ -53,6 +54,7 @@ class LocalResult:
     n_cases: int
     metrics: dict[str, float]
     control: Weights = field(default_factory=dict)
+    private: bool = False
 
 
 class LocalTraining:
@@ -141,6 +143,7 @@ class LocalTraining:
             trainer = make_trainer(
                 self.trainer_name, self.plans, self.configuration, self.fold, self.dataset_json, self.device
             )
+            trainer.run_id = self.states.folder.name
             if phase == "harmonizer":
                 result = self._harmonizer_round(trainer, round_index, first_epoch, epochs, weights, objective)
             elif phase == "segmenter":
@@ -177,8 +180,10 @@ class LocalTraining:
         )
 
     def _judged_gate(self, weights: Weights) -> float | None:
-        """This site's gate under the final weights: by its images, then by validation Dice if it has labels; None: the bank's."""
-        if self.section.kind not in LEARNED or self.site not in self.section.styles:
+        """This site's gate under the final weights: by its images, then by validation Dice if it has labels; None: the bank's,
+        also under differential privacy, as the model may be handed on."""
+        known = self.section.kind in LEARNED and self.site in self.section.styles
+        if not known or self.section.privacy is not None:
             return None
         with self.root.activate():
             seed_everything(self.seed, self.site, "gate")
@@ -239,20 +244,13 @@ class LocalTraining:
         stream = (self.site, "harmonizer", str(round_index))
         sampler = trainer.harmonizer_sampler(np.random.default_rng(derive_seed(self.seed, *stream, "patches")))
         generator = torch_generator(self.seed, *stream, "styles")
+        self._start_private(trainer, harmonizer=first_epoch, segmenter=0)
         losses = []
         added = extended(training.optimizers.values(), trainer.network, local, proximal_mu=objective.proximal_mu)
         with trainable(trainer.harmonizer), added:
             for epoch in range(first_epoch, first_epoch + epochs):
                 training.set_epoch(epoch)
-                losses.append(
-                    harmonizer_epoch(
-                        training,
-                        sampler,
-                        steps=schedule.iterations_per_epoch,
-                        device=trainer.device,
-                        generator=generator,
-                    )
-                )
+                losses.append(trainer.harmonizer_phase.epoch(training, sampler, generator, epoch))
         if first_epoch + epochs >= schedule.harmonizer_epochs:
             trainer.close_gates_without_gain(sampler)
         own = {name: value for name, value in copies(trainer.network, local).items() if name.startswith("harmonizer.")}
@@ -261,7 +259,8 @@ class LocalTraining:
             weights=shared_weights(trainer.network, local),
             n_steps=epochs * schedule.iterations_per_epoch,
             n_cases=len(sampler.cases),
-            metrics={"train_loss": float(np.mean([epoch["loss"] for epoch in losses]))},
+            metrics=spent(trainer, {"train_loss": float(np.mean([epoch["loss"] for epoch in losses]))}),
+            private=trainer.private is not None,
         )
 
     def _takes_part(self, trainer: nnUNetTrainerFedHarm) -> bool:
@@ -287,6 +286,7 @@ class LocalTraining:
         trainer.disable_checkpointing = True
         restore_segmenter(trainer, state, first_epoch)
         trainer.current_epoch = first_epoch
+        self._start_private(trainer, harmonizer=self.section.schedule.harmonizer_epochs, segmenter=first_epoch)
         trainer.on_train_start()
         added = extended(
             [trainer.optimizer],
@@ -305,6 +305,22 @@ class LocalTraining:
             weights=shared_weights(trainer.network, local),
             n_steps=epochs * trainer.num_iterations_per_epoch,
             n_cases=len(trainer.do_split()[0]),
-            metrics=metrics,
+            metrics=spent(trainer, metrics),
             control=change,
+            private=trainer.private is not None,
         )
+
+    def _start_private(self, trainer: nnUNetTrainerFedHarm, *, harmonizer: int, segmenter: int) -> None:
+        """Differential privacy, if the plans ask for it, for what is left after these epochs."""
+        trainer.start_private()
+        if trainer.private is not None:
+            schedule = self.section.schedule
+            trainer.private.check_budget(
+                harmonizer_epochs=schedule.harmonizer_epochs - harmonizer,
+                segmenter_epochs=schedule.segmenter_epochs - segmenter,
+            )
+
+
+def spent(trainer: nnUNetTrainerFedHarm, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics; under differential privacy, where each would be a release, what the site's patients have paid so far."""
+    return metrics if trainer.private is None else {"epsilon": trainer.private.spent()}

@@ -66,15 +66,21 @@ class HarmonizerPhase:
         # DDP ranks draw different patches; an epoch draws the same whether or not the phase was interrupted before.
         stream = (f"fold_{trainer.fold}", f"rank_{trainer.local_rank}", f"epoch_{epoch}")
         sampler.rng = np.random.default_rng(derive_seed(seed, *stream, "patches"))
-        generator, steps = torch_generator(seed, *stream, "harmonizer"), self.schedule.iterations_per_epoch
-        if trainer.private is None:
-            losses = harmonizer_epoch(training, sampler, steps=steps, device=trainer.device, generator=generator)
-        else:
-            last = epoch == self.schedule.harmonizer_epochs - 1
-            losses = trainer.private.harmonizer_epoch(training, sampler, generator=generator, last=last)
-            trainer.private.record(HARMONIZER)
+        losses = self.epoch(training, sampler, torch_generator(seed, *stream, "harmonizer"), epoch)
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         trainer.print_to_log_file(f"Harmonizer epoch {epoch}: {parts}")
+
+    def epoch(
+        self, training: HarmonizerTraining, sampler: PatchSampler, generator: torch.Generator, number: int
+    ) -> dict[str, float]:
+        """One epoch, of one machine or of a round; under differential privacy patient by patient and entered in the ledger."""
+        trainer, steps = self.trainer, self.schedule.iterations_per_epoch
+        if trainer.private is None:
+            return harmonizer_epoch(training, sampler, steps=steps, device=trainer.device, generator=generator)
+        last = number == self.schedule.harmonizer_epochs - 1
+        losses = trainer.private.harmonizer_epoch(training, sampler, generator=generator, last=last)
+        trainer.private.record(HARMONIZER)
+        return losses
 
     def save(self, training: HarmonizerTraining) -> None:
         """Harmonizer, its optimizers and its site-local modules."""

@@ -136,6 +136,10 @@ class PrivateTraining:
             self.ledger.refuse_beyond(self.options.budget, [release])
         self.ledger.record(release)
 
+    def spent(self) -> float:
+        """Epsilon of all noisy releases of this place so far."""
+        return self.ledger.spent(self.options.delta).epsilon
+
     def write_card(self, folder: Path) -> None:
         """Epsilon, delta and unit beside the checkpoints."""
         cost = self.ledger.spent(self.options.delta)

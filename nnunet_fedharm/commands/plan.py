@@ -29,6 +29,7 @@ from nnunet_fedharm.planning.explain import explain, explanation_file
 from nnunet_fedharm.planning.planner import PlanOptions
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule, read_section
 from nnunet_fedharm.planning.situation import Device, find_device
+from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
 from nnunet_fedharm.trainers.names import trainer_name_for
 
@@ -77,6 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     schedule = parser.add_argument_group("schedule", "what is not given is chosen for the data and the device")
     add_dataclass_options(schedule, Schedule, show_defaults=False)
     add_dataclass_options(parser.add_argument_group("size of the network"), PlanOptions, skip={"plans_name"})
+    private = parser.add_argument_group(
+        "differential privacy", "of the training, by patient; off unless --epsilon is given"
+    )
+    add_dataclass_options(private, PrivacyOptions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         plan=PlanOptions(**size),
         num_processes=args.num_processes,
         check=not args.skip_check,
+        privacy=read_privacy(args),
     )
     plans = plan_central(root, args.dataset, options)
     raw = root.raw / plans["dataset_name"]
@@ -111,6 +117,18 @@ def run(args: argparse.Namespace) -> int:
     for command in train_commands(plans, options.configurations, trainer, n_labelled=n_labelled):
         print(f"  {command}")
     return 0
+
+
+def read_privacy(args: argparse.Namespace) -> PrivacyOptions | None:
+    """Differential privacy if --epsilon was given.
+
+    Raises:
+        PlanError: its other options were given without it.
+    """
+    given = given_options(args, PrivacyOptions)
+    if given and "epsilon" not in given:
+        raise PlanError(f"--{sorted(given)[0].replace('_', '-')} belongs to differential privacy: give --epsilon too.")
+    return PrivacyOptions(**given) if given else None
 
 
 def read_harmonizer_options(kind: str, text: str) -> dict[str, Any]:

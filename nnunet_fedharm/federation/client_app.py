@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from nnunet_fedharm.errors import CheckpointError, FederationError, FedHarmError
-from nnunet_fedharm.federation import messages
+from nnunet_fedharm.federation import measure_site, messages
 from nnunet_fedharm.federation.aggregation import finite
 from nnunet_fedharm.federation.codec import Weights, decode
 from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
@@ -66,6 +66,18 @@ def finish(message: Message, context: Context) -> Message:
     return _answer(message, context, messages.FINISH, _finish)
 
 
+def _register(action: str, schema: messages.Schema, work: Callable[[Site, Unpacked], RecordDict]) -> None:
+    """Answer a query of the site report."""
+
+    @app.query(action)
+    def handler(message: Message, context: Context) -> Message:
+        return _answer(message, context, schema, work)
+
+
+for _action, (_schema, _work) in measure_site.ACTIONS.items():
+    _register(_action, _schema, _work)
+
+
 def _answer(
     message: Message, context: Context, schema: messages.Schema, work: Callable[[Site, Unpacked], RecordDict]
 ) -> Message:
@@ -78,7 +90,8 @@ def _answer(
         # The lock, because after a server crash this site may still be busy with the former round.
         with file_lock(site.folder / "site.lock"), site.root.create().activate():
             content = work(site, request)
-            enter_release(site.folder, schema.name, request.values, content)
+            if schema is not messages.TRAIN:  # which enters what it releases, with the noise that it has
+                enter_release(site.folder, schema.name, request.values, content)
     except Exception as error:  # noqa: BLE001 - the one place where a failure becomes a reply; it is logged at the site
         content = error_reply(*describe_error(site, error))
     return Message(content, reply_to=message)
@@ -174,7 +187,10 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
     ownership = ownership_of(federation["plans"], values["configuration"], phase)
     changed = ownership.contribution(site.name, travelling(phase, result.weights))
     record = encode_with_control(changed, result.control, fp16=values["fp16"])
-    return reply(messages.TRAIN_REPLY, answer, record)
+    content = reply(messages.TRAIN_REPLY, answer, record)
+    if not result.private:  # else the trainer has entered its steps
+        enter_release(site.folder, messages.TRAIN.name, values, content)
+    return content
 
 
 def _finish(site: Site, request: Unpacked) -> RecordDict:
@@ -193,7 +209,9 @@ def _own_every_case(site: Site, dataset_name: str) -> None:
     raw = site.root.raw / dataset_name
     description = read_dataset_json(raw, site=site.name)
     cases = [files.case for files in [*labelled_cases(raw, description), *unlabelled_cases(raw, description)]]
-    owned = SitesFile({site.name: SiteInfo()}, dict.fromkeys(cases, site.name))
+    known = SitesFile.load(raw / SITES_FILE).patients if (raw / SITES_FILE).is_file() else {}
+    patients = {case: patient for case, patient in known.items() if case in set(cases)}
+    owned = SitesFile({site.name: SiteInfo()}, dict.fromkeys(cases, site.name), patients)
     owned.save(site.root.preprocessed / dataset_name / SITES_FILE)
 
 

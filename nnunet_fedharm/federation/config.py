@@ -17,6 +17,7 @@ from nnunet_fedharm.federation.strategy import STRATEGIES
 from nnunet_fedharm.federation.strategy_checks import LOCAL_GROUPS, check_strategy
 from nnunet_fedharm.harmonizers import KINDS, LEARNED, check_options
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule
+from nnunet_fedharm.privacy.options import PrivacyOptions
 
 FOLDS = ("all", "0", "1", "2", "3", "4")
 PHASES = ("frozen", "finetune")
@@ -91,6 +92,11 @@ class FederateConfig:
     local_groups: str = _option(
         "", "groups that each site keeps for itself, comma separated: " + ", ".join(LOCAL_GROUPS)
     )
+    epsilon: float = _option(0.0, "differential privacy: what a run may cost any patient of a site; 0 = off")
+    delta: float = _option(1e-5, "chance that epsilon does not hold; well below 1 / number of patients")
+    clip: float = _option(1.0, "bound on the norm of one patient's gradient")
+    patients_per_step: float = _option(8.0, "expected number of patients in a private step")
+    patches_per_patient: int = _option(2, "patches that one patient's gradient is the mean of")
     fp16: bool = _option(False, "send float32 weights as float16: half the bytes")
     seed: int = _option(0, "seed of the run")
     device: str = _option("cpu", "device of the sites: cpu, cuda or mps", identity=False)
@@ -112,6 +118,7 @@ class FederateConfig:
         _check_ranges(self)
         _check_names(self)
         check_strategy(self)
+        _ = self.privacy  # refuses values out of range
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -147,6 +154,13 @@ class FederateConfig:
             phases=self.phases,
             finetune_lr_factor=self.finetune_lr_factor,
         )
+
+    @property
+    def privacy(self) -> PrivacyOptions | None:
+        """Differential privacy of the training, as the plans carry it; None without."""
+        if not self.epsilon:
+            return None
+        return PrivacyOptions(**{item.name: getattr(self, item.name) for item in fields(PrivacyOptions)})
 
     def identity(self) -> dict[str, UserValue]:
         """The values that make this run this run: a stopped run resumes only with the same ones."""

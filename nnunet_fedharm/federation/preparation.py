@@ -161,6 +161,7 @@ class Preparation:
             reference=config.reference,
             styles=styles,
             schedule=config.schedule,
+            privacy=config.privacy,
         )
         plans = _plain_json(with_section(state.planned, section, (config.configuration,)))
         write_descriptions(

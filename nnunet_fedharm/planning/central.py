@@ -19,6 +19,7 @@ from nnunet_fedharm.planning.preprocess import preprocess_site
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, SECTION, FedHarmSection, Schedule, with_section
 from nnunet_fedharm.planning.situation import Device, situation_of
 from nnunet_fedharm.planning.style import style_by_site
+from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.checks import check_raw_dataset
 from nnunet_fedharm.sites.files import (
     labelled_cases,
@@ -89,6 +90,7 @@ class CentralOptions:
         plan: resizing of the network; `plan.plans_name` is the file that is written.
         num_processes: for checking and preprocessing.
         check: read and check every image first, where no fingerprint exists yet.
+        privacy: differential privacy of the training; None trains without.
     """
 
     configurations: tuple[str, ...]
@@ -100,6 +102,7 @@ class CentralOptions:
     plan: PlanOptions
     num_processes: int = 1
     check: bool = True
+    privacy: PrivacyOptions | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
@@ -188,6 +191,7 @@ def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], opti
         reference=options.reference,
         styles=dict(styles),
         schedule=schedule,
+        privacy=options.privacy,
     )
 
 

@@ -18,20 +18,18 @@ RESERVE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyOptions:
-    """DP-SGD by patient; every site finds its own noise from these and from its own number of patients.
-
-    Attributes:
-        epsilon, delta: that all training steps of a run together may cost any patient of a site.
-        clip: bound on the L2 norm of one patient's gradient, over all trained tensors together.
-        patients_per_step: expected number of patients in a step (q N); at a smaller site every patient takes part in each step.
-        patches_per_patient: patches whose mean loss is a patient's gradient; more of them cost time and no epsilon.
-    """
+    """DP-SGD by patient; every site finds its own noise from these and from its own number of patients."""
 
     epsilon: float
+    """What all training steps of a run together may cost any patient; the smaller, the more private."""
     delta: float = 1e-5
+    """Chance that epsilon does not hold; well below 1 / number of patients."""
     clip: float = 1.0
+    """Bound on the L2 norm of one patient's gradient, over all trained tensors together."""
     patients_per_step: float = 8.0
+    """Expected number of patients in a step; at a smaller site every patient takes part in each step."""
     patches_per_patient: int = 2
+    """Patches whose mean loss is a patient's gradient; more of them cost time and no epsilon."""
 
     def __post_init__(self) -> None:
         Budget(self.epsilon, self.delta)

@@ -1,0 +1,70 @@
+"""Rounds under differential privacy: what is sent is noisy or nothing, and every site's ledger adds up."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flwr.app import Message
+
+from nnunet_fedharm.federation.server_app import run_server
+from nnunet_fedharm.privacy.accounting import epsilon_of
+from nnunet_fedharm.privacy.ledger import Ledger
+from tests.federation.local_grid import Client, LocalGrid
+from tests.federation.test_in_process import real_sites, tiny
+
+pytestmark = pytest.mark.slow
+DELTA = 1e-3
+
+
+def listening(client: Client, heard: list[dict[str, object]]) -> Client:
+    """The client, whose replies to train requests are kept."""
+
+    def answer(message: Message) -> Message | None:
+        reply = client(message)
+        if message.metadata.message_type == "train" and reply is not None and reply.has_content():
+            heard.append(dict(reply.content.config_records["config"]))
+        return reply
+
+    return answer
+
+
+def test_private_rounds_end_within_the_budget_and_send_no_metric(
+    tmp_path: Path, make_consortium: Callable[..., Path]
+) -> None:
+    root = make_consortium(tmp_path / "consortium", {"A": (3, 0), "B": (2, 0), "C": (0, 2)})
+    config = tiny(
+        root,
+        harmonizer="polarity",
+        reference="A",
+        harmonizer_rounds=1,
+        epsilon=6.0,
+        delta=DELTA,
+        patients_per_step=2.0,
+    )
+    heard: list[dict[str, object]] = []
+    sites = {node: listening(client, heard) for node, client in real_sites(config, 3).items()}
+    results = run_server(LocalGrid(sites), config)
+    assert (results / "checkpoint_final.pth").is_file()
+    assert len(heard) == 3 + 2 * 2
+    for reply in heard:
+        assert reply["status"] == "ok", reply.get("text")
+        assert set(json.loads(str(reply["metrics"]))) == {"epsilon", "seconds"}
+    steps = {}
+    for site in "ABC":
+        releases = Ledger(root / "sites" / site / "fedharm").releases()
+        noisy = [release for release in releases if release.bounded]
+        steps[site] = Counter()
+        for release in noisy:
+            steps[site][release.what] += release.steps
+        assert 0 < epsilon_of([release.noise for release in noisy], DELTA) <= 6.0
+        open_ones = {release.what for release in releases if not release.bounded}
+        assert open_ones == {"facts: numbers of cases, labels, versions", "fingerprint summary", "style"}
+    assert steps == {
+        "A": {"harmonizer training": 1, "segmenter training": 2},
+        "B": {"votes on polarity": 1, "segmenter training": 2},
+        "C": {"votes on polarity": 1},
+    }
