@@ -2,13 +2,15 @@
 
 | step | who | what |
 |---|---|---|
-| 1 | site | mean and scatter of its standardised features in each of its folds (whole patients) |
-| 2 | server | principal axes of all sites; for each fold a discriminant from the moments of all other folds |
-| 3 | site | predicts the fold that the discriminant has not seen; how often it was taken for which site |
+| 1 | site | mean and scatter of its standardised features |
+| 2 | server | principal axes of all sites; at most 20 of them are the classifier's features |
+| 3 | site | mean and scatter of each of its folds (whole patients) on these axes |
+| 4 | server | for each fold a discriminant from the moments of all other folds |
+| 5 | site | predicts the fold that the discriminant has not seen; how often it was taken for which site |
 
 The null is simulated, not permuted: sums over many random relabellings of a dozen patients form equations that can be solved
 for single patients. Under the null all sites have one distribution, so the server draws patients from a normal distribution
-with the pooled covariance and repeats the steps with the same numbers of patients and folds.
+with the pooled covariance and repeats steps 3 to 5 with the same numbers of patients, folds and axes.
 """
 
 from __future__ import annotations
@@ -186,20 +188,18 @@ def accuracy_interval(confusion: npt.NDArray[Any], sizes: Sequence[int], seed: i
 
 
 def simulated_null(
-    sizes: Sequence[int], axes: Axes, folds: int, *, simulations: int, generator: np.random.Generator
+    sizes: Sequence[int], variances: Numbers, folds: int, *, simulations: int, generator: np.random.Generator
 ) -> Numbers:
     """(simulations,) balanced accuracies where all sites are the same.
 
     Args:
         sizes: patients of each site.
-        axes: all axes of the pooled correlation matrix; the classifier does not feel the features' units.
+        variances: (d,) of the projected values over all sites, which are uncorrelated.
     """
-    root = (axes.weights * axes.spread[:, None] * np.sqrt(axes.variances)).T
-    root = root[:, axes.spread > 0]
     scores = np.empty(simulations)
     fold = [np.arange(size) % folds for size in sizes]
     for index in range(simulations):
-        drawn = [generator.normal(size=(size, len(root))) @ root for size in sizes]
+        drawn = [generator.normal(size=(size, len(variances))) * np.sqrt(variances) for size in sizes]
         parts = {str(site): fold_moments(values, fold[site], folds) for site, values in enumerate(drawn)}
         weights, biases = fold_models(parts)
         rows = [

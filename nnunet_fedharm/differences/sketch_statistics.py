@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import chi2, false_discovery_control
+from scipy.stats import chi2
 
 from nnunet_fedharm.differences.sketch import TRIM, Counts, Edges, quantile
 from nnunet_fedharm.errors import DataError
@@ -85,6 +85,43 @@ def rank_test_from_sums(
     return RankTest(h=h, p=p, effect=effect, error=np.minimum(error, 1.0))
 
 
+def noisy_rank_test(counts: Counts, sigma: float, *, simulations: int, generator: np.random.Generator) -> RankTest:
+    """Kruskal-Wallis of counts that carry normal noise, against sites that are alike under the same noise.
+
+    Noise makes sites differ, so chi squared would call everything significant. Alike sites are simulated: cases drawn from the
+    pooled counts, the noise added, negative counts set to zero, as in the data.
+
+    Args:
+        counts: (K, F, cells) with noise of standard deviation `sigma` on each.
+        simulations: of alike sites.
+
+    Returns:
+        h of the counts, p of the simulations, effect with the simulations' mean H in the place of its expectation without
+        noise; error is not known.
+    """
+    found = kruskal_wallis(np.maximum(counts, 0))
+    sizes = np.rint(np.maximum(counts.sum(-1), 0)).astype(np.int64)
+    pooled = np.maximum(counts.sum(0), 0)
+    share = _over(pooled, pooled.sum(-1, keepdims=True) + 0 * pooled)
+    share[:, 0] += pooled.sum(-1) == 0
+    drawn = np.empty((simulations, counts.shape[1]))
+    for index in range(simulations):
+        alike = generator.multinomial(sizes, np.broadcast_to(share, counts.shape)) + generator.normal(
+            0, sigma, counts.shape
+        )
+        drawn[index] = kruskal_wallis(np.maximum(alike, 0)).h
+    known = np.isfinite(found.h)
+    as_large = (np.nan_to_num(drawn, nan=0.0) >= np.nan_to_num(found.h, nan=np.inf)).sum(0)
+    expected = np.nan_to_num(drawn, nan=0.0).mean(0)
+    total, sites = np.maximum(counts, 0).sum((0, -1)), len(counts)
+    return RankTest(
+        h=found.h,
+        p=np.where(known, (1 + as_large) / (1 + simulations), np.nan),
+        effect=np.where(known, (found.h - expected) / np.maximum(total - sites, 1), np.nan),
+        error=np.full(len(found.h), np.nan),
+    )
+
+
 def middle_ranks(pooled: Counts) -> Numbers:
     """(..., F, cells) middle rank of each cell's cases, from counts of all sites together."""
     return np.asarray(np.cumsum(pooled, axis=-1) - pooled + (pooled + 1) / 2)
@@ -114,15 +151,6 @@ def tie_correction(pooled: Counts) -> Numbers:
 
 def _over(numerator: Numbers, denominator: Numbers) -> Numbers:
     return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=np.asarray(denominator) > 0)
-
-
-def false_discovery(p: Numbers) -> Numbers:
-    """(F,) Benjamini-Hochberg q of p; NaN stays NaN and does not count."""
-    q = np.full(p.shape, np.nan)
-    known = np.isfinite(p)
-    if known.any():
-        q[known] = false_discovery_control(p[known])
-    return q
 
 
 def effect_intervals(counts: Counts, *, replicates: int, generator: np.random.Generator) -> Numbers:

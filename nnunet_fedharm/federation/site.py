@@ -27,13 +27,17 @@ class Site:
         name: as in the federation.
         root: its own nnU-Net root.
         device: where it trains.
-        num_processes: for fingerprints and preprocessing.
+        num_processes: for fingerprints, preprocessing and features.
+        min_patients: the site report sends nothing about fewer patients.
+        max_epsilon: the site report sends nothing without noise, or with a larger epsilon; 0 for no such limit.
     """
 
     name: str
     root: NnunetRoot
     device: str
     num_processes: int
+    min_patients: int = 5
+    max_epsilon: float = 0.0
 
     @property
     def folder(self) -> Path:
@@ -96,7 +100,14 @@ def locate_site(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -
         )
     if not path.is_dir():
         raise FederationError(f"Site {name}: the folder {path} does not exist. Correct site-root or make the folder.")
-    return Site(name=name, root=NnunetRoot(path.resolve()), device=device, num_processes=processes)
+    return Site(
+        name=name,
+        root=NnunetRoot(path.resolve()),
+        device=device,
+        num_processes=processes,
+        min_patients=int(node_config.get("min-patients", run_config.get("report-min-patients", Site.min_patients))),
+        max_epsilon=float(node_config.get("max-epsilon", 0.0)),
+    )
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from nnunet_fedharm.differences.sketch_statistics import (
     cut_of,
     display_histogram,
     effect_intervals,
-    false_discovery,
     kruskal_wallis,
     ks_bounds,
     rank_test_from_sums,
@@ -181,13 +180,6 @@ def test_values_are_cut_where_the_pooled_ones_would_be() -> None:
     pooled = np.clip(np.concatenate(tables), cut.low, cut.high)
     np.testing.assert_allclose(cut.unit[:-1], pooled.std(0)[:-1], rtol=0.02)
     assert cut.unit[-1] == 0
-
-
-def test_q_values_ignore_features_without_a_test() -> None:
-    p = np.array([0.01, np.nan, 0.02, 0.5])
-    q = false_discovery(p)
-    np.testing.assert_allclose(q[[0, 2, 3]], stats.false_discovery_control(p[[0, 2, 3]]))
-    assert np.isnan(q[1])
 
 
 def test_intervals_of_effects_hold_the_estimate_and_repeat() -> None:

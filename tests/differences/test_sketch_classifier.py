@@ -112,7 +112,7 @@ def test_the_simulated_null_is_that_of_permuted_sites() -> None:
         rows = [np.bincount(predicted_sites(part, fold, weights, biases), minlength=3) for part in parts.values()]
         permuted.append(balanced_accuracy(np.array(rows)))
     axes = principal_axes(moments_of(values), 4)
-    null = simulated_null(sizes, axes, folds, simulations=200, generator=np.random.default_rng(4))
+    null = simulated_null(sizes, axes.variances, folds, simulations=200, generator=np.random.default_rng(4))
     assert np.mean(null) == pytest.approx(np.mean(permuted), abs=0.015)
     assert np.percentile(null, 95) == pytest.approx(np.percentile(permuted, 95), abs=0.03)
 

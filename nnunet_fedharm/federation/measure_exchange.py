@@ -1,0 +1,224 @@
+"""The sites of a report: who is there, who was left out and why, and what each exchange brought.
+
+A site that fails, refuses, or does not answer in time is left out from then on and named in the report; the rest goes on as long
+as there are two. A report is short, so nothing is resumed: a second run finds the features in the sites' caches.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from nnunet_fedharm.errors import FederationError, SiteMismatchError
+from nnunet_fedharm.federation.codec import payload_bytes
+from nnunet_fedharm.federation.events import EventLog
+from nnunet_fedharm.federation.exchange import exchange
+from nnunet_fedharm.federation.measure_config import SiteReportConfig
+from nnunet_fedharm.federation.measure_messages import HELLO, HELLO_REPLY
+from nnunet_fedharm.federation.messages import Schema, Unpacked, pack, unpack_reply
+
+T = TypeVar("T")
+
+_AGREED = ("channels", "labels", "versions")
+_GREETING_S = 120.0
+
+
+@dataclass
+class Sites:
+    """The sites of one report.
+
+    Attributes:
+        nodes: site -> Flower node, of the sites that are in.
+        descriptions: site -> what it said in `hello`.
+        left_out: site -> why.
+        sent: message -> site -> bytes that it sent, over all messages of that kind.
+    """
+
+    grid: Grid
+    config: SiteReportConfig
+    log: EventLog
+    run_id: str
+    nodes: dict[str, int] = field(default_factory=dict)
+    descriptions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    sent: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    @property
+    def names(self) -> list[str]:
+        """Sites that are in, sorted."""
+        return sorted(self.nodes)
+
+    @property
+    def least(self) -> int:
+        """Sites that it takes."""
+        return 3 if self.config.secure_sums else 2
+
+    def gather(self) -> None:
+        """Wait for the expected sites; after the waiting time those who came have to do.
+
+        Raises:
+            FederationError: too few came, or two nodes have one name.
+            SiteMismatchError: sites describe different data or run different versions.
+        """
+        start, known, announced = time.monotonic(), set[int](), 0.0
+        while set(self.config.site_names) - set(self.nodes) - set(self.left_out):
+            self._greet(sorted(set(self.grid.get_node_ids()) - known))
+            known |= set(self.grid.get_node_ids())
+            waited = time.monotonic() - start
+            missing = sorted(set(self.config.site_names) - set(self.nodes) - set(self.left_out))
+            if not missing or waited > self.config.join_wait_s:
+                break
+            if waited - announced > 15:
+                announced = waited
+                self.log.write("waiting", what="sites to connect", sites=missing, seconds=round(waited))
+            time.sleep(min(1.0, self.config.join_wait_s))
+        for site in sorted(set(self.config.site_names) - set(self.nodes) - set(self.left_out)):
+            self.leave_out(site, f"did not connect within {self.config.join_wait_s:.0f} s")
+        self._require_enough()
+        self._check_agreement()
+
+    def ask(
+        self,
+        action: str,
+        schema: Schema,
+        values: Mapping[str, Any],
+        reply_schema: Schema,
+        read: Callable[[str, Unpacked], T],
+        *,
+        arrays: ArrayRecord | None = None,
+        deadline_s: float | None = None,
+    ) -> dict[str, T]:
+        """Ask every site the same; sites that do not answer as they should are left out.
+
+        Args:
+            action: Flower's query action.
+            read: makes something of a checked reply; a FedHarmError from it leaves the site out.
+
+        Returns:
+            Site -> what `read` made of its answer, in the order of names.
+
+        Raises:
+            FederationError: fewer sites are left than a report needs.
+        """
+        wait = deadline_s or self.config.deadline_s
+        content = pack(schema, values, arrays)
+        requests = {
+            site: Message(content, dst_node_id=node, message_type=f"{MessageType.QUERY}.{action}", ttl=wait)
+            for site, node in self.nodes.items()
+        }
+        what = str(values.get("step", action.removeprefix("report_")))
+        self.log.write("step", step=what)
+
+        def accept(site: str, answer: RecordDict) -> T:
+            message = unpack_reply(reply_schema, answer, source=site)
+            if message.values["site"] != site:
+                raise FederationError(f"The reply of {site} carries the name {message.values['site']}.")
+            value = read(site, message)
+            self.sent[what][site] += size_of(answer)
+            return value
+
+        answers = exchange(
+            self.grid,
+            requests,
+            deadline_s=wait,
+            accept=accept,
+            waiting=lambda left, seconds: self.log.write(
+                "waiting", what=what, sites=sorted(left), seconds=round(seconds)
+            ),
+        )
+        for site, reason in answers.failures.items():
+            self.leave_out(site, reason)
+        self._require_enough()
+        return {site: answers.accepted[site] for site in sorted(answers.accepted)}
+
+    def leave_out(self, site: str, reason: str) -> None:
+        """Go on without a site; it is named in the report."""
+        self.nodes.pop(site, None)
+        self.left_out[site] = reason
+        self.log.write("report_site_left_out", site=site, reason=reason)
+
+    def _greet(self, nodes: list[int]) -> None:
+        if not nodes:
+            return
+        content = pack(HELLO, {"run_id": self.run_id, "dataset": self.config.dataset})
+        requests = {
+            str(node): Message(
+                content, dst_node_id=node, message_type=f"{MessageType.QUERY}.report_hello", ttl=_GREETING_S
+            )
+            for node in nodes
+        }
+        answers = exchange(
+            self.grid, requests, deadline_s=_GREETING_S, accept=lambda node, answer: _read_hello(node, answer)
+        )
+        for node, (site, description) in sorted(answers.accepted.items()):
+            if site not in self.config.site_names:
+                self.log.write("site_refused", site=site, reason=f"Site {site} is not part of this report.")
+            elif site in self.nodes:
+                raise FederationError(f"Two nodes call themselves {site}. Give every SuperNode its own site name.")
+            else:
+                self.nodes[site], self.descriptions[site] = int(node), description
+        for node, reason in answers.failures.items():
+            self.log.write("node_set_aside", reason=reason)
+            named = [site for site in self.config.site_names if f"Site {site}" in reason]
+            if node not in answers.undelivered and named:
+                self.leave_out(named[0], reason)
+
+    def _require_enough(self) -> None:
+        if len(self.nodes) < self.least:
+            reasons = "; ".join(f"{site}: {text.rstrip('.')}" for site, text in sorted(self.left_out.items()))
+            raise FederationError(
+                f"A report needs {self.least} sites, {len(self.nodes)} of {len(self.config.site_names)} can take part. "
+                f"Left out: {reasons or 'none'}."
+            )
+
+    def _check_agreement(self) -> None:
+        for key in _AGREED:
+            values = {site: self.descriptions[site].get(key) for site in self.names}
+            disagreement(values, key)
+
+
+def size_of(answer: RecordDict) -> int:
+    """Bytes of the text and arrays of a message."""
+    text = sum(len(str(value)) for record in answer.config_records.values() for value in record.values())
+    return text + sum(payload_bytes(record) for record in answer.array_records.values())
+
+
+def disagreement(values: Mapping[str, Any], what: str) -> None:
+    """All sites say the same.
+
+    Raises:
+        SiteMismatchError: one differs from most; the message names it and both values.
+    """
+    texts = {site: json.dumps(value, sort_keys=True) for site, value in values.items()}
+    usual = max(texts.values(), key=lambda text: sum(text == other for other in texts.values()))
+    for site, text in texts.items():
+        if text != usual:
+            raise SiteMismatchError(
+                f"Site {site} disagrees on {what}: it has {_difference(text, usual)}. Features are comparable only where "
+                "these are the same; mend the site or leave it out of sites."
+            )
+
+
+def _difference(own: str, usual: str) -> str:
+    mine, others = json.loads(own), json.loads(usual)
+    if isinstance(mine, dict) and isinstance(others, dict):
+        keys = [key for key in sorted({*mine, *others}) if mine.get(key) != others.get(key)]
+        return f"{keys[0]} = {mine.get(keys[0])!r}, the others {others.get(keys[0])!r}"
+    return f"{mine!r}, the others {others!r}"
+
+
+def _read_hello(node: str, answer: RecordDict) -> tuple[str, dict[str, Any]]:
+    values = unpack_reply(HELLO_REPLY, answer, source=f"node {node}").values
+    lacking = sorted({"dataset", "versions", "unlabelled", *_AGREED} - set(values["description"]))
+    if lacking:
+        raise FederationError(
+            f"The hello of {values['site']} lacks {lacking[0]!r}. Install the same nnunet_fedharm everywhere."
+        )
+    return str(values["site"]), dict(values["description"])

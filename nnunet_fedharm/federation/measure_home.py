@@ -1,0 +1,153 @@
+"""What a site measures and keeps for its report, and what of it counts: one record for each patient."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_fedharm.differences.findings import to_json
+from nnunet_fedharm.differences.panel import by_patient, panel_of
+from nnunet_fedharm.federation.measure_messages import MOST_FEATURES, MOST_PARTS, Part
+from nnunet_fedharm.federation.site import Site
+from nnunet_fedharm.sites.features.table import Failure, FeatureTable, Values, family_of
+from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases, write_json
+from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
+
+_logger = logging.getLogger(__name__)
+
+FEATURES_FILE, FAILURES_FILE, REPORT_FILE = "features.csv", "failures.json", "report.json"
+
+
+@dataclass(frozen=True)
+class Home:
+    """What a site measured.
+
+    Attributes:
+        settings: everything that the features depend on; the same at all sites, or the report is refused.
+        numbers: cases, patients, labelled and failed cases; sent without noise only.
+    """
+
+    table: FeatureTable
+    failures: tuple[Failure, ...]
+    settings: dict[str, Any]
+    numbers: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Records:
+    """One row for each patient: the mean of the patient's cases.
+
+    Attributes:
+        values: (n, F); NaN where none of the patient's cases has the feature.
+        patients: (n,) names; never sent.
+    """
+
+    values: Values
+    patients: tuple[str, ...]
+
+    def none(self) -> Records:
+        """No patient, the same features."""
+        return Records(self.values[:0], ())
+
+
+def report_folder(site: Site, run_id: str) -> Path:
+    """Where everything of one report lies."""
+    return site.folder / "site-report" / run_id
+
+
+def own_table(site: Site, raw: Path, options: Mapping[str, Any], folder: Path) -> Home:
+    """Measure the site's cases, from the cache where they were measured before, and keep the table in `folder`."""
+    from nnunet_fedharm.sites.features.extraction import measure_dataset
+    from nnunet_fedharm.sites.features.options import FeatureOptions
+    from nnunet_fedharm.sites.features.table_files import write_table
+
+    description = read_dataset_json(raw, site=site.name)
+    labelled, unlabelled = labelled_cases(raw, description), unlabelled_cases(raw, description)
+    chosen = FeatureOptions(
+        image_region=bool(options["image_region"]),
+        scales=tuple(options["scales"]),
+        channels=tuple(options["channels"]) or None,
+    )
+    found, failures = measure_dataset(
+        raw,
+        registry=own_registry(site, raw, [files.case for files in (*labelled, *unlabelled)]),
+        options=chosen,
+        cache=site.folder / "features",
+        num_processes=site.num_processes,
+    )
+    table = FeatureTable(tuple(replace(row, site=site.name) for row in found.rows), found.names, found.values)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(table, folder / FEATURES_FILE)
+    write_json({"failures": to_json(list(failures))}, folder / FAILURES_FILE)
+    home = [row for row in table.rows if not row.travelling]
+    numbers = {
+        "n_cases": len({row.case for row in home}),
+        "n_patients": len({row.patient for row in home}),
+        "n_labelled": len(labelled),
+        "n_failed": len({failure.case for failure in failures}),
+    }
+    return Home(table, tuple(failures), json.loads(json.dumps(chosen.to_dict())), numbers)
+
+
+def own_registry(site: Site, raw: Path, cases: list[str]) -> SitesFile:
+    """All cases are this site's, whatever name its own sites.json uses; patients and scanner as there."""
+    path = raw / SITES_FILE
+    given = SitesFile.load(path) if path.is_file() else SitesFile()
+    info = given.sites.get(site.name) or next(iter(given.sites.values()), SiteInfo())
+    return SitesFile({site.name: info}, dict.fromkeys(cases, site.name), given.patients)
+
+
+def scanner_of(site: Site, raw: Path) -> dict[str, Any]:
+    """Vendor, field and sequence of the site's sites.json; None where it does not say."""
+    info = own_registry(site, raw, []).sites[site.name]
+    return {"vendor": info.vendor, "field": info.field, "sequence": info.sequence}
+
+
+def parts_of(table: FeatureTable, options: Mapping[str, Any]) -> list[Part]:
+    """Parts of the table with the features that were asked for."""
+    wanted = set(options["features"])
+    names = tuple(name for name in table.names if not wanted or name in wanted or family_of(name) in wanted)
+    return [Part(*key, names[:MOST_FEATURES]) for key in sorted(table.parts)][:MOST_PARTS] if names else []
+
+
+def load_records(table: FeatureTable, part: Part) -> Records:
+    """Records of a part; features that the table does not have are missing everywhere."""
+    panel = by_patient(panel_of(table.part(*part.key)))
+    values = np.full((len(panel.patients), len(part.names)), np.nan)
+    position = {name: index for index, name in enumerate(panel.names)}
+    for index, name in enumerate(part.names):
+        if name in position:
+            values[:, index] = panel.values[:, position[name]]
+    return Records(values, panel.patients)
+
+
+def enough_patients(site: Site, records: Records, options: Mapping[str, Any]) -> bool:
+    """Whether a part has as many patients as the site and the run ask for."""
+    return len(records.patients) >= max(site.min_patients, int(options.get("min_patients", 0)))
+
+
+def own_report(site: Site, folder: Path, findings: Mapping[str, Any]) -> None:
+    """Write the server's findings with this site's own failures and outliers, which name cases and stay here."""
+    from nnunet_fedharm.sites.features.table_files import read_table
+
+    failures = json.loads((folder / FAILURES_FILE).read_text(encoding="utf-8"))["failures"]
+    outliers = _outliers(read_table(folder / FEATURES_FILE))
+    own = json.loads(json.dumps(findings))
+    own["failures"] = [one for one in own["failures"] if one["site"] != site.name] + failures
+    for variant in own["variants"]:
+        for part in variant["parts"]:
+            part["outliers"] = outliers.get((part["channel"], part["region"], part["scale"]), [])
+    write_json(own, folder / REPORT_FILE)
+
+
+def _outliers(table: FeatureTable) -> dict[tuple[str, str, str], list[Any]]:
+    from nnunet_fedharm.differences.options import StatisticsOptions
+    from nnunet_fedharm.differences.outliers import outliers
+
+    return {key: to_json(outliers(panel_of(table.part(*key)), StatisticsOptions())) for key in table.parts}

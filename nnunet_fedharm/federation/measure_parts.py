@@ -1,0 +1,201 @@
+"""What the server knows of one part of a report, and the arrays that say it to the sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunet_fedharm.differences import sketch
+from nnunet_fedharm.differences.discriminant import Moments
+from nnunet_fedharm.differences.panel import judged
+from nnunet_fedharm.differences.sketch_classifier import Axes, fold_models, moments_from_sums
+from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation import measure_messages as messages
+from nnunet_fedharm.federation.measure_messages import Part, array_name, arrays_of, parts_from_dict
+from nnunet_fedharm.federation.measure_noise import reach_of
+from nnunet_fedharm.federation.messages import Unpacked
+
+Array = npt.NDArray[np.float64]
+Key = tuple[str, str, str]
+
+_LEAST_FEATURES = 2
+_NUMBERS = ("n_cases", "n_patients", "n_labelled", "n_failed")
+
+
+@dataclass
+class PartState:
+    """What the server knows of one part.
+
+    Attributes:
+        part: with all features that two sites have.
+        patients: site -> patients (with noise: about so many); sites without the part are not there.
+        edges: (F, B + 1); counts: site -> (F, B + 3) on them.
+        joint: positions of the features that embedding and classifier use.
+        standard: of the joint features.
+        moments: site -> of the joint features.
+        axes: principal axes of the joint features.
+        folds: site -> moments of each fold on the axes.
+        weights, biases: of the models, (folds, F joint, K) and (folds, K).
+        confusion: site -> (K,) patients, in the order of `folds`.
+        notes: sentences for the page.
+    """
+
+    part: Part
+    patients: dict[str, float]
+    edges: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    counts: dict[str, Array] = field(default_factory=dict)
+    joint: tuple[int, ...] = ()
+    standard: sketch.Standard | None = None
+    moments: dict[str, Moments] = field(default_factory=dict)
+    axes: Axes | None = None
+    folds: dict[str, list[Moments]] = field(default_factory=dict)
+    weights: Array = field(default_factory=lambda: np.zeros((0, 0, 0)))
+    biases: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    confusion: dict[str, Array] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def pooled(self) -> Array:
+        """(F, B + 3) counts of all sites."""
+        return np.sum(list(self.counts.values()), axis=0)
+
+    @property
+    def joint_part(self) -> Part:
+        """The part with its joint features only."""
+        return self.part.only([self.part.names[index] for index in self.joint])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One site's answer to `measure`.
+
+    Attributes:
+        located: key of a part -> (names, counts (F, LOCATE_CELLS + 1)).
+        patients: key of a part -> patients.
+        settings, numbers: see `Steps`.
+    """
+
+    located: dict[Key, tuple[tuple[str, ...], Array]]
+    patients: dict[Key, float]
+    settings: dict[str, Any]
+    numbers: dict[str, int]
+
+
+def read_measured(site: str, message: Unpacked) -> Measured:
+    """Check and unpack a reply to `measure`.
+
+    Raises:
+        FederationError, ShapeError: it is not in the form that its own list of parts promises.
+    """
+    values = message.values
+    parts = parts_from_dict(values["parts"], source=site)
+    arrays = messages.receive(
+        message.weights, messages.like([messages.measure_shapes(part) for part in parts]), source=site
+    )
+    counts = values["numbers"].get("patients", [])
+    if not isinstance(counts, list) or len(counts) != len(parts) or not all(isinstance(n, int | float) for n in counts):
+        raise FederationError(f"{site} did not say how many patients each part has.")
+    numbers = {name: values["numbers"][name] for name in _NUMBERS if name in values["numbers"]}
+    if not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
+        raise FederationError(f"{site} sent numbers of cases that are none.")
+    return Measured(
+        {
+            part.key: (part.names, np.asarray(arrays_of(arrays, index)["locate"], dtype=np.float64))
+            for index, part in enumerate(parts)
+        },
+        {part.key: float(count) for part, count in zip(parts, counts, strict=True)},
+        dict(values["settings"]),
+        numbers,
+    )
+
+
+def common_parts(answers: Mapping[str, Measured]) -> list[PartState]:
+    """Parts that two sites have, with the features that two sites have; `counts` are those of the public grid."""
+    found = []
+    for key in sorted({key for answer in answers.values() for key in answer.located}):
+        having = {site: answer for site, answer in answers.items() if key in answer.located}
+        if len(having) < 2:
+            continue
+        names = tuple(dict.fromkeys(name for answer in having.values() for name in answer.located[key][0]))
+        aligned = {site: _aligned(*answer.located[key], names) for site, answer in having.items()}
+        sites = np.sum([counts[:, :-1].sum(1) > 0.5 for counts in aligned.values()], axis=0)
+        kept = np.flatnonzero(sites > 1)[: messages.MOST_FEATURES]
+        if kept.size:
+            found.append(
+                PartState(
+                    Part(*key, tuple(names[index] for index in kept)),
+                    {site: answer.patients[key] for site, answer in having.items()},
+                    counts={site: counts[kept] for site, counts in aligned.items()},
+                )
+            )
+    return found[: messages.MOST_PARTS]
+
+
+def _aligned(own: Sequence[str], counts: Array, names: Sequence[str]) -> Array:
+    aligned = np.zeros((len(names), counts.shape[1]))
+    aligned[[names.index(name) for name in own]] = counts
+    return aligned
+
+
+def choose_joint(state: PartState, *, everything: bool) -> None:
+    """Features for methods that need all at once: not the control, there for every patient of every site, and varying.
+
+    Args:
+        everything: with noise nobody can tell whether a feature is missing somewhere.
+    """
+    pooled = state.pooled()
+    good = judged(state.part.names) & (np.array([everything]) | (pooled[:, -1] == 0))
+    varies = (pooled[:, :-1] > 0).sum(1) > 1
+    chosen = tuple(int(index) for index in np.flatnonzero(good & varies))
+    if len(chosen) < _LEAST_FEATURES or len(state.counts) < 2:
+        state.notes.append("No embedding and no classifier: fewer than two features are there for every patient.")
+        return
+    gone = int(judged(state.part.names).sum() - len(chosen))
+    if gone:
+        state.notes.append(
+            f"{gone} features, missing for some patients or constant, left out of classifier and embedding."
+        )
+    state.joint = chosen
+    rows = list(chosen)
+    state.standard = sketch.standard_of(pooled[rows], state.edges[rows])
+
+
+def standard_arrays(state: PartState, reach: float) -> dict[str, Array]:
+    """What a site needs to standardise a part; `reach` bounds a patient's vector under noise."""
+    if state.standard is None:
+        return {}
+    return {"centre": state.standard.centre, "scale": state.standard.scale, "reach": np.array([reach])}
+
+
+def axes_arrays(state: PartState) -> dict[str, Array]:
+    """What a site needs to put its patients on the principal axes."""
+    if state.axes is None:
+        return {}
+    arrays = standard_arrays(state, reach_of(float(state.axes.variances.sum())))
+    return {**arrays, "origin": state.axes.centre, "axes": state.axes.weights}
+
+
+def model_arrays(state: PartState) -> dict[str, Array]:
+    """Discriminants of each fold as affine maps of the standardised features; kept in the state too."""
+    if state.axes is None:
+        return {}
+    weights, biases = fold_models(state.folds)
+    state.weights = np.einsum("fd,gdk->gfk", state.axes.weights, weights)
+    state.biases = biases - np.einsum("f,gfk->gk", state.axes.centre, state.weights)
+    return {"weights": state.weights, "biases": state.biases}
+
+
+def folds_from(arrays: Mapping[str, npt.NDArray[Any]], folds: int, reach: float) -> list[Moments]:
+    """Moments of each fold from a site's sums, which are of vectors over `reach`."""
+    return [
+        moments_from_sums(float(arrays["n"][fold]), reach * arrays["sum"][fold], reach**2 * arrays["products"][fold])
+        for fold in range(folds)
+    ]
+
+
+def numbered(given: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Arrays of all parts under their names in a message."""
+    return {array_name(index, what): value for index, arrays in enumerate(given) for what, value in arrays.items()}

@@ -1,0 +1,116 @@
+"""The way out of a site: noise, the ledger, and the same answer to the same question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ConfigRecord, RecordDict
+from safetensors.numpy import load, save
+
+from nnunet_fedharm.errors import DataError, FederationError
+from nnunet_fedharm.federation.durable import read_json, write_bytes, write_json
+from nnunet_fedharm.federation.entries import digest_of
+from nnunet_fedharm.federation.measure_home import report_folder
+from nnunet_fedharm.federation.measure_messages import send
+from nnunet_fedharm.federation.measure_noise import NoisePlan, Noiser, sensitivity_of
+from nnunet_fedharm.federation.messages import Schema, Unpacked, json_hash, reply
+from nnunet_fedharm.federation.site import Site
+from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, Release
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What one answer of a site passes through before it leaves.
+
+    Attributes:
+        plan: noise of the run, as the server asked and the site accepted.
+        noiser: adds it.
+        question: SHA-256 of the request.
+    """
+
+    site: Site
+    run_id: str
+    question: str
+    plan: NoisePlan
+    noiser: Noiser
+
+    @classmethod
+    def of(cls, site: Site, request: Unpacked) -> Outgoing:
+        """For a request.
+
+        Raises:
+            DataError: the site asks for more noise than the run brings.
+        """
+        plan = NoisePlan.from_dict(request.values["noise"])
+        if site.max_epsilon and not (plan.on and plan.epsilon <= site.max_epsilon):
+            given = f"epsilon {plan.epsilon:g}" if plan.on else "no noise"
+            raise DataError(
+                f"Site {site.name} sends its report with an epsilon of at most {site.max_epsilon:g}; this run has {given}."
+            )
+        return cls(site, request.values["run_id"], _question(request), plan, Noiser(plan))
+
+    def noised(self, step: str, features: Sequence[int], arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+        """The arrays of one message with the noise of its step.
+
+        Args:
+            step: key of `measure_noise.SHARES`.
+            features: number of features of each part.
+            arrays: sums over patients.
+        """
+        sensitivity = sensitivity_of(step, list(features))
+        return {name: self.noiser.add(step, sensitivity, value) for name, value in arrays.items()}
+
+    def release(
+        self, what: str, steps: Sequence[str], schema: Schema, values: Mapping[str, Any], arrays: Arrays
+    ) -> RecordDict:
+        """The reply, entered in the site's ledger.
+
+        With noise a question is answered once: the same one again gets the same bytes, because the mean of many noised
+        answers would lose its noise. Another question of the same kind in the same run is refused.
+
+        Raises:
+            FederationError: it was asked something else before.
+            PrivacyError: the ledger cannot be written.
+        """
+        if self.plan.on:
+            values, arrays = self._first_answer(what, values, arrays)
+        content = reply(schema, values, send(arrays))
+        for step in steps:
+            multiplier = self.plan.multiplier(step)
+            Ledger(self.site.folder).record(
+                Release(
+                    what=f"site report, {step}",
+                    mechanism=GAUSSIAN if self.plan.on else NONE,
+                    noise_multiplier=multiplier,
+                    run_id=self.run_id,
+                    digest=digest_of(content),
+                )
+            )
+        return content
+
+    def _first_answer(self, what: str, values: Mapping[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+        folder = report_folder(self.site, self.run_id) / "answers"
+        head, body = folder / f"{what}.json", folder / f"{what}.safetensors"
+        if not head.is_file():
+            write_bytes(body, save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
+            write_json(head, {"values": dict(values), "question": self.question})
+            return dict(values), arrays
+        kept = read_json(head)
+        if kept["question"] != self.question:
+            raise FederationError(
+                f"Site {self.site.name} has answered {what} in this run with noise and answers nothing else. Start a new run."
+            )
+        return kept["values"], load(body.read_bytes())
+
+
+def _question(request: Unpacked) -> str:
+    return digest_of(
+        RecordDict({"config": ConfigRecord({"values": json_hash(request.values)}), "arrays": request.weights})
+    )
