@@ -87,6 +87,9 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     ),
     "local_groups": lambda event: f"the server's own model is not whole: {event['text']}",
     "site_finished": lambda event: f"  {event['site']} holds the final model",
+    "report_started": lambda event: f"site report {event['run_id']} on {', '.join(event['sites'])}",
+    "report_site_left_out": lambda event: f"  {event['site']} left out: {event['reason']}",
+    "reported": lambda event: f"reported on {', '.join(event['sites'])}: {event['results']}",
     "finished": _finished,
     "failed": lambda event: f"failed: {event['error']}",
 }
