@@ -26,7 +26,7 @@ Predict = Callable[[Codes, Codes, Codes], Codes]
 """(rows to train on, their sites, rows to predict) -> predicted sites of the latter."""
 
 
-def priorities(patients: Sequence[str], seed: int) -> npt.NDArray[np.uint64]:
+def priorities(patients: Sequence[str], seed: int | str) -> npt.NDArray[np.uint64]:
     """(n,) seeded hash of each row's patient: the order in which patients are dealt to folds."""
     return np.array([digest(f"{seed}/{patient}") for patient in patients], dtype=np.uint64)
 

@@ -26,7 +26,7 @@ class StatisticsOptions:
     """Of every draw; the same seed and table give the same numbers, whatever the order of the rows."""
     bootstrap: int = 500
     """Draws of patients behind each interval."""
-    permutations: int = 199
+    permutations: int = 499
     """Permuted sites behind the null of the linear discriminant."""
     mmd_permutations: int = 999
     """Permuted sites behind each p of the maximum mean discrepancy; all use one kernel matrix."""

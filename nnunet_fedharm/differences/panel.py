@@ -77,22 +77,28 @@ class Panel:
 
 
 def panel_of(part: FeatureTable) -> Panel:
-    """Panel of one part without travelling subjects, sorted by site, patient and case."""
-    order = sorted(
-        (index for index, row in enumerate(part.rows) if not row.travelling),
-        key=lambda index: (part.rows[index].site, part.rows[index].patient, part.rows[index].case),
+    """Panel of one part without travelling scans, sorted by site, patient and case; without features that no volume has."""
+    rows = [(row.site, row.patient, row.case, index) for index, row in enumerate(part.rows) if not row.travelling]
+    rows.sort()
+    values = np.asarray(part.values[[row[3] for row in rows]], dtype=np.float64).reshape(len(rows), len(part.names))
+    values = np.where(np.isfinite(values), values, np.nan)
+    found = _panel(rows, part.names, values)
+    return found.columns(np.asarray(np.isfinite(values).any(0), dtype=bool))
+
+
+def case_panel(table: FeatureTable, channel: str) -> Panel:
+    """Every case of a channel once, without travelling scans and without features."""
+    rows = sorted(
+        {(row.site, row.patient, row.case, 0) for row in table.rows if row.channel == channel and not row.travelling}
     )
-    rows = [part.rows[index] for index in order]
-    sites = sorted({row.site for row in rows})
-    values = np.asarray(part.values[order], dtype=np.float64).reshape(len(rows), len(part.names))
-    return Panel(
-        tuple(sites),
-        np.array([sites.index(row.site) for row in rows], dtype=np.intp),
-        tuple(row.case for row in rows),
-        tuple(row.patient for row in rows),
-        part.names,
-        np.where(np.isfinite(values), values, np.nan),
-    )
+    return _panel(rows, (), np.zeros((len(rows), 0)))
+
+
+def _panel(rows: Sequence[tuple[str, str, str, int]], names: tuple[str, ...], values: Values) -> Panel:
+    """Panel of (site, patient, case, ...) in this order."""
+    sites = sorted({row[0] for row in rows})
+    codes = np.array([sites.index(row[0]) for row in rows], dtype=np.intp)
+    return Panel(tuple(sites), codes, tuple(row[2] for row in rows), tuple(row[1] for row in rows), names, values)
 
 
 def by_patient(panel: Panel) -> Panel:
