@@ -1,0 +1,88 @@
+"""The cases of a raw dataset that features are measured on: whose they are, and of which patient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.sites.files import CaseFiles, cases_in, labelled_cases, unlabelled_cases
+from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
+
+TRAVELLING_IMAGES, TRAVELLING_LABELS = "imagesTravelling", "labelsTravelling"
+
+
+@dataclass(frozen=True)
+class ListedCase:
+    """A case on disk.
+
+    Attributes:
+        files: where it lies.
+        site, patient, travelling: as in `table.Row`.
+    """
+
+    files: CaseFiles
+    site: str
+    patient: str
+    travelling: bool = False
+
+
+def list_cases(raw_dataset: Path, dataset_json: Mapping[str, Any], registry: SitesFile) -> list[ListedCase]:
+    """Labelled, unlabelled and travelling cases of a raw dataset, in this order, sorted by identifier.
+
+    imagesTs is not read. A travelling subject `<SITE>_<SUBJECT>` has the patient of `patients`, else of the case that shows the
+    subject at another site's home, else SUBJECT.
+
+    Raises:
+        DataError: a case without a site, two cases of one name, a travelling subject of no site or of several patients.
+    """
+    home = [*labelled_cases(raw_dataset, dataset_json), *unlabelled_cases(raw_dataset, dataset_json)]
+    for case in home:
+        if case.case not in registry.cases:
+            raise DataError(
+                f"{SITES_FILE} does not say which site case {case.case} comes from. Add the case to `cases`."
+            )
+    listed = [ListedCase(case, registry.cases[case.case], registry.patient_of(case.case)) for case in home]
+    labels = raw_dataset / TRAVELLING_LABELS
+    away = cases_in(raw_dataset / TRAVELLING_IMAGES, dataset_json, labels=labels if labels.is_dir() else None)
+    listed += [_travelling(case, registry, home) for case in away]
+    names: set[str] = set()
+    for item in listed:
+        if item.files.case in names:
+            raise DataError(
+                f"Site {item.site}, case {item.files.case}: {raw_dataset} has two cases of this name. Rename or remove one."
+            )
+        names.add(item.files.case)
+    return listed
+
+
+def missing_cases(raw_dataset: Path, registry: SitesFile, listed: Sequence[ListedCase], ending: str) -> list[str]:
+    """Cases of `cases` in sites.json that have no image, imagesTs included; sorted."""
+    held_out = raw_dataset / "imagesTs"
+    found = {item.files.case for item in listed}
+    return sorted(
+        case for case in registry.cases if case not in found and not (held_out / f"{case}_0000{ending}").exists()
+    )
+
+
+def _travelling(case: CaseFiles, registry: SitesFile, home: Sequence[CaseFiles]) -> ListedCase:
+    site = registry.site_of(case.case)
+    if site is None:
+        raise DataError(
+            f"{case.images[0]} is no travelling subject: its name has to be <SITE>_<SUBJECT> with a site of {SITES_FILE} "
+            f"({', '.join(registry.sites)}). Rename or remove the file."
+        )
+    if case.case in registry.patients:
+        return ListedCase(case, site, registry.patients[case.case], travelling=True)
+    subject = case.case.removeprefix(f"{site}_")
+    at_home = {f"{other}_{subject}" for other in registry.sites if other != site} | {subject}
+    patients = {registry.patient_of(item.case) for item in home if item.case in at_home}
+    if len(patients) > 1:
+        raise DataError(
+            f"Site {site}, travelling subject {case.case}: several cases could be the same person "
+            f"({', '.join(sorted(patients))}). "
+            f"Say which with `patients` in {SITES_FILE}."
+        )
+    return ListedCase(case, site, patients.pop() if patients else subject, travelling=True)
