@@ -192,3 +192,11 @@ def mean_metric(updates: Mapping[str, SiteUpdate], share: Mapping[str, float], n
     if not total > 0:
         return None
     return math.fsum(share[site] * value for site, value in finite(measured).items()) / total
+
+
+def median_metric(updates: Mapping[str, SiteUpdate], share: Mapping[str, float], name: str) -> float | None:
+    """Median of a metric over the sites with a share that measured it; None where nobody did."""
+    measured = finite(
+        {site: update.metrics[name] for site, update in updates.items() if name in update.metrics and share[site] > 0}
+    )
+    return float(np.median(list(measured.values()))) if measured else None

@@ -21,6 +21,8 @@ from nnunet_fedharm.errors import FederationError, ShapeError
 from nnunet_fedharm.federation.aggregation import as_dtype
 from nnunet_fedharm.federation.codec import Weights
 
+TRIMMED_LEAST = 3
+"""Replies from which on a trimmed mean or a median is more than a mean."""
 NORM_BOUND_LEAST = 3
 """Replies from which on a median of norms says something about the others."""
 
@@ -34,22 +36,23 @@ def coordinate_median(weights: Mapping[str, Weights]) -> Weights:
 
 
 def trimmed_mean(weights: Mapping[str, Weights], trim: float) -> Weights:
-    """Mean over sites of every number without the `cut` largest and `cut` smallest, cut = ceil(trim n). Sites count alike.
-
-    Rounded up, unlike Flower's `FedTrimmedAvg`: a quarter of three replies is one of them, not none.
+    """Mean over sites of every number without the `trimmed(trim, n)` largest and smallest. Sites count alike.
 
     Raises:
-        FederationError: nothing would be left.
+        FederationError: fewer than three replies, of which none can be cut at each end.
     """
     cut = trimmed(trim, len(weights))
-    if 2 * cut >= len(weights):
-        raise FederationError(f"A trimmed mean with trim {trim} of {len(weights)} replies leaves none of them.")
+    if not cut:
+        raise FederationError(f"A trimmed mean needs {TRIMMED_LEAST} replies, got {len(weights)}.")
     return _by_tensor(weights, lambda stack: np.sort(stack, axis=0)[cut : len(weights) - cut].mean(axis=0))
 
 
 def trimmed(trim: float, n_sites: int) -> int:
-    """Replies that a trimmed mean leaves out at each end: ceil(trim n)."""
-    return math.ceil(trim * n_sites - 1e-9)  # 0.2 * 5 is a little more than 1 in binary
+    """Replies that a trimmed mean leaves out at each end: ceil(trim n), but no more than leaves one reply.
+
+    Rounded up, unlike Flower's `FedTrimmedAvg`: a quarter of three replies is one of them, not none.
+    """
+    return min(math.ceil(trim * n_sites - 1e-9), (n_sites - 1) // 2)  # 0.2 * 5 is a little more than 1 in binary
 
 
 def squared_distances(weights: Mapping[str, Weights]) -> npt.NDArray[np.float64]:

@@ -14,7 +14,7 @@ from typing import Any
 from flwr.app import ArrayRecord, MessageType, RecordDict
 
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.federation.aggregation import SiteUpdate, mean_metric
+from nnunet_fedharm.federation.aggregation import SiteUpdate
 from nnunet_fedharm.federation.asking import ask, join_reasons
 from nnunet_fedharm.federation.codec import Weights, encode, payload_bytes
 from nnunet_fedharm.federation.config import FederateConfig
@@ -88,7 +88,8 @@ class RoundLoop:
         updates, traffic = self._collect(phase, number, state, weights)
         self._report_missing_reference(phase, number, updates)
         made = next_model(
-            strategy_of(self.config),
+            strategy,
+        strategy = strategy_of(self.config)
             self._part(phase, weights),
             updates,
             self.ownership[phase],
@@ -98,7 +99,7 @@ class RoundLoop:
             weighting=self.config.weighting,
             batch_size=self.batch_size,
         )
-        metrics = {name: mean_metric(updates, made.share, name) for name in METRICS}
+        metrics = {name: strategy.metric(updates, made.share, name) for name in METRICS}
         dice = metrics["dice"]
         is_best = phase == "segmenter" and dice is not None and (state.best_dice is None or dice > state.best_dice)
         seconds = round(time.monotonic() - start, 3)

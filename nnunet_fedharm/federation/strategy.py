@@ -11,10 +11,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.federation.aggregation import SiteUpdate, aggregate, amounts, select, shares, weighted_mean
+from nnunet_fedharm.federation.aggregation import (
+    SiteUpdate,
+    aggregate,
+    amounts,
+    mean_metric,
+    median_metric,
+    select,
+    shares,
+    weighted_mean,
+)
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.ownership import Ownership
-from nnunet_fedharm.federation.robust import coordinate_median, krum_choice, krum_least, trimmed, trimmed_mean
+from nnunet_fedharm.federation.robust import TRIMMED_LEAST, coordinate_median, krum_choice, krum_least, trimmed_mean
 from nnunet_fedharm.federation.server_steps import (
     adaptive_step,
     add_controls,
@@ -59,10 +68,8 @@ class Strategy:
     @property
     def least_replies(self) -> int:
         """Replies below which the strategy is none: a median of two is their mean."""
-        if self.name == "median":
-            return 3
-        if self.name == "trimmed-mean":
-            return next(n for n in range(1, 1000) if 2 * trimmed(self.trim, n) < n)
+        if self.name in ("median", "trimmed-mean"):
+            return TRIMMED_LEAST
         return krum_least(self.byzantine) if self.name in ("krum", "multi-krum") else 1
 
     def keep(self, sent: Mapping[str, Weights]) -> tuple[str, ...]:
@@ -78,6 +85,10 @@ class Strategy:
         if self.name == "trimmed-mean":
             return trimmed_mean(sent, self.trim)
         return weighted_mean(sent, share)
+
+    def metric(self, updates: Mapping[str, SiteUpdate], share: Mapping[str, float], name: str) -> float | None:
+        """A metric of the round: the weighted mean, with robust strategies the median, so that no site decides what is best."""
+        return (median_metric if self.name in ROBUST else mean_metric)(updates, share, name)
 
 
 def strategy_of(config: FederateConfig) -> Strategy:
@@ -102,7 +113,7 @@ class NextModel:
     Attributes:
         weights: the travelling tensors after the round.
         memory: of the strategy.
-        share: site -> share in the mean and in the metrics.
+        share: site -> share in the mean and in the metrics; 0 for sites that were left out.
         left_out: sites whose replies did not count.
     """
 
@@ -159,7 +170,7 @@ def next_model(
             memory.part("average"), {name: merged[name] for name in common}, decay=strategy.average, count=number + 1
         )
         memory = memory.with_part("average", averaged)
-    return NextModel(merged, memory, share, left_out)
+    return NextModel(merged, memory, share | dict.fromkeys(left_out, 0.0), left_out)
 
 
 def trains_together(ownership: Ownership, weights: Weights) -> bool:
