@@ -32,8 +32,8 @@ class StatisticsOptions:
     """Permuted sites behind each p of the maximum mean discrepancy; all use one kernel matrix."""
     trees: int = 30
     """Of a random forest; the null's forests are as large as the observed one."""
-    forest_permutations: int = 49
-    """Permuted sites behind the null of a forest, so its smallest p is .02: a forest costs 200 times a discriminant."""
+    forest_permutations: int = 59
+    """Permuted sites behind the null of a forest, so its smallest p is 1/60: a forest costs 200 times a discriminant."""
     slice_permutations: int = 19
     """Permuted sites behind the null of the network on slices, so its smallest p is .05."""
     slice_epochs: int = 12

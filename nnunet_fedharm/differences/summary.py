@@ -1,0 +1,298 @@
+"""The answer in plain sentences, for a physician's first screen; nothing is said that the tests do not carry.
+
+| sentence | said when |
+|---|---|
+| sites differ | a feature other than shape has q < .05, a pair's kernel test p < .05 after Holm, or a classifier p < .05 |
+| a site stands apart | the intervals of its distances to all others lie above those of all other distances |
+| two sites differ | their kernel test has p < .05 after Holm; else they are only called furthest apart |
+| mostly in a family | the interval of its median effect lies above those of all other families |
+| a scanner property may explain it | the site that stands apart is alone with it, and all others have another one in common |
+
+Sites with fewer than five patients are named as too small and take part in no such sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nnunet_fedharm.differences.findings import (
+    ClassifierFinding,
+    Estimate,
+    Findings,
+    PairFinding,
+    PartFinding,
+    SiteCard,
+)
+from nnunet_fedharm.differences.notes import APPROXIMATE, joined
+from nnunet_fedharm.differences.options import SIGNIFICANT
+from nnunet_fedharm.differences.panel import CONTROL
+from nnunet_fedharm.differences.scanners import differing_properties, only_one_with
+from nnunet_fedharm.sites.features.table import FOREGROUND, SCALES
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What one part's tests carry.
+
+    Attributes:
+        sites: large enough to be judged.
+        pairs: of these sites, furthest apart first.
+        tested: (first, second) whose kernel test is significant after Holm.
+        share: of features other than shape with q < .05; None if none was tested.
+        recognised: whether a classifier beats its null; None if none was trained against one.
+    """
+
+    sites: list[str]
+    pairs: list[PairFinding]
+    tested: set[tuple[str, str]]
+    share: float | None
+    recognised: bool | None
+
+    @property
+    def found(self) -> bool:
+        return bool(self.share) or bool(self.tested) or bool(self.recognised)
+
+
+def describe(findings: Findings) -> list[str]:
+    """Sentences on a report: what differs as scanned, and what is left of it in each further variant."""
+    if not findings.variants:
+        return ["Nothing was measured."]
+    sentences = summarize(findings.variants[0].parts, findings.sites)
+    before = main_part(findings.variants[0].parts)
+    for variant in findings.variants[1:]:
+        same = [part for part in variant.parts if before is not None and _key(part) == _key(before)]
+        if before is not None and same:
+            sentences.append(_change(before, same[0], variant.name))
+    return sentences
+
+
+def summarize(parts: Sequence[PartFinding], cards: Sequence[SiteCard]) -> list[str]:
+    """Two to six sentences on the parts of one variant.
+
+    Args:
+        parts: of all channels, regions and scales.
+        cards: scanners and numbers of patients.
+    """
+    part = main_part(parts)
+    if part is None or not part.n:
+        return ["Nothing was measured."]
+    if len(part.n) < 2:
+        return [f"Only one site ({next(iter(part.n))}) was measured, so there is nothing to compare."]
+    patients = _patients(part, cards)
+    large = [site for site in part.n if patients[site] >= APPROXIMATE]
+    if len(large) < 2:
+        sizes = joined([f"{site} {patients[site]}" for site in part.n])
+        return [
+            f"The sites are too small to be compared: {sizes} patients. Two sites with {APPROXIMATE} or more are needed to tell "
+            "a scanner's mark from the differences between patients."
+        ]
+    evidence = _evidence(part, large)
+    small = [site for site in part.n if site not in large]
+    closing = [f"{joined(small)}: fewer than {APPROXIMATE} patients, too few to be judged."] if small else []
+    if not evidence.found:
+        return [*_nothing(evidence, min(patients[site] for site in large)), *closing]
+    where = f" in {part.channel}" if len({each.channel for each in parts}) > 1 else ""
+    return [
+        *_furthest(part, evidence, cards, where),
+        *_families(part),
+        *_recognition(part),
+        *_control(part),
+        *closing,
+    ]
+
+
+def main_part(parts: Sequence[PartFinding]) -> PartFinding | None:
+    """The part that a first screen is about: z-scored foreground, of the channel whose sites are furthest apart."""
+    if not parts:
+        return None
+    rank = min((part.scale != SCALES[0], part.region != FOREGROUND) for part in parts)
+    same = [part for part in parts if (part.scale != SCALES[0], part.region != FOREGROUND) == rank]
+    return max(same, key=lambda part: max((_number(pair.wasserstein.value) for pair in part.pairs), default=-1.0))
+
+
+def _evidence(part: PartFinding, large: Sequence[str]) -> _Evidence:
+    pairs = [pair for pair in part.pairs if pair.first in large and pair.second in large]
+    p = {(pair.first, pair.second): pair.mmd_p for pair in pairs if pair.mmd_p is not None}
+    tested: set[tuple[str, str]] = set()
+    for rank, (pair, value) in enumerate(sorted(p.items(), key=lambda item: (item[1], item[0]))):
+        if value * (len(p) - rank) >= SIGNIFICANT:
+            break
+        tested.add(pair)
+    counted = [item.q for item in part.features if item.family != CONTROL and item.q is not None]
+    judged = _judged(part)
+    return _Evidence(
+        sites=list(large),
+        pairs=sorted(pairs, key=lambda pair: -_number(pair.wasserstein.value)),
+        tested=tested,
+        share=sum(q < SIGNIFICANT for q in counted) / len(counted) if counted else None,
+        recognised=any(_beats(item, judged) for item in judged) if judged else None,
+    )
+
+
+def _nothing(evidence: _Evidence, smallest: int) -> list[str]:
+    said = []
+    if evidence.share is not None:
+        said.append("no feature passes the false discovery level of 5%")
+    if evidence.recognised is not None:
+        said.append("no classifier recognises the site better than chance")
+    reason = f": {joined(said)}" if said else ""
+    return [
+        f"No difference between the sites was found{reason}. "
+        f"With {smallest} patients at the smallest site, a small one can go unnoticed."
+    ]
+
+
+def _furthest(part: PartFinding, evidence: _Evidence, cards: Sequence[SiteCard], where: str) -> list[str]:
+    """Which sites, how far, and what their scanners have to do with it."""
+    even = " even after z-score" if part.scale == SCALES[0] else ""
+    if not evidence.pairs:
+        return [f"The sites differ{where}{even}."]
+    apart = _stands_apart(evidence)
+    if apart is not None:
+        own = [pair for pair in evidence.pairs if apart in (pair.first, pair.second)]
+        words = (
+            f"{apart} differs from all other sites more than these differ among each other{where}{even}: {_size(own)}."
+        )
+        return [words, *_explained(apart, evidence.sites, cards)]
+    first = evidence.pairs[0]
+    names = f"{first.first} and {first.second}"
+    if len(evidence.sites) == 2:
+        words = f"{names} differ{where}{even}: {_size([first])}."
+    elif (first.first, first.second) in evidence.tested:
+        words = f"{names} differ most{where}{even}: {_size([first])}."
+    else:
+        words = f"The sites differ{where}{even}; {names} are furthest apart: {_size([first])}."
+    properties = differing_properties(first.first, first.second, cards)
+    return [words, f"Their scanners differ in {joined(properties)}." if properties else _unknown(cards)]
+
+
+def _stands_apart(evidence: _Evidence) -> str | None:
+    """The site whose distances to all others are certainly larger than all others'; None if there is none."""
+    if len(evidence.sites) < 3:
+        return None
+    for site in evidence.sites:
+        own = [pair for pair in evidence.pairs if site in (pair.first, pair.second)]
+        rest = [pair for pair in evidence.pairs if site not in (pair.first, pair.second)]
+        tested = all((pair.first, pair.second) in evidence.tested for pair in own)
+        if tested and min(_low(pair.wasserstein) for pair in own) > max(_high(pair.wasserstein) for pair in rest):
+            return site
+    return None
+
+
+def _explained(site: str, sites: Sequence[str], cards: Sequence[SiteCard]) -> list[str]:
+    alone = only_one_with(site, [card for card in cards if card.site in sites])
+    if alone is not None:
+        return [f"{site} is the only site with {alone}, which may explain it."]
+    return [f"sites.json names no property of a scanner that only {site} has."]
+
+
+def _unknown(cards: Sequence[SiteCard]) -> str:
+    known = any(card.vendor or card.field or card.sequence for card in cards)
+    return (
+        "sites.json names no difference between their scanners." if known else "sites.json says nothing about scanners."
+    )
+
+
+def _size(pairs: Sequence[PairFinding]) -> str:
+    """How far, in words."""
+    distances = sorted(_number(pair.wasserstein.value) for pair in pairs)
+    shown = (
+        f"{distances[0]:.1f}"
+        if f"{distances[0]:.1f}" == f"{distances[-1]:.1f}"
+        else f"{distances[0]:.1f} to {distances[-1]:.1f}"
+    )
+    return f"half of the features are moved by {shown} standard deviations or more"
+
+
+def _families(part: PartFinding) -> list[str]:
+    """In what, with the share of features."""
+    known = {name: each for name, each in part.families.items() if name != CONTROL and each.value is not None}
+    shares = {name: part.share_significant.get(name, 0.0) for name in known}
+    differing = sorted((name for name in known if shares[name] > 0), key=lambda name: -_number(known[name].value))
+    if not differing:
+        return []
+    first = differing[0]
+    listed = joined([f"{shares[name]:.0%} of the {name} features" for name in differing])
+    others = [known[name] for name in known if name != first]
+    if others and _low(known[first]) > max(_high(each) for each in others):
+        return [f"They differ mostly in {first}: {listed} differ significantly."]
+    return [f"{listed} differ significantly."]
+
+
+def _judged(part: PartFinding) -> list[ClassifierFinding]:
+    """Classifiers with a null that is large enough for a significant p."""
+    enough = [item for item in part.classifiers if 1 / (1 + item.permutations) <= SIGNIFICANT]
+    return [item for item in enough if item.p is not None and item.accuracy.value is not None]
+
+
+def _beats(item: ClassifierFinding, all_judged: Sequence[ClassifierFinding]) -> bool:
+    """Whether a classifier beats its null, after Bonferroni over the classifiers that were tried."""
+    return item.p is not None and item.p * len(all_judged) <= SIGNIFICANT + 1e-12
+
+
+def _recognition(part: PartFinding) -> list[str]:
+    judged = _judged(part)
+    if not judged:
+        return []
+    beating = [item for item in judged if _beats(item, judged)]
+    if not beating:
+        return ["A classifier does not recognise the site better than chance."]
+    best = max(beating, key=lambda item: _number(item.accuracy.value))
+    source = "slices" if "slices" in best.method else "features"
+    return [
+        f"A classifier recognises the site of {best.accuracy.value:.0%} of the volumes by their {source} "
+        f"(guessing: {best.chance:.0%})."
+    ]
+
+
+def _control(part: PartFinding) -> list[str]:
+    share = part.share_significant.get(CONTROL)
+    if share is None:
+        return []
+    if share > 0:
+        return [
+            f"Shape, which scanners hardly change, differs too ({share:.0%} of its features): patients, voxel sizes or contours "
+            "differ as well, not only scanners."
+        ]
+    return ["Shape, which scanners hardly change, shows no significant difference."]
+
+
+def _change(before: PartFinding, after: PartFinding, name: str) -> str:
+    """What is left of the differences; says nothing about anatomy that may be lost."""
+    shares = [_evidence(part, list(part.n)).share for part in (before, after)]
+    words = []
+    if shares[0] is not None and shares[1] is not None:
+        words.append(f"{shares[1]:.0%} of the features differ significantly ({shares[0]:.0%} as scanned)")
+    found = {item.method: item for item in before.classifiers}
+    for item in after.classifiers:
+        same = found.get(item.method)
+        if same is not None and item.accuracy.value is not None and same.accuracy.value is not None:
+            words.append(
+                f"a classifier recognises {item.accuracy.value:.0%} of the volumes ({same.accuracy.value:.0%})"
+            )
+            break
+    return f"{name[:1].upper()}{name[1:]}: {joined(words)}." if words else f"{name}: nothing to compare."
+
+
+def _patients(part: PartFinding, cards: Sequence[SiteCard]) -> dict[str, int]:
+    """Site -> patients at most: no more than measured cases, no more than the site's card counts."""
+    counted = {card.site: card.n_patients for card in cards}
+    return {site: min(n, counted.get(site, n)) for site, n in part.n.items()}
+
+
+def _key(part: PartFinding) -> tuple[str, str, str]:
+    return part.channel, part.region, part.scale
+
+
+def _number(value: float | None) -> float:
+    return -1.0 if value is None else value
+
+
+def _low(estimate: Estimate) -> float:
+    """Lower end; below everything without an interval, so that nothing is claimed."""
+    return float("-inf") if estimate.low is None else estimate.low
+
+
+def _high(estimate: Estimate) -> float:
+    return float("inf") if estimate.high is None else estimate.high
