@@ -17,17 +17,21 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from nnunet_fedharm.errors import FederationError, SiteMismatchError
-from nnunet_fedharm.federation.codec import payload_bytes
+from nnunet_fedharm.federation.codec import Weights, payload_bytes
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.exchange import exchange
 from nnunet_fedharm.federation.measure_config import SiteReportConfig
 from nnunet_fedharm.federation.measure_messages import HELLO, HELLO_REPLY
 from nnunet_fedharm.federation.messages import Schema, Unpacked, pack, unpack_reply
+from nnunet_fedharm.federation.secure_sum import SecureSum
+from nnunet_fedharm.privacy.fixed_point import Field, Layout
 
 T = TypeVar("T")
 
 _AGREED = ("channels", "labels", "versions")
 _GREETING_S = 120.0
+_WIDTH = 8
+"""Bytes of an entry in a secure sum: rank sums need all the precision there is."""
 
 
 @dataclass
@@ -137,6 +141,27 @@ class Sites:
             self.leave_out(site, reason)
         self._require_enough()
         return {site: answers.accepted[site] for site in sorted(answers.accepted)}
+
+    def secure_sum(self, key: str, like: Weights, *, clip: float, integer: bool, what: str) -> Weights:
+        """Sum of the arrays that the sites offered under a key; sites that take no part in it are left out.
+
+        Args:
+            like: arrays of the sum's shapes.
+            clip: largest value of an entry of one site.
+            integer: counts, summed exactly.
+
+        Raises:
+            PrivacyError: too few sites took part; nothing was seen then.
+        """
+        fields = tuple(Field(name, value.shape, clip, weighted=False, integer=integer) for name, value in like.items())
+        layout = Layout(fields, sites=len(self.nodes), width=_WIDTH)
+        summing = SecureSum(self.grid, self.log, nodes=dict(self.nodes), deadline_s=self.config.deadline_s)
+        result = summing.run(key, layout, least=self.least)
+        for site in sorted(set(self.nodes) - set(result.sites)):
+            self.leave_out(site, result.failures.get(site, "took no part in a secure sum"))
+        for site in result.sites:
+            self.sent[f"{what}, masked"][site] += result.bytes_up // max(len(result.sites), 1)
+        return dict(result.sum.values)
 
     def leave_out(self, site: str, reason: str) -> None:
         """Go on without a site; it is named in the report."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import combinations
 from typing import Any
@@ -20,7 +19,6 @@ from nnunet_fedharm.differences.findings import (
     Findings,
     PairFinding,
     PartFinding,
-    SiteCard,
     VariantFinding,
 )
 from nnunet_fedharm.differences.options import SIGNIFICANT, digest
@@ -43,10 +41,13 @@ from nnunet_fedharm.differences.sketch_statistics import (
     kruskal_wallis,
     ks_bounds,
     noisy_rank_test,
+    rank_test_from_sums,
+    tie_correction,
     wasserstein,
 )
-from nnunet_fedharm.federation.measure_noise import SHARES, sensitivity_of
+from nnunet_fedharm.federation.measure_noise import sensitivity_of
 from nnunet_fedharm.federation.measure_parts import PartState
+from nnunet_fedharm.federation.measure_settings import PartBounds, card_of, notes_of, settings_of, shared_of
 from nnunet_fedharm.federation.measure_steps import Steps
 from nnunet_fedharm.sites.features.table import family_of
 
@@ -55,29 +56,6 @@ Array = npt.NDArray[np.float64]
 DISPLAY_BINS = 20
 TOP = 10
 _ELLIPSE_PATIENTS = 4
-_HOLDS = {
-    "measure": "counts on a public grid of every feature; numbers of patients, cases, failures; settings",
-    "histograms": "counts of every feature on common edges, in all zooms",
-    "moments": "sums and sums of products of standardised features over all patients",
-    "folds": "the same on principal axes for each fold",
-    "classify": "patients taken for each site",
-    "keep": "that the findings are stored",
-}
-NOTES = (
-    "Patients are the units: several cases of a patient count as one, their mean. Numbers come from histograms and sums; "
-    "settings.bounds says how far they can be from those of the pooled features.",
-    "Not in a federated report: kernel distance, random forest, network on slices, travelling subjects and ComBat, which need "
-    "single cases of several sites in one place; outliers, which each site finds in its own report.",
-)
-
-
-@dataclass(frozen=True)
-class PartBounds:
-    """Largest differences from pooled statistics that the exchanged numbers leave possible, over the features of a part."""
-
-    effect: Array
-    ks: Array
-    wasserstein: Array
 
 
 def findings_of(steps: Steps) -> Findings:
@@ -87,17 +65,15 @@ def findings_of(steps: Steps) -> Findings:
         dataset=str(next(iter(steps.sites.descriptions.values()))["dataset"]),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         mode="federated",
-        settings=_settings(steps, [bounds for _, bounds in built]),
-        sites=[_card(site, steps) for site in steps.sites.names],
+        settings=settings_of(steps, [bounds for _, bounds in built]),
+        sites=[card_of(site, steps) for site in steps.sites.names],
         variants=[VariantFinding("as scanned", [finding for finding, _ in built])],
         failures=[
             Failure(site, "", "could not be measured; the site's own report says why")
             for site, numbers in sorted(steps.numbers.items())
             for _ in range(numbers.get("n_failed", 0))
         ],
-        shared=[
-            (what, _HOLDS[what], max(sizes.values())) for what, sizes in steps.sites.sent.items() if what in _HOLDS
-        ],
+        shared=shared_of(steps),
     )
 
 
@@ -135,13 +111,22 @@ def _part(state: PartState, steps: Steps) -> tuple[PartFinding, PartBounds]:
         agreement=[],
         combat=None,
         outliers=[],
-        notes=[*_left_out(steps, state), *state.notes, *NOTES, *_noise_notes(steps)],
+        notes=notes_of(steps, state),
     )
     return finding, PartBounds(test.error, ks, distance)
 
 
 def _rank_test(state: PartState, steps: Steps, purpose: str) -> RankTest:
     counts = np.stack([own[:, :-1] for own in state.counts.values()])
+    if steps.plan.sums:
+        pooled = state.pooled()[:, :-1]
+        return rank_test_from_sums(
+            squares=state.ranks[0],
+            slack=state.ranks[1],
+            total=pooled.sum(1),
+            sites=np.rint(state.ranks[2]),
+            tie=tie_correction(pooled),
+        )
     if not steps.plan.on:
         return kruskal_wallis(counts)
     sigma = steps.plan.sigma("histograms", sensitivity_of("histograms", [len(one.part.names) for one in steps.parts]))
@@ -151,7 +136,7 @@ def _rank_test(state: PartState, steps: Steps, purpose: str) -> RankTest:
 
 
 def _intervals(counts: Array, steps: Steps, purpose: str) -> Array:
-    if steps.config.bootstrap == 0 or steps.plan.on:
+    if steps.config.bootstrap == 0 or steps.plan.on or steps.plan.sums:
         return np.full((counts.shape[1], 2), np.nan)
     return effect_intervals(
         counts, replicates=steps.config.bootstrap, generator=_generator(steps, purpose, "intervals")
@@ -258,73 +243,6 @@ def _embedding(state: PartState) -> EmbeddingFinding | None:
             site: ellipse(axes.moments(own)) for site, own in state.moments.items() if own.n >= _ELLIPSE_PATIENTS
         },
     )
-
-
-def _card(site: str, steps: Steps) -> SiteCard:
-    scanner = steps.sites.descriptions[site].get("scanner", {})
-    numbers = steps.numbers.get(site, {})
-    about = round(max((state.patients.get(site, 0.0) for state in steps.parts), default=0.0))
-    vendor, field, sequence = (scanner.get(key) for key in ("vendor", "field", "sequence"))
-    return SiteCard(
-        site=site,
-        vendor=None if vendor is None else str(vendor),
-        field=float(field) if isinstance(field, int | float) else None,
-        sequence=None if sequence is None else str(sequence),
-        n_cases=numbers.get("n_cases", about),
-        n_patients=numbers.get("n_patients", about),
-        n_labelled=numbers.get("n_labelled", about),
-    )
-
-
-def _left_out(steps: Steps, state: PartState) -> list[str]:
-    notes = [f"Left out: {reason.rstrip('.')}." if site in reason else f"Left out: {site}, {reason.rstrip('.')}."
-             for site, reason in sorted(steps.sites.left_out.items())]  # fmt: skip
-    without = sorted(set(steps.sites.names) - set(state.patients))
-    return [*notes, f"Too few patients here at {', '.join(without)}."] if without else notes
-
-
-def _noise_notes(steps: Steps) -> list[str]:
-    if not steps.plan.on:
-        return []
-    return [
-        f"Everything that left a site carries noise: epsilon {steps.plan.epsilon:g} at delta {steps.plan.delta:g} for a patient, "
-        "all messages together. p-values compare with sites that are alike under the same noise; numbers of patients are "
-        "approximate; distances and medians are blurred by noise that nothing takes out."
-    ]
-
-
-def _settings(steps: Steps, bounds: list[PartBounds]) -> dict[str, Any]:
-    config, plan = steps.config, steps.plan
-    features = [len(state.part.names) for state in steps.parts]
-    settings: dict[str, Any] = {
-        "features": steps.settings,
-        "versions": next(iter(steps.sites.descriptions.values()))["versions"],
-        "federation": {
-            name: getattr(config, name)
-            for name in ("seed", "min_patients", "bins", "dimensions", "simulations", "bootstrap", "secure_sums")
-        }
-        | {"folds": steps.n_folds, "null": "simulated from pooled moments"},
-        "left_out": dict(sorted(steps.sites.left_out.items())),
-    }
-    if plan.on:
-        settings["noise"] = {
-            "epsilon": plan.epsilon,
-            "delta": plan.delta,
-            "unit": "patient",
-            "sigma": {step: plan.sigma(step, sensitivity_of(step, features)) for step in SHARES},
-        }
-    else:
-        settings["bounds"] = {
-            name: {"median": _percentile(bounds, name, 50), "largest": _percentile(bounds, name, 100)}
-            for name in ("effect", "ks", "wasserstein")
-        }
-    return settings
-
-
-def _percentile(bounds: list[PartBounds], name: str, percent: float) -> float | None:
-    values = np.concatenate([getattr(own, name) for own in bounds]) if bounds else np.zeros(0)
-    values = values[np.isfinite(values)]
-    return float(np.percentile(values, percent)) if values.size else None
 
 
 def _generator(steps: Steps, *purpose: str) -> np.random.Generator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,15 +12,14 @@ import numpy as np
 
 from nnunet_fedharm.differences.findings import to_json
 from nnunet_fedharm.differences.panel import by_patient, panel_of
+from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.federation.measure_messages import MOST_FEATURES, MOST_PARTS, Part
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.sites.features.table import Failure, FeatureTable, Values, family_of
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases, write_json
 from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
 
-_logger = logging.getLogger(__name__)
-
-FEATURES_FILE, FAILURES_FILE, REPORT_FILE = "features.csv", "failures.json", "report.json"
+FEATURES_FILE, FAILURES_FILE = "features.csv", "failures.json"
 
 
 @dataclass(frozen=True)
@@ -109,6 +107,19 @@ def scanner_of(site: Site, raw: Path) -> dict[str, Any]:
     return {"vendor": info.vendor, "field": info.field, "sequence": info.sequence}
 
 
+def table_of_run(folder: Path) -> FeatureTable:
+    """The table that `own_table` kept.
+
+    Raises:
+        DataError: the site did not measure in this run.
+    """
+    from nnunet_fedharm.sites.features.table_files import read_table
+
+    if not (folder / FEATURES_FILE).is_file():
+        raise DataError("This site has not measured its features in this run. Start the report again.")
+    return read_table(folder / FEATURES_FILE)
+
+
 def parts_of(table: FeatureTable, options: Mapping[str, Any]) -> list[Part]:
     """Parts of the table with the features that were asked for."""
     wanted = set(options["features"])
@@ -130,24 +141,3 @@ def load_records(table: FeatureTable, part: Part) -> Records:
 def enough_patients(site: Site, records: Records, options: Mapping[str, Any]) -> bool:
     """Whether a part has as many patients as the site and the run ask for."""
     return len(records.patients) >= max(site.min_patients, int(options.get("min_patients", 0)))
-
-
-def own_report(site: Site, folder: Path, findings: Mapping[str, Any]) -> None:
-    """Write the server's findings with this site's own failures and outliers, which name cases and stay here."""
-    from nnunet_fedharm.sites.features.table_files import read_table
-
-    failures = json.loads((folder / FAILURES_FILE).read_text(encoding="utf-8"))["failures"]
-    outliers = _outliers(read_table(folder / FEATURES_FILE))
-    own = json.loads(json.dumps(findings))
-    own["failures"] = [one for one in own["failures"] if one["site"] != site.name] + failures
-    for variant in own["variants"]:
-        for part in variant["parts"]:
-            part["outliers"] = outliers.get((part["channel"], part["region"], part["scale"]), [])
-    write_json(own, folder / REPORT_FILE)
-
-
-def _outliers(table: FeatureTable) -> dict[tuple[str, str, str], list[Any]]:
-    from nnunet_fedharm.differences.options import StatisticsOptions
-    from nnunet_fedharm.differences.outliers import outliers
-
-    return {key: to_json(outliers(panel_of(table.part(*key)), StatisticsOptions())) for key in table.parts}

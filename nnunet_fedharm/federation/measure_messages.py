@@ -5,11 +5,13 @@ A part is a channel, region and intensity scale. With P parts of F features, B b
 | reply | numbers | bytes |
 |---|---|---|
 | hello | scanner, channels, labels, versions | at most 64 KiB |
-| measure | counts (F, 482) on a public grid for each part; numbers of patients and cases | 1928 F P |
+| measure | names of parts and features, settings, numbers of patients and cases | at most 2 MiB, usually 50 KiB |
+| locate | counts (F, 482) on a public grid for each part | 1928 F P |
 | histograms | counts (F, B + 3) for each part | 4 F (B + 3) P |
 | moments | patients, sums and sums of products | 8 (1 + F + F (F + 1) / 2) P |
 | folds | the same of each fold on d principal axes | 8 f (1 + d + d (d + 1) / 2) P |
 | classify | patients taken for each site | 8 K P |
+| ranks, with secure sums only | shares (3, F) in the rank test for each part | 24 F P |
 
 Nothing in them is a case identifier, and no array has an axis of cases.
 """
@@ -24,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord
 
-from nnunet_fedharm.differences.sketch import LOCATE_CELLS
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.codec import Weights, decode, encode
 from nnunet_fedharm.federation.messages import DATASET, RUN_ID, SITE, Item, Schema
@@ -34,17 +35,28 @@ _KIB, _MIB = 2**10, 2**20
 _PARTS = Item(dict, 2 * _MIB)
 _NAMES = Item(dict, 64 * _KIB)
 ALSO = ("float64",)
+PROTECTION = Item(dict, 1024)
+"""See `measure_noise.Protection`."""
 
 HELLO = Schema("report hello request", {"run_id": RUN_ID, "dataset": DATASET})
 HELLO_REPLY = Schema("report hello reply", {"site": SITE, "description": Item(dict, 64 * _KIB)})
 MEASURE = Schema(
-    "report measure request", {"run_id": RUN_ID, "dataset": DATASET, "options": Item(dict, 64 * _KIB), "noise": _NAMES}
+    "report measure request",
+    {"run_id": RUN_ID, "dataset": DATASET, "options": Item(dict, 64 * _KIB), "protection": PROTECTION},
 )
-MEASURE_REPLY = Schema(
-    "report measure reply", {"site": SITE, "parts": _PARTS, "settings": _NAMES, "numbers": _NAMES}, weights=True
+MEASURE_REPLY = Schema("report measure reply", {"site": SITE, "parts": _PARTS, "settings": _NAMES, "numbers": _NAMES})
+COUNTS = Schema(
+    "report counts request",
+    {
+        "run_id": RUN_ID,
+        "step": Item(str, 10, pattern="locate|histograms|ranks"),
+        "turn": Item(int, 99),
+        "parts": _PARTS,
+        "protection": PROTECTION,
+    },
+    weights=True,
 )
-HISTOGRAMS = Schema("report histograms request", {"run_id": RUN_ID, "parts": _PARTS, "noise": _NAMES}, weights=True)
-HISTOGRAMS_REPLY = Schema("report histograms reply", {"site": SITE}, weights=True)
+COUNTS_REPLY = Schema("report counts reply", {"site": SITE}, weights=True)
 MOMENTS = Schema(
     "report moments request",
     {
@@ -53,21 +65,27 @@ MOMENTS = Schema(
         "parts": _PARTS,
         "folds": Item(int, MOST_FOLDS, 1),
         "seed": Item(int, 2**62),
-        "noise": _NAMES,
+        "protection": PROTECTION,
     },
     weights=True,
 )
 MOMENTS_REPLY = Schema("report moments reply", {"site": SITE}, weights=True)
 CLASSIFY = Schema(
     "report classify request",
-    {"run_id": RUN_ID, "parts": _PARTS, "folds": Item(int, MOST_FOLDS, 1), "seed": Item(int, 2**62), "noise": _NAMES},
+    {
+        "run_id": RUN_ID,
+        "parts": _PARTS,
+        "folds": Item(int, MOST_FOLDS, 1),
+        "seed": Item(int, 2**62),
+        "protection": PROTECTION,
+    },
     weights=True,
 )
 CLASSIFY_REPLY = Schema("report classify reply", {"site": SITE}, weights=True)
 KEEP = Schema("report keep request", {"run_id": RUN_ID, "findings": Item(dict, 64 * _MIB)})
 KEEP_REPLY = Schema("report keep reply", {"site": SITE})
 
-SCHEMAS = (HELLO_REPLY, MEASURE_REPLY, HISTOGRAMS_REPLY, MOMENTS_REPLY, CLASSIFY_REPLY, KEEP_REPLY)
+SCHEMAS = (HELLO_REPLY, MEASURE_REPLY, COUNTS_REPLY, MOMENTS_REPLY, CLASSIFY_REPLY, KEEP_REPLY)
 """Everything that a site sends."""
 
 
@@ -138,14 +156,14 @@ Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 """What an array is -> shape and dtype."""
 
 
-def measure_shapes(part: Part) -> Shapes:
-    """Arrays of a part in the reply to `measure`."""
-    return {"locate": ((len(part.names), LOCATE_CELLS + 1), "float32")}
+def count_shapes(features: int, cells: int) -> Shapes:
+    """Arrays of a part in the reply to `locate` and `histograms`."""
+    return {"counts": ((features, cells), "float32")}
 
 
-def histogram_shapes(part: Part, bins: int) -> Shapes:
-    """Arrays of a part in the reply to `histograms`."""
-    return {"counts": ((len(part.names), bins + 3), "float32")}
+def rank_shapes(features: int) -> Shapes:
+    """Arrays of a part in `ranks`: shares in the sum of R_k^2 / n_k, in its slack, and whether the site has the feature."""
+    return {"ranks": ((3, features), "float64")}
 
 
 def moment_shapes(features: int, folds: int) -> Shapes:

@@ -5,8 +5,8 @@ sum by limits that do not depend on the data of any one patient beyond what earl
 
 | message | one patient's share | L2 sensitivity |
 |---|---|---|
-| measure, numbers | 1 in each of the P parts | sqrt(P) |
-| measure, locate | 1 in one cell of each feature | sqrt(sum of features over parts) |
+| measure (numbers) | 1 in each of the P parts | sqrt(P) |
+| locate | 1 in one cell of each feature | sqrt(sum of features over parts) |
 | histograms | the same | the same |
 | moments | 1, z and z z' in each part; z cut to the norm 1 | sqrt(3 P) |
 | folds | the same in one fold of each part | sqrt(3 P) |
@@ -37,16 +37,18 @@ SHARES = {"numbers": 0.05, "locate": 0.20, "histograms": 0.35, "moments": 0.15, 
 
 
 @dataclass(frozen=True)
-class NoisePlan:
-    """What a report costs each patient.
+class Protection:
+    """What lies between a site's sums and the server.
 
     Attributes:
-        epsilon: 0 for no noise.
+        epsilon: what the whole report costs each patient; 0 for no noise.
         delta: with epsilon.
+        sums: the server gets sums over all sites only.
     """
 
     epsilon: float = 0.0
     delta: float = 1e-5
+    sums: bool = False
 
     @property
     def on(self) -> bool:
@@ -61,21 +63,25 @@ class NoisePlan:
         """Standard deviation of the noise on each number of a message; 0 without noise."""
         return self.multiplier(step) * sensitivity
 
-    def to_dict(self) -> dict[str, float]:
-        """JSON form; empty without noise."""
-        return {"epsilon": self.epsilon, "delta": self.delta} if self.on else {}
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; empty without any."""
+        if self.on:
+            return {"epsilon": self.epsilon, "delta": self.delta}
+        return {"sums": True} if self.sums else {}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> NoisePlan:
+    def from_dict(cls, data: Mapping[str, Any]) -> Protection:
         """Inverse of `to_dict`.
 
         Raises:
             FederationError: other keys, or values that are no budget.
         """
-        if not data:
-            return cls()
+        if dict(data) in ({}, {"sums": True}):
+            return cls(sums=bool(data))
         if set(data) != {"epsilon", "delta"} or not all(isinstance(value, int | float) for value in data.values()):
-            raise FederationError("The noise of the report is damaged; it has an epsilon and a delta, or nothing.")
+            raise FederationError(
+                "The protection of the report is damaged; it is an epsilon and a delta, sums, or nothing."
+            )
         if not (data["epsilon"] > 0 and 0 < data["delta"] < 1):
             raise FederationError(f"Noise needs epsilon > 0 and 0 < delta < 1, got {dict(data)}.")
         return cls(float(data["epsilon"]), float(data["delta"]))
@@ -108,7 +114,7 @@ def cut_norm(vectors: npt.NDArray[np.float64], reach: float) -> npt.NDArray[np.f
 class Noiser:
     """Adds the noise of a plan; its numbers come from a cryptographic stream under a key that nobody else has."""
 
-    plan: NoisePlan
+    plan: Protection
     _source: Any = field(default=None, repr=False)
 
     def add(self, step: str, sensitivity: float, values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -15,7 +15,7 @@ from nnunet_fedharm.differences.panel import judged
 from nnunet_fedharm.differences.sketch_classifier import Axes, fold_models, moments_from_sums
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation import measure_messages as messages
-from nnunet_fedharm.federation.measure_messages import Part, array_name, arrays_of, parts_from_dict
+from nnunet_fedharm.federation.measure_messages import Part, array_name, parts_from_dict
 from nnunet_fedharm.federation.measure_noise import reach_of
 from nnunet_fedharm.federation.messages import Unpacked
 
@@ -41,6 +41,7 @@ class PartState:
         folds: site -> moments of each fold on the axes.
         weights, biases: of the models, (folds, F joint, K) and (folds, K).
         confusion: site -> (K,) patients, in the order of `folds`.
+        ranks: with secure sums: (3, F) sums over sites of R_k^2 / n_k and its slack, and how many sites have a feature.
         notes: sentences for the page.
     """
 
@@ -56,6 +57,7 @@ class PartState:
     weights: Array = field(default_factory=lambda: np.zeros((0, 0, 0)))
     biases: Array = field(default_factory=lambda: np.zeros((0, 0)))
     confusion: dict[str, Array] = field(default_factory=dict)
+    ranks: Array = field(default_factory=lambda: np.zeros((3, 0)))
     notes: list[str] = field(default_factory=list)
 
     def pooled(self) -> Array:
@@ -73,12 +75,12 @@ class Measured:
     """One site's answer to `measure`.
 
     Attributes:
-        located: key of a part -> (names, counts (F, LOCATE_CELLS + 1)).
-        patients: key of a part -> patients.
+        parts: with all features that the site has.
+        patients: of each part; none with secure sums.
         settings, numbers: see `Steps`.
     """
 
-    located: dict[Key, tuple[tuple[str, ...], Array]]
+    parts: dict[Key, Part]
     patients: dict[Key, float]
     settings: dict[str, Any]
     numbers: dict[str, int]
@@ -88,56 +90,43 @@ def read_measured(site: str, message: Unpacked) -> Measured:
     """Check and unpack a reply to `measure`.
 
     Raises:
-        FederationError, ShapeError: it is not in the form that its own list of parts promises.
+        FederationError: it is not in the form that its own list of parts promises.
     """
     values = message.values
     parts = parts_from_dict(values["parts"], source=site)
-    arrays = messages.receive(
-        message.weights, messages.like([messages.measure_shapes(part) for part in parts]), source=site
-    )
-    counts = values["numbers"].get("patients", [])
-    if not isinstance(counts, list) or len(counts) != len(parts) or not all(isinstance(n, int | float) for n in counts):
+    patients = values["numbers"].get("patients", [0] * len(parts))
+    whole = isinstance(patients, list) and len(patients) == len(parts)
+    if not whole or not all(isinstance(n, int | float) for n in patients):
         raise FederationError(f"{site} did not say how many patients each part has.")
     numbers = {name: values["numbers"][name] for name in _NUMBERS if name in values["numbers"]}
     if not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
         raise FederationError(f"{site} sent numbers of cases that are none.")
     return Measured(
-        {
-            part.key: (part.names, np.asarray(arrays_of(arrays, index)["locate"], dtype=np.float64))
-            for index, part in enumerate(parts)
-        },
-        {part.key: float(count) for part, count in zip(parts, counts, strict=True)},
+        {part.key: part for part in parts},
+        {part.key: float(count) for part, count in zip(parts, patients, strict=True)},
         dict(values["settings"]),
         numbers,
     )
 
 
 def common_parts(answers: Mapping[str, Measured]) -> list[PartState]:
-    """Parts that two sites have, with the features that two sites have; `counts` are those of the public grid."""
+    """Parts that two sites have, with all features that one of them has."""
     found = []
-    for key in sorted({key for answer in answers.values() for key in answer.located}):
-        having = {site: answer for site, answer in answers.items() if key in answer.located}
-        if len(having) < 2:
-            continue
-        names = tuple(dict.fromkeys(name for answer in having.values() for name in answer.located[key][0]))
-        aligned = {site: _aligned(*answer.located[key], names) for site, answer in having.items()}
-        sites = np.sum([counts[:, :-1].sum(1) > 0.5 for counts in aligned.values()], axis=0)
-        kept = np.flatnonzero(sites > 1)[: messages.MOST_FEATURES]
-        if kept.size:
-            found.append(
-                PartState(
-                    Part(*key, tuple(names[index] for index in kept)),
-                    {site: answer.patients[key] for site, answer in having.items()},
-                    counts={site: counts[kept] for site, counts in aligned.items()},
-                )
-            )
+    for key in sorted({key for answer in answers.values() for key in answer.parts}):
+        having = {site: answer for site, answer in answers.items() if key in answer.parts}
+        names = tuple(dict.fromkeys(name for answer in having.values() for name in answer.parts[key].names))
+        if len(having) > 1:
+            patients = {site: answer.patients[key] for site, answer in having.items()}
+            found.append(PartState(Part(*key, names[: messages.MOST_FEATURES]), patients))
     return found[: messages.MOST_PARTS]
 
 
-def _aligned(own: Sequence[str], counts: Array, names: Sequence[str]) -> Array:
-    aligned = np.zeros((len(names), counts.shape[1]))
-    aligned[[names.index(name) for name in own]] = counts
-    return aligned
+def keep_features(state: PartState, *, sites: int) -> None:
+    """Leave out the features that fewer than so many sites (of `state.counts`) have."""
+    there = np.sum([counts[:, :-1].sum(1) > 0.5 for counts in state.counts.values()], axis=0)
+    kept = np.flatnonzero(there >= sites)
+    state.part = state.part.only([state.part.names[index] for index in kept])
+    state.counts = {site: counts[kept] for site, counts in state.counts.items()}
 
 
 def choose_joint(state: PartState, *, everything: bool) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from nnunet_fedharm.federation.durable import read_json, write_bytes, write_json
 from nnunet_fedharm.federation.entries import digest_of
 from nnunet_fedharm.federation.measure_home import report_folder
 from nnunet_fedharm.federation.measure_messages import send
-from nnunet_fedharm.federation.measure_noise import NoisePlan, Noiser, sensitivity_of
+from nnunet_fedharm.federation.measure_noise import Noiser, Protection, sensitivity_of
 from nnunet_fedharm.federation.messages import Schema, Unpacked, json_hash, reply
+from nnunet_fedharm.federation.secure_home import ONE, Offer, offer
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, Release
@@ -38,7 +40,7 @@ class Outgoing:
     site: Site
     run_id: str
     question: str
-    plan: NoisePlan
+    plan: Protection
     noiser: Noiser
 
     @classmethod
@@ -48,7 +50,7 @@ class Outgoing:
         Raises:
             DataError: the site asks for more noise than the run brings.
         """
-        plan = NoisePlan.from_dict(request.values["noise"])
+        plan = Protection.from_dict(request.values["protection"])
         if site.max_epsilon and not (plan.on and plan.epsilon <= site.max_epsilon):
             given = f"epsilon {plan.epsilon:g}" if plan.on else "no noise"
             raise DataError(
@@ -68,46 +70,63 @@ class Outgoing:
         return {name: self.noiser.add(step, sensitivity, value) for name, value in arrays.items()}
 
     def release(
-        self, what: str, steps: Sequence[str], schema: Schema, values: Mapping[str, Any], arrays: Arrays
+        self, step: str, schema: Schema, values: Mapping[str, Any], arrays: Arrays | None = None, *, turn: int = 0
     ) -> RecordDict:
-        """The reply, entered in the site's ledger.
+        """The reply, entered in the site's ledger; with secure sums the arrays are offered to the sum instead.
 
         With noise a question is answered once: the same one again gets the same bytes, because the mean of many noised
         answers would lose its noise. Another question of the same kind in the same run is refused.
+
+        Args:
+            step: key of `measure_noise.SHARES`, or "ranks".
+            schema: of the reply.
+            values: of the reply.
+            arrays: sums over patients; None where the reply has none.
+            turn: which of several exchanges of this step it is.
 
         Raises:
             FederationError: it was asked something else before.
             PrivacyError: the ledger cannot be written.
         """
         if self.plan.on:
-            values, arrays = self._first_answer(what, values, arrays)
-        content = reply(schema, values, send(arrays))
-        for step in steps:
-            multiplier = self.plan.multiplier(step)
-            Ledger(self.site.folder).record(
-                Release(
-                    what=f"site report, {step}",
-                    mechanism=GAUSSIAN if self.plan.on else NONE,
-                    noise_multiplier=multiplier,
-                    run_id=self.run_id,
-                    digest=digest_of(content),
-                )
-            )
+            values, arrays = self._first_answer(step, values, arrays)
+        entry = Release(
+            what=f"site report, {step}",
+            mechanism=GAUSSIAN if self.plan.on else NONE,
+            noise_multiplier=self.plan.multiplier(step),
+            run_id=self.run_id,
+        )
+        if self.plan.sums and arrays is not None:
+            whole = {name: np.asarray(value, dtype=np.float64) for name, value in arrays.items()}
+            digest = hashlib.sha256(b"".join(value.tobytes() for value in whole.values())).hexdigest()
+            key = sum_key(self.run_id, step, turn)
+            offer(self.site.folder, Offer(key, whole, {ONE: 1}, replace(entry, digest=digest), self.question))
+            return reply(schema, values, send({}))
+        content = reply(schema, values, None if arrays is None else send(arrays))
+        Ledger(self.site.folder).record(replace(entry, digest=digest_of(content)))
         return content
 
-    def _first_answer(self, what: str, values: Mapping[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
+    def _first_answer(
+        self, step: str, values: Mapping[str, Any], arrays: Arrays | None
+    ) -> tuple[dict[str, Any], Arrays | None]:
         folder = report_folder(self.site, self.run_id) / "answers"
-        head, body = folder / f"{what}.json", folder / f"{what}.safetensors"
+        head, body = folder / f"{step}.json", folder / f"{step}.safetensors"
         if not head.is_file():
-            write_bytes(body, save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
+            if arrays is not None:
+                write_bytes(body, save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
             write_json(head, {"values": dict(values), "question": self.question})
             return dict(values), arrays
         kept = read_json(head)
         if kept["question"] != self.question:
             raise FederationError(
-                f"Site {self.site.name} has answered {what} in this run with noise and answers nothing else. Start a new run."
+                f"Site {self.site.name} has answered {step} in this run with noise and answers nothing else. Start a new run."
             )
-        return kept["values"], load(body.read_bytes())
+        return kept["values"], None if arrays is None else load(body.read_bytes())
+
+
+def sum_key(run_id: str, step: str, turn: int) -> str:
+    """Name of a secure sum."""
+    return f"{run_id}/report/{step}/{turn}"
 
 
 def _question(request: Unpacked) -> str:

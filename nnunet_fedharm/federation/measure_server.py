@@ -3,12 +3,16 @@
 | exchange | the server announces | the sites answer |
 |---|---|---|
 | hello | the dataset | channels, labels, versions, scanner |
-| measure | what to measure | counts on the public grid, numbers of patients |
+| measure | what to measure | parts, features, numbers of patients |
+| locate | parts, features | counts on the public grid |
 | histograms, two to four times | edges | counts |
 | moments | features, centre and scale of each | sums and sums of products |
 | folds | principal axes, number of folds | the same on the axes, for each fold |
 | classify | a discriminant for each fold | how often its patients were taken for which site |
 | keep | the findings | that they are stored |
+
+With secure sums `moments`, `folds` and `classify` are left out, each count is a sum over all sites, and one more exchange,
+`ranks`, gives the rank test from such sums.
 """
 
 from __future__ import annotations
@@ -80,8 +84,11 @@ def _findings(sites: Sites, config: SiteReportConfig) -> Findings:
     steps = Steps(sites, config)
     steps.measure()
     steps.histograms()
-    steps.moments()
-    steps.classify()
+    if config.secure_sums:
+        steps.ranks()
+    else:
+        steps.moments()
+        steps.classify()
     return findings_of(steps)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,20 +17,22 @@ from flwr.app import RecordDict
 import nnunet_fedharm
 from nnunet_fedharm.differences import sketch
 from nnunet_fedharm.differences.sketch_classifier import predicted_sites
+from nnunet_fedharm.differences.sketch_statistics import site_rank_sums
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.federation import measure_messages as messages
 from nnunet_fedharm.federation.measure_home import (
     Records,
     enough_patients,
     load_records,
-    own_report,
     own_table,
     parts_of,
     report_folder,
     scanner_of,
+    table_of_run,
 )
 from nnunet_fedharm.federation.measure_messages import Part, array_name, arrays_of, parts_from_dict
 from nnunet_fedharm.federation.measure_noise import cut_norm
+from nnunet_fedharm.federation.measure_own import keep_comparison, own_report
 from nnunet_fedharm.federation.measure_release import Outgoing
 from nnunet_fedharm.federation.messages import Unpacked, reply
 from nnunet_fedharm.federation.site import Site
@@ -56,48 +57,51 @@ def hello(site: Site, request: Unpacked) -> RecordDict:
 
 
 def measure(site: Site, request: Unpacked) -> RecordDict:
-    """Measure every case (or take it from the cache), keep the table, and send counts on the public grid."""
+    """Measure every case (or take it from the cache), keep the table, and say what there is."""
     values = request.values
     out = Outgoing.of(site, request)
     raw = site.raw_dataset(values["dataset"])
     home = own_table(site, raw, values["options"], report_folder(site, values["run_id"]))
-    parts = parts_of(home.table, values["options"])
-    records = {part.key: load_records(home.table, part) for part in parts}
-    parts = [part for part in parts if enough_patients(site, records[part.key], values["options"])]
-    if not parts:
+    found = [(part, load_records(home.table, part)) for part in parts_of(home.table, values["options"])]
+    kept = [(part, records) for part, records in found if enough_patients(site, records, values["options"])]
+    if not kept:
         least = max(site.min_patients, int(values["options"]["min_patients"]))
         raise DataError(f"Site {site.name} has fewer patients than the {least} that it takes to send anything.")
-    arrays = {
-        array_name(index, "locate"): sketch.locate(records[part.key].values).astype(np.float32)
-        for index, part in enumerate(parts)
-    }
-    features = [len(part.names) for part in parts]
-    arrays = out.noised("locate", features, arrays)
-    patients = out.noised(
-        "numbers", features, {"n": np.array([len(records[part.key].values) for part in parts], dtype=np.float64)}
-    )
-    numbers: dict[str, Any] = {"patients": [round(float(count), 2) for count in patients["n"]]}
-    if not out.plan.on:
-        numbers |= home.numbers
+    patients = np.array([len(records.patients) for _, records in kept], dtype=np.float64)
+    noisy = out.noised("numbers", [len(part.names) for part, _ in kept], {"n": patients})["n"]
+    numbers: dict[str, Any] = {} if out.plan.sums else {"patients": [round(float(count), 2) for count in noisy]}
     content = {
         "site": site.name,
-        "parts": messages.parts_to_dict(parts),
+        "parts": messages.parts_to_dict([part for part, _ in kept]),
         "settings": home.settings,
-        "numbers": numbers,
+        "numbers": numbers if out.plan.on or out.plan.sums else numbers | home.numbers,
     }
-    return out.release("measure", ("numbers", "locate"), messages.MEASURE_REPLY, content, arrays)
+    return out.release("numbers", messages.MEASURE_REPLY, content)
 
 
-def histograms(site: Site, request: Unpacked) -> RecordDict:
-    """Counts of each part on the edges that the server announced."""
+def counts(site: Site, request: Unpacked) -> RecordDict:
+    """Counts of each part on the public grid or on the edges that the server announced; shares in the rank test."""
     out, parts, given, records = _asked(site, request)
+    step, turn = request.values["step"], request.values["turn"]
     arrays: Arrays = {}
     for index, part in enumerate(parts):
+        if step == "locate":
+            arrays[array_name(index, "counts")] = sketch.locate(records[index].values).astype(np.float32)
+            continue
         edges = _given(given, index, "edges", rows=len(part.names))
-        counts = sketch.count_bins(records[index].values, edges)
-        arrays[array_name(index, "counts")] = counts.astype(np.float32)
-    arrays = out.noised("histograms", [len(part.names) for part in parts], arrays)
-    return out.release("histograms", ("histograms",), messages.HISTOGRAMS_REPLY, {"site": site.name}, arrays)
+        own = sketch.count_bins(records[index].values, edges)
+        if step == "histograms":
+            arrays[array_name(index, "counts")] = own.astype(np.float32)
+        else:
+            pooled = _given(given, index, "pooled", rows=len(part.names))
+            squares, slack = site_rank_sums(own[:, :-1], pooled[:, :-1])
+            # Over N^2, so that no share is above the number of patients.
+            scale = np.maximum(pooled[:, :-1].sum(1), 1) ** 2
+            arrays[array_name(index, "ranks")] = np.stack([squares / scale, slack / scale, own[:, :-1].sum(1) > 0])
+            keep_comparison(report_folder(site, request.values["run_id"]), part, own, pooled, edges)
+    if step != "ranks":
+        arrays = out.noised(step, [len(part.names) for part in parts], arrays)
+    return out.release(step, messages.COUNTS_REPLY, {"site": site.name}, arrays, turn=turn)
 
 
 def moments(site: Site, request: Unpacked) -> RecordDict:
@@ -121,7 +125,7 @@ def moments(site: Site, request: Unpacked) -> RecordDict:
         arrays[array_name(index, "sum")] = np.stack([x.sum(0) for x in chosen])
         arrays[array_name(index, "products")] = np.stack([(x.T @ x)[upper] for x in chosen])
     arrays = out.noised(step, [len(part.names) for part in parts], arrays)
-    return out.release(step, (step,), messages.MOMENTS_REPLY, {"site": site.name}, arrays)
+    return out.release(step, messages.MOMENTS_REPLY, {"site": site.name}, arrays)
 
 
 def classify(site: Site, request: Unpacked) -> RecordDict:
@@ -143,7 +147,7 @@ def classify(site: Site, request: Unpacked) -> RecordDict:
         chosen = predicted_sites(vectors, fold, weights, biases)
         arrays[array_name(index, "counts")] = np.bincount(chosen, minlength=biases.shape[1]).astype(np.float64)
     arrays = out.noised("classify", [len(part.names) for part in parts], arrays)
-    return out.release("classify", ("classify",), messages.CLASSIFY_REPLY, {"site": site.name}, arrays)
+    return out.release("classify", messages.CLASSIFY_REPLY, {"site": site.name}, arrays)
 
 
 def keep(site: Site, request: Unpacked) -> RecordDict:
@@ -155,7 +159,7 @@ def keep(site: Site, request: Unpacked) -> RecordDict:
 ACTIONS = {
     "report_hello": (messages.HELLO, hello),
     "report_measure": (messages.MEASURE, measure),
-    "report_histograms": (messages.HISTOGRAMS, histograms),
+    "report_counts": (messages.COUNTS, counts),
     "report_moments": (messages.MOMENTS, moments),
     "report_classify": (messages.CLASSIFY, classify),
     "report_keep": (messages.KEEP, keep),
@@ -169,25 +173,11 @@ def _asked(site: Site, request: Unpacked) -> tuple[Outgoing, list[Part], Arrays,
     out = Outgoing.of(site, request)
     parts = parts_from_dict(values["parts"], source="the server")
     given = messages.receive(request.weights, None, source="the server")
-    table = own_table_of_run(report_folder(site, values["run_id"]))
+    table = table_of_run(report_folder(site, values["run_id"]))
     records = [load_records(table, part) for part in parts]
     few = [enough_patients(site, own, {}) for own in records]
     # A part that this site did not offer stays empty, whatever the server asks.
     return out, parts, given, [own if good else own.none() for own, good in zip(records, few, strict=True)]
-
-
-def own_table_of_run(folder: Path) -> Any:
-    """The table that `measure` kept.
-
-    Raises:
-        DataError: the site did not measure in this run.
-    """
-    from nnunet_fedharm.sites.features.table_files import read_table
-
-    path = folder / "features.csv"
-    if not path.is_file():
-        raise DataError("This site has not measured its features in this run. Start the report again.")
-    return read_table(path)
 
 
 def _given(given: Mapping[str, npt.NDArray[Any]], index: int, what: str, *, rows: int) -> npt.NDArray[np.float64]:

@@ -18,22 +18,27 @@ from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.measure_config import SiteReportConfig
 from nnunet_fedharm.federation.measure_exchange import Sites, disagreement
 from nnunet_fedharm.federation.measure_messages import arrays_of, parts_to_dict
-from nnunet_fedharm.federation.measure_noise import NoisePlan, reach_of
+from nnunet_fedharm.federation.measure_noise import Protection, reach_of
 from nnunet_fedharm.federation.measure_parts import (
     PartState,
     axes_arrays,
     choose_joint,
     common_parts,
     folds_from,
+    keep_features,
     model_arrays,
     numbered,
     read_measured,
     standard_arrays,
 )
+from nnunet_fedharm.federation.measure_release import sum_key
 from nnunet_fedharm.federation.messages import Unpacked
 
 Array = npt.NDArray[np.float64]
 ZOOMS = 3
+ALL_SITES = "all sites"
+"""Name of what is known of all sites together only."""
+_MOST_PATIENTS = 1e6
 
 
 @dataclass
@@ -55,12 +60,12 @@ class Steps:
     n_folds: int = 0
 
     @property
-    def plan(self) -> NoisePlan:
-        """Noise of the report."""
-        return NoisePlan(self.config.epsilon, self.config.delta)
+    def plan(self) -> Protection:
+        """What lies between the sites' sums and the server."""
+        return Protection(self.config.epsilon, self.config.delta, self.config.secure_sums)
 
     def measure(self) -> None:
-        """Which parts and features there are, and a range for each feature."""
+        """Which parts and features there are."""
         config = self.config
         options = {
             # A site without labels has nothing but the image, so the others measure it too.
@@ -74,7 +79,7 @@ class Steps:
         answers = self.sites.ask(
             "report_measure",
             messages.MEASURE,
-            {**values, "noise": self.plan.to_dict()},
+            {**values, "protection": self.plan.to_dict()},
             messages.MEASURE_REPLY,
             read_measured,
             deadline_s=config.prepare_deadline_s,
@@ -89,19 +94,33 @@ class Steps:
     def histograms(self) -> None:
         """Zoom until every feature is resolved, then count on the final edges; with noise count once on plain edges."""
         bins = self.config.bins
+        self._count("locate", 0, [{} for _ in self.parts], sketch.LOCATE_CELLS + 1)
+        for state in self.parts:
+            keep_features(state, sites=1 if self.plan.sums else 2)
+        self.parts = [state for state in self.parts if state.part.names]
         ranges = [sketch.located_range(state.pooled()) for state in self.parts]
         if self.plan.on:
-            self._count([sketch.equal_edges(low, high, bins) for low, high in ranges])
+            self._count_on([sketch.equal_edges(low, high, bins) for low, high in ranges], 0)
             return
-        for _ in range(ZOOMS):
-            self._count([sketch.equal_edges(low, high, bins) for low, high in ranges])
+        for turn in range(ZOOMS):
+            self._count_on([sketch.equal_edges(low, high, bins) for low, high in ranges], turn)
             coarse = [~sketch.is_resolved(state.pooled()) for state in self.parts]
             if not any(rows.any() for rows in coarse):
                 break
             for state, rows, (low, high) in zip(self.parts, coarse, ranges, strict=True):
                 closer = sketch.zoomed_range(state.pooled(), state.edges)
                 low[rows], high[rows] = closer[0][rows], closer[1][rows]
-        self._count([sketch.final_edges(state.pooled(), state.edges, bins) for state in self.parts])
+        self._count_on([sketch.final_edges(state.pooled(), state.edges, bins) for state in self.parts], ZOOMS)
+
+    def ranks(self) -> None:
+        """With secure sums: the rank test from sums over sites, and what every site needs to compare itself at home."""
+        given = [{"edges": state.edges, "pooled": state.pooled()} for state in self.parts]
+        shapes = [messages.rank_shapes(len(state.part.names)) for state in self.parts]
+        clip = max(float(state.pooled()[:, :-1].sum(1).max()) for state in self.parts)
+        (arrays,) = self._collect("ranks", 0, given, shapes, clip=max(clip, 1.0)).values()
+        for index, state in enumerate(self.parts):
+            scale = np.maximum(state.pooled()[:, :-1].sum(1), 1) ** 2
+            state.ranks = arrays_of(arrays, index)["ranks"] * np.stack([scale, scale, np.ones_like(scale)])
 
     def moments(self) -> None:
         """Moments of the features that every patient has, principal axes, and moments of each fold on them."""
@@ -144,27 +163,39 @@ class Steps:
             if len(rows) == len(state.folds):
                 state.confusion = {site: np.maximum(rows[site], 0) for site in state.folds}
 
-    def _count(self, edges: list[Array]) -> None:
-        like = messages.like(
-            [
-                messages.histogram_shapes(state.part, own.shape[1] - 1)
-                for state, own in zip(self.parts, edges, strict=True)
-            ]
-        )
-        answers = self.sites.ask(
-            "report_histograms",
-            messages.HISTOGRAMS,
-            self._about(self.parts),
-            messages.HISTOGRAMS_REPLY,
-            partial(_arrays, like),
-            arrays=messages.send(numbered([{"edges": own} for own in edges])),
-        )
-        for index, (state, own) in enumerate(zip(self.parts, edges, strict=True)):
+    def _count_on(self, edges: list[Array], turn: int) -> None:
+        for state, own in zip(self.parts, edges, strict=True):
             state.edges = own
-            state.patients = {site: count for site, count in state.patients.items() if site in answers}
-            state.counts = {
-                site: np.asarray(arrays_of(answers[site], index)["counts"], dtype=np.float64) for site in state.patients
-            }
+        self._count("histograms", turn, [{"edges": own} for own in edges], self.config.bins + 3)
+
+    def _count(self, step: str, turn: int, given: list[dict[str, Array]], cells: int) -> None:
+        """Fill `counts` of every part; of all sites together under one name where sums are secure."""
+        shapes = [messages.count_shapes(len(state.part.names), cells) for state in self.parts]
+        answers = self._collect(step, turn, given, shapes, clip=_MOST_PATIENTS)
+        for index, state in enumerate(self.parts):
+            found = {site: arrays_of(arrays, index)["counts"].astype(np.float64) for site, arrays in answers.items()}
+            if self.plan.sums:
+                state.patients = {site: float(counts.sum(1).max()) for site, counts in found.items()}
+            state.patients = {site: count for site, count in state.patients.items() if site in found}
+            state.counts = {site: found[site] for site in state.patients}
+
+    def _collect(
+        self, step: str, turn: int, given: list[dict[str, Array]], shapes: list[messages.Shapes], *, clip: float
+    ) -> dict[str, Weights]:
+        """Site -> arrays; with secure sums ALL_SITES -> their sum."""
+        like = messages.like(shapes)
+        answers = self.sites.ask(
+            "report_counts",
+            messages.COUNTS,
+            {**self._about(self.parts), "step": step, "turn": turn},
+            messages.COUNTS_REPLY,
+            partial(_arrays, {} if self.plan.sums else like),
+            arrays=messages.send(numbered(given)),
+        )
+        if not self.plan.sums:
+            return answers
+        key = sum_key(self.sites.run_id, step, turn)
+        return {ALL_SITES: self.sites.secure_sum(key, like, clip=clip, integer=step != "ranks", what=step)}
 
     def _fold_moments(self, used: list[PartState]) -> None:
         least = self.config.min_patients
@@ -208,7 +239,7 @@ class Steps:
     def _about(self, used: list[PartState]) -> dict[str, Any]:
         whole = used is self.parts
         parts = [state.part if whole else state.joint_part for state in used]
-        return {"run_id": self.sites.run_id, "parts": parts_to_dict(parts), "noise": self.plan.to_dict()}
+        return {"run_id": self.sites.run_id, "parts": parts_to_dict(parts), "protection": self.plan.to_dict()}
 
 
 def _arrays(like: Weights, site: str, message: Unpacked) -> Weights:

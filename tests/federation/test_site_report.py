@@ -117,7 +117,7 @@ def test_nothing_that_leaves_a_site_names_a_case_or_a_patient(root: Path, tables
     sent: list[Message] = []
     clients = {node: recorded(client, sent) for node, client in report_sites(config, 3).items()}
     findings = report(config, clients)
-    assert len(sent) >= 3 * 7
+    assert len(sent) >= 3 * 8
     for message in sent:
         assert "secret" not in texts_of(message)
         assert "patient_" not in texts_of(message)
@@ -176,7 +176,7 @@ def test_a_report_on_one_site_is_refused(
     assert last["event"] == "failed"
 
 
-@pytest.mark.parametrize("action", ["measure", "histograms", "moments", "classify"])
+@pytest.mark.parametrize("action", ["measure", "counts", "moments", "classify"])
 def test_a_site_that_falls_silent_is_left_out_and_the_rest_goes_on(
     root: Path, tables: dict[str, FeatureTable], action: str
 ) -> None:
