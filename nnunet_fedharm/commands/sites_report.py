@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write the report, print what it says and where it is."""
     # Imported here: they import this module's caller, or take seconds that --help need not wait for.
     from nnunet_fedharm.commands.sites import find_raw_dataset
+    from nnunet_fedharm.differences.summary import describe
     from nnunet_fedharm.evaluation.site_report import build_report
     from nnunet_fedharm.evaluation.site_report_files import write_report
-    from nnunet_fedharm.evaluation.site_report_words import describe
 
     dataset = find_raw_dataset(args.dataset)
     output = args.output or default_output(dataset)
@@ -142,11 +142,17 @@ def progress_bar() -> Iterator[Progress]:
     """A bar that says what is being computed; it appears with the first report."""
     from tqdm import tqdm
 
-    with tqdm(total=100, desc="compare sites", leave=False, bar_format="{desc}: {percentage:3.0f}%|{bar}|") as bar:
+    bars: list[tqdm] = []
 
-        def tell(what: str, share: float) -> None:
-            bar.set_description(what, refresh=False)
-            bar.n = round(100 * share)
-            bar.refresh()
+    def tell(what: str, share: float) -> None:
+        if not bars:
+            bars.append(tqdm(total=100, leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}|"))
+        bars[0].set_description_str(what, refresh=False)
+        bars[0].n = round(100 * share)
+        bars[0].refresh()
 
+    try:
         yield tell
+    finally:
+        for bar in bars:
+            bar.close()

@@ -30,6 +30,7 @@ from nnunet_fedharm.evaluation.site_report_words import (
     chance_sentence,
     classifier_sentence,
     count,
+    headline,
     is_recognised,
     keys,
     number,
@@ -50,13 +51,13 @@ def render_site_report(findings: Findings, *, sentences: Sequence[str], slices: 
     """
     sites = [card.site for card in findings.sites]
     first = keys(findings)[0] if keys(findings) else None
-    variants = parts_of(findings, first) if first else []
+    variants = headline(findings)
     parts = "".join(part_section(key, parts_of(findings, key), sites, opened=key == first) for key in keys(findings))
     return Template(_PAGE).substitute(
         style=SITE_STYLE,
         title=escape(f"How different are the sites of {findings.dataset}?"),
         lead=escape(_lead(findings)),
-        answer=paragraphs(sentences),
+        answer=_answer(sentences),
         first=_first_screen(findings, variants, sites, slices[:1]),
         families=_section_without_title(family_block(variants)),
         scanners=_section("Scanners", scanner_table(findings), _SCANNERS),
@@ -68,6 +69,11 @@ def render_site_report(findings: Findings, *, sentences: Sequence[str], slices: 
         settings=_section("Settings", settings_table(findings.settings), _SETTINGS),
         notes=paragraphs(_notes(findings)),
     )
+
+
+def _answer(sentences: Sequence[str]) -> Html:
+    """The first sentence large, what supports it below."""
+    return Html(f'{paragraphs(sentences[:1])}<div class="support">{paragraphs(sentences[1:])}</div>')
 
 
 def _lead(findings: Findings) -> str:

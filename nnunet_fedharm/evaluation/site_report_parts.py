@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nnunet_fedharm.differences.findings import Estimate, FeatureFinding, PairFinding, PartFinding
+from nnunet_fedharm.differences.options import SIGNIFICANT
 from nnunet_fedharm.evaluation.charts import Point
 from nnunet_fedharm.evaluation.site_charts import marker_icon, matrix_chart, ridge_chart, scatter_chart, track
 from nnunet_fedharm.evaluation.site_report_html import Html, block, feature_name, figure, figures, folded, key, text
@@ -18,7 +19,6 @@ from nnunet_fedharm.evaluation.site_report_tables import (
 )
 from nnunet_fedharm.evaluation.site_report_words import (
     FAMILIES,
-    SIGNIFICANT,
     Key,
     count,
     interval,

@@ -23,7 +23,7 @@ main{padding:20px 16px 60px}
 section{padding:16px 18px}section,.block,.first>*,figure,.figures>*{min-width:0}
 h2{font-size:19px;line-height:1.3}h3{font-size:16px;margin:0 0 4px}h4{font-size:14px;margin:10px 0 4px;color:var(--muted)}
 .lead{max-width:none}.answer{font-size:19px;line-height:1.42;margin:0 0 2px;max-width:74ch}
-.answer p{margin:0 0 7px}
+.answer p{margin:0 0 7px}.support{font-size:16px}.support p{margin:0 0 3px}
 p,li{max-width:86ch}section p,section li{color:var(--muted)}
 ul{margin:0;padding-left:20px}
 .said p{color:var(--ink);margin:0 0 8px}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnunet_fedharm.differences.findings import ClassifierFinding, Findings, PartFinding
+from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.site_charts import marker_icon, matrix_chart
 from nnunet_fedharm.evaluation.site_report_html import (
     Html,
@@ -21,7 +22,6 @@ from nnunet_fedharm.evaluation.site_report_words import (
     classifier_sentence,
     count,
     interval,
-    joined,
     number,
     percent,
     percent_interval,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 from nnunet_fedharm.differences.findings import ClassifierFinding, Estimate, Findings, PartFinding, SiteCard
+from nnunet_fedharm.differences.options import SIGNIFICANT
+from nnunet_fedharm.differences.summary import main_part
 from nnunet_fedharm.sites.features.table import FOREGROUND, IMAGE, SCALES
 
 Key = tuple[str, str, str]
 """Channel, region, intensity scale."""
-
-SIGNIFICANT = 0.05
 
 FAMILIES = {
     "intensity": "intensity: how bright and how spread the grey values are",
@@ -46,7 +46,30 @@ def keys(findings: Findings) -> list[Key]:
     found = dict.fromkeys(
         (part.channel, part.region, part.scale) for variant in findings.variants for part in variant.parts
     )
-    return sorted(found, key=lambda key: (key[2] != SCALES[0], key[1] != FOREGROUND))
+    main = main_part(findings.variants[0].parts) if findings.variants else None
+    first = None if main is None else (main.channel, main.region, main.scale)
+    return sorted(found, key=lambda key: (key != first, key[2] != SCALES[0], key[1] != FOREGROUND))
+
+
+def headline(findings: Findings) -> list[tuple[str, PartFinding]]:
+    """(variant, finding) of the first screen: the first part, with families that only other parts of its channel have.
+
+    Image quality belongs to the whole image as it is in the file, so no other part has it.
+    """
+    order = keys(findings)
+    if not order:
+        return []
+    merged = []
+    for name, first in parts_of(findings, order[0]):
+        families, shares = dict(first.families), dict(first.share_significant)
+        for key in order[1:]:
+            for part in (
+                found for variant, found in parts_of(findings, key) if variant == name and key[0] == order[0][0]
+            ):
+                families = {**part.families, **families}
+                shares = {**part.share_significant, **shares}
+        merged.append((name, replace(first, families=families, share_significant=shares)))
+    return merged
 
 
 def parts_of(findings: Findings, key: Key) -> list[tuple[str, PartFinding]]:
@@ -132,16 +155,6 @@ def chance_sentence(finding: ClassifierFinding) -> str:
     return words + "."
 
 
-def joined(words: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
-
-
 def _equals(p: float) -> str:
     text = probability(p)
     return text if text.startswith("<") else f"= {text}"
-
-
-def describe(findings: Findings) -> list[str]:
-    """The answer in one to three plain sentences."""
-    return ["The sites' features were measured."]
