@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from nnunet_fedharm.differences.corrected import held_out_combat
 from nnunet_fedharm.differences.cross_validation import resample_patients
@@ -19,8 +19,8 @@ from nnunet_fedharm.differences.distances import pair_findings
 from nnunet_fedharm.differences.embedding import axes_of, embedding
 from nnunet_fedharm.differences.feature_findings import family_effects, family_shares, feature_findings
 from nnunet_fedharm.differences.findings import ClassifierFinding, CombatFinding, PairFinding, PartFinding
+from nnunet_fedharm.differences.jobs import Job, Meter, run_jobs
 from nnunet_fedharm.differences.kernel import kernel_matrix, kernel_test
-from nnunet_fedharm.differences.meter import Meter
 from nnunet_fedharm.differences.notes import general_notes, joined, travelling_note
 from nnunet_fedharm.differences.options import Progress, StatisticsOptions
 from nnunet_fedharm.differences.outliers import outliers
@@ -36,7 +36,7 @@ from nnunet_fedharm.differences.site_classifier import (
     top_features,
 )
 from nnunet_fedharm.differences.sketch_classifier import Axes
-from nnunet_fedharm.differences.slice_classifier import Slices, slice_finding, slice_set
+from nnunet_fedharm.differences.slice_classifier import Slices, SliceSet, slice_finding, slice_set
 from nnunet_fedharm.differences.standard import standard_of_values
 from nnunet_fedharm.differences.travelling import agreement_findings
 from nnunet_fedharm.sites.features.table import FeatureTable
@@ -53,6 +53,7 @@ def find_differences(
     options: StatisticsOptions,
     slices: Mapping[tuple[str, str], Slices] | None = None,
     progress: Progress | None = None,
+    num_processes: int = 1,
 ) -> list[PartFinding]:
     """Statistics of every part of a table, in the table's order of parts.
 
@@ -62,25 +63,31 @@ def find_differences(
         slices: (case, channel) -> (s, H, W) or (H, W), of one size per channel; None for no network on slices. What the
             network finds of a channel stands in every part of it.
         progress: told what is being computed and the share that is done.
+        num_processes: parts are independent of each other; the numbers do not depend on how many are computed at once.
 
     Raises:
         ShapeError: slices of different sizes in one channel.
         DataError: a slice holds a value that is not finite.
     """
-    channels = list(dict.fromkeys(row.channel for row in table.rows)) if slices else []
     one_part = _RANKS + _KERNEL + _DISCRIMINANT + _FOREST + _COMBAT
-    meter = Meter(progress, one_part * len(table.parts) + _SLICES * len(channels))
-    seen = {channel: _slices(table, slices or {}, channel, options, meter) for channel in channels}
-    found = [_part(table.part(*key), key, options, seen.get(key[0], []), meter) for key in table.parts]
-    meter.finish()
-    return found
+    channels = list(dict.fromkeys(row.channel for row in table.rows)) if slices else []
+    chosen = {channel: slice_set(case_panel(table, channel), slices or {}, channel) for channel in channels}
+    jobs = [
+        Job(f"network on slices, {channel}", _SLICES, partial(_network, own, channel, options))
+        for channel, own in chosen.items()
+        if own is not None
+    ]
+    jobs += [Job("/".join(key), one_part, partial(_part, table.part(*key), key, options)) for key in table.parts]
+    found = run_jobs(jobs, num_processes=num_processes, progress=progress)
+    parts = found[len(jobs) - len(table.parts) :]
+    seen = {finding[0]: finding[1] for finding in found[: len(found) - len(parts)]}
+    return [replace(part, classifiers=[*part.classifiers, *seen.get(part.channel, [])]) for part in parts]
 
 
 def _part(
     part: FeatureTable,
     key: tuple[str, str, str],
     options: StatisticsOptions,
-    from_slices: list[ClassifierFinding],
     meter: Meter,
 ) -> PartFinding:
     purpose, panel = "/".join(key), panel_of(part)
@@ -104,7 +111,7 @@ def _part(
         share_significant=family_shares(patients, tests),
         features=feature_findings(patients, tests, bins=options.bins),
         pairs=pairs,
-        classifiers=[*classifiers, *from_slices],
+        classifiers=classifiers,
         embedding=None if axes is None else embedding(usable, axes),
         agreement=agreement,
         combat=combat,
@@ -186,22 +193,13 @@ def _forest(panel: Panel, options: StatisticsOptions, purpose: str, tick: Callab
     )
 
 
-def _slices(
-    table: FeatureTable,
-    slices: Mapping[tuple[str, str], Slices],
-    channel: str,
-    options: StatisticsOptions,
-    meter: Meter,
-) -> list[ClassifierFinding]:
-    """What the network finds on the slices of one channel; nothing with too few patients."""
+def _network(
+    chosen: SliceSet, channel: str, options: StatisticsOptions, meter: Meter
+) -> tuple[str, list[ClassifierFinding]]:
+    """Channel and what the network finds on its slices; nothing with too few patients."""
     tick = meter.step(f"network on slices, {channel}", _SLICES, options.slice_permutations + 1)
-    chosen = slice_set(case_panel(table, channel), slices, channel)
-    if chosen is None:
-        return []
-    usable: npt.NDArray[np.bool_] = np.isin(
-        chosen.panel.codes, np.flatnonzero(chosen.panel.patients_of_sites() >= FEWEST)
-    )
-    chosen = replace(chosen, panel=chosen.panel.rows(usable), images=chosen.images[usable])
-    if len(chosen.panel.sites) < 2:
-        return []
-    return [slice_finding(chosen, options, purpose=f"{channel}/slices", tick=tick)]
+    usable = np.isin(chosen.panel.codes, np.flatnonzero(chosen.panel.patients_of_sites() >= FEWEST))
+    kept = SliceSet(chosen.panel.rows(usable), chosen.images[usable])
+    if len(kept.panel.sites) < 2:
+        return channel, []
+    return channel, [slice_finding(kept, options, purpose=f"{channel}/slices", tick=tick)]

@@ -79,6 +79,17 @@ def test_parts_come_in_order_with_progress_and_no_part_depends_on_another() -> N
     assert (told[-1], told[0]) == (("done", 1.0), ("rank tests, MR/foreground/z-score", 0.0))
 
 
+def test_several_processes_give_the_same_numbers() -> None:
+    table = feature_table({"A": 6, "B": 6}, names=("glcm_a", "glcm_b", "firstorder_a"))
+    raw = tuple(replace(row, scale="raw") for row in table.rows)
+    both = FeatureTable((*table.rows, *raw), table.names, np.vstack([table.values, np.exp(table.values)]))
+    told: list[float] = []
+    found = find_differences(both, options=FAST, num_processes=2, progress=lambda _, share: told.append(share))
+    assert to_json(found) == to_json(find_differences(both, options=FAST))
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+
+
 def test_slices_are_judged_once_per_channel_and_stand_in_its_parts() -> None:
     table = feature_table({"A": 4, "B": 4, "C": 1})
     generator = np.random.default_rng(0)
