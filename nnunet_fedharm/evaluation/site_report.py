@@ -164,6 +164,7 @@ def _compare(found: _Measured, options: ReportOptions, progress: Progress | None
         options=options.statistics,
         slices=of_one_size(found.cut) if options.slices else None,
         progress=progress,
+        num_processes=options.num_processes,
     )
     return [replace(part, notes=[*found.notes, *part.notes]) for part in parts]
 
