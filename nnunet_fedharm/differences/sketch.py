@@ -86,7 +86,14 @@ def _range(mass: Counts, borders: Edges) -> tuple[Edges, Edges]:
     rows = np.arange(len(mass))
     low, high = borders[rows, _holding(mass, _TAIL)], borders[rows, _holding(mass, 1 - _TAIL, from_above=True) + 1]
     least, most = borders[rows, _holding(mass, 0.0)], borders[rows, _holding(mass, 1.0, from_above=True) + 1]
-    return np.maximum(least, low - (high - low)), np.minimum(most, high + (high - low))
+    nobody = mass.sum(1) == 0
+    start, end = np.maximum(least, low - (high - low)), np.minimum(most, high + (high - low))
+    return np.where(nobody, -1.0, start), np.where(nobody, 1.0, end)
+
+
+def above_noise(counts: Counts, sigma: float) -> Counts:
+    """Counts (F, cells) with those set to zero that normal noise of `sigma` alone makes once in about a thousand cells."""
+    return np.where(counts > 3 * sigma, counts, 0.0)
 
 
 def _locate_borders() -> Edges:

@@ -56,7 +56,7 @@ class SiteReportConfig:
         "", "features that the sites may send, comma separated names or families (intensity, texture, shape, quality)"
     )
     min_patients: int = _option(5, "a site with fewer patients sends nothing, and no sum covers fewer of them")
-    bins: int = _option(64, "bins of a histogram")
+    bins: int = _option(64, "bins of a histogram; with noise at most 16")
     dimensions: int = _option(20, "principal axes that the site classifier uses, at most 20")
     folds: int = _option(5, "folds of the site classifier; fewer where a site is small")
     simulations: int = _option(200, "simulated null of the site classifier; 0 = none")

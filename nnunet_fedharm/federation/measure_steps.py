@@ -18,7 +18,7 @@ from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.measure_config import SiteReportConfig
 from nnunet_fedharm.federation.measure_exchange import Sites, disagreement
 from nnunet_fedharm.federation.measure_messages import arrays_of, parts_to_dict
-from nnunet_fedharm.federation.measure_noise import Protection, reach_of
+from nnunet_fedharm.federation.measure_noise import Protection, reach_of, sensitivity_of
 from nnunet_fedharm.federation.measure_parts import (
     PartState,
     axes_arrays,
@@ -38,6 +38,8 @@ Array = npt.NDArray[np.float64]
 ZOOMS = 3
 ALL_SITES = "all sites"
 """Name of what is known of all sites together only."""
+NOISY_BINS = 16
+"""Most bins under noise, of which each bin has the same."""
 _MOST_PATIENTS = 1e6
 
 
@@ -95,13 +97,13 @@ class Steps:
         """Zoom until every feature is resolved, then count on the final edges; with noise count once on plain edges."""
         bins = self.config.bins
         self._count("locate", 0, [{} for _ in self.parts], sketch.LOCATE_CELLS + 1)
+        if self.plan.on:
+            self._count_noisy(min(bins, NOISY_BINS))
+            return
         for state in self.parts:
             keep_features(state, sites=1 if self.plan.sums else 2)
         self.parts = [state for state in self.parts if state.part.names]
         ranges = [sketch.located_range(state.pooled()) for state in self.parts]
-        if self.plan.on:
-            self._count_on([sketch.equal_edges(low, high, bins) for low, high in ranges], 0)
-            return
         for turn in range(ZOOMS):
             self._count_on([sketch.equal_edges(low, high, bins) for low, high in ranges], turn)
             coarse = [~sketch.is_resolved(state.pooled()) for state in self.parts]
@@ -163,10 +165,20 @@ class Steps:
             if len(rows) == len(state.folds):
                 state.confusion = {site: np.maximum(rows[site], 0) for site in state.folds}
 
+    def _count_noisy(self, bins: int) -> None:
+        """One histogram on plain edges over what rises above the noise of the public grid."""
+        features = [len(state.part.names) for state in self.parts]
+        noise = self.plan.sigma("locate", sensitivity_of("locate", features))
+        ranges = [
+            sketch.located_range(sketch.above_noise(state.pooled(), noise * len(state.counts) ** 0.5))
+            for state in self.parts
+        ]
+        self._count_on([sketch.equal_edges(low, high, bins) for low, high in ranges], 0)
+
     def _count_on(self, edges: list[Array], turn: int) -> None:
         for state, own in zip(self.parts, edges, strict=True):
             state.edges = own
-        self._count("histograms", turn, [{"edges": own} for own in edges], self.config.bins + 3)
+        self._count("histograms", turn, [{"edges": own} for own in edges], edges[0].shape[1] + 2)
 
     def _count(self, step: str, turn: int, given: list[dict[str, Array]], cells: int) -> None:
         """Fill `counts` of every part; of all sites together under one name where sums are secure."""
