@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--permutations",
         type=int,
         metavar="N",
-        help="permuted sites behind each p (default: 999 for distances, 199 for the discriminant, 49 for the forest, 19 for "
-        "the network on slices); the forest and the network take no more than that",
+        help="permuted sites behind each p (default: a number for each test, in the report's settings); the slow nulls of the "
+        "forest and of the network on slices take no more than by default",
     )
     parser.add_argument("--bootstrap", type=int, metavar="N", help="draws behind each interval (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: %(default)s)")
