@@ -32,6 +32,8 @@ from nnunet_fedharm.federation.messages import (
 )
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.roster import Roster
+from nnunet_fedharm.federation.secure_checks import secures
+from nnunet_fedharm.federation.secure_rounds import SecureRound
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.federation.strategy import controlled, current_control, next_model, strategy_of, trains_together
 from nnunet_fedharm.federation.updates import (
@@ -87,9 +89,9 @@ class RoundLoop:
         self.log.write("round_start", phase=phase, round=number + 1, rounds=rounds)
         updates, traffic = self._collect(phase, number, state, weights)
         self._report_missing_reference(phase, number, updates)
+        strategy = strategy_of(self.config)
         made = next_model(
             strategy,
-        strategy = strategy_of(self.config)
             self._part(phase, weights),
             updates,
             self.ownership[phase],
@@ -136,6 +138,11 @@ class RoundLoop:
         part = self._part(phase, weights)
         if trains_together(self.ownership[phase], part):
             quorum = max(quorum, strategy_of(self.config).least_replies)
+        if secures(self.config, phase):
+            plain, where = encode(part), (state.run_id, phase, number, json_hash(state.plans))
+            secure = SecureRound(self.roster, self.config, self.log, self.ownership[phase], *where, part)
+            request = self._train_request(phase, number, state, plain)
+            return secure.collect(request, lambda least: self._wait_for(wanted, least, state), quorum)
         control = current_control(state.memory, self._controlled(phase, part))
         record = encode_with_control(part, control, fp16=self.config.fp16)
         down, up = 0, 0

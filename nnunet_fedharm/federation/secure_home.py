@@ -1,0 +1,217 @@
+"""A site's side of secure sums: what it offers to a sum, and the four steps in which it gives it away masked.
+
+A site offers arrays under a key (`offer`), with the weights that it could have and the entry for its ledger. When the server asks
+for a sum under that key, the session's secrets lie in `fedharm/secure-sums/`, which only the site's own user can read, from
+setup to unmask. Where `fedharm/secure-aggregation.key` exists, its content is the secret by which the sites know each other's
+public keys: give the same file to every site, by another way than the server.
+
+Of one key only one sum is ever opened: asked to open it over other sites, the site refuses, because the difference of the two
+sums would show the sites that are in one of them only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import RecordDict
+from safetensors.numpy import load, save
+
+from nnunet_fedharm.errors import DataError, PrivacyError
+from nnunet_fedharm.federation import secure_messages as messages
+from nnunet_fedharm.federation.codec import encode
+from nnunet_fedharm.federation.durable import read_json, write_bytes, write_json
+from nnunet_fedharm.federation.messages import Unpacked, reply
+from nnunet_fedharm.federation.site import Site
+from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.privacy.releases import Release
+from nnunet_fedharm.privacy.secure_aggregation import Terms
+from nnunet_fedharm.privacy.secure_site import SiteSession, advert_from_dict, advert_to_dict
+
+SECRET_FILE = "secure-aggregation.key"
+_FOLDER = "secure-sums"
+_OFFER, _ARRAYS, _SESSION, _OPENED = "offer.json", "offer.safetensors", "session.json", "opened.json"
+ONE = "one"
+"""The weight of a sum without weights."""
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a site would add to a sum.
+
+    Attributes:
+        key: of the sum.
+        arrays: name -> array.
+        weights: name of a weighting -> this site's weight, a whole number.
+        release: entry for the ledger, made when the masked vector leaves; None where it is entered already.
+        question: SHA-256 of the request that it answers; the same one need not be worked on again.
+        beside: arrays that travel in the open, as the answer to that request.
+    """
+
+    key: str
+    arrays: Arrays
+    weights: Mapping[str, int]
+    release: Release | None = None
+    question: str = ""
+    beside: Arrays | None = None
+
+
+def offer(folder: Path, what: Offer) -> None:
+    """Keep an offer in place of the former one; a site is in one sum at a time.
+
+    Args:
+        folder: the site's own folder.
+        what: the offer.
+    """
+    home = _home(folder)
+    beside = what.beside or {}
+    arrays = {f"sum:{name}": value for name, value in what.arrays.items()}
+    arrays |= {f"beside:{name}": value for name, value in beside.items()}
+    write_bytes(home / _ARRAYS, save({name: np.asarray(value, order="C") for name, value in arrays.items()}))
+    head = {"key": what.key, "weights": dict(what.weights), "question": what.question}
+    write_json(home / _OFFER, head | {"release": None if what.release is None else asdict(what.release)})
+
+
+def offered(folder: Path, key: str) -> Offer:
+    """The offer under a key.
+
+    Raises:
+        DataError: there is none.
+    """
+    home = _home(folder)
+    head = read_json(home / _OFFER) if (home / _OFFER).is_file() else {}
+    if head.get("key") != key:
+        raise DataError(
+            "This site has nothing to add to the secure sum that it is asked for. Repeat the step before it."
+        )
+    arrays = load((home / _ARRAYS).read_bytes())
+    return Offer(
+        key,
+        {name[4:]: value for name, value in arrays.items() if name.startswith("sum:")},
+        {str(name): int(weight) for name, weight in head["weights"].items()},
+        None if head["release"] is None else Release(**head["release"]),
+        str(head["question"]),
+        {name[7:]: value for name, value in arrays.items() if name.startswith("beside:")},
+    )
+
+
+def setup(site: Site, request: Unpacked) -> RecordDict:
+    """Step 1: agree to the terms, or refuse them."""
+    values = request.values
+    terms = Terms.from_dict(values["terms"])
+    if terms.site != site.name:
+        raise PrivacyError(f"The terms of the secure sum are for {terms.site}.")
+    own = offered(site.folder, values["key"])
+    if values["weight"] not in own.weights:
+        raise PrivacyError(f"This site has no weight {values['weight']!r} for the secure sum.")
+    _encode(terms, own, values["weight"])  # refuses NaN and what does not fit before anybody counts on this site
+    session = SiteSession.start(terms, secret=_secret(site.folder))
+    advert = session.setup()
+    _keep(site, session, values["key"], values["weight"])
+    return reply(messages.SETUP_REPLY, {"site": site.name, "advert": advert_to_dict(advert)})
+
+
+def share(site: Site, request: Unpacked) -> RecordDict:
+    """Step 2: secrets in sealed shares."""
+    adverts = {peer: advert_from_dict(data) for peer, data in request.values["adverts"].items()}
+    sealed = _step(site, request, lambda session, own: session.share(adverts))
+    return reply(messages.SHARE_REPLY, {"site": site.name, "sealed": messages.to_text(sealed)})
+
+
+def mask(site: Site, request: Unpacked) -> RecordDict:
+    """Step 3: the masked vector, entered in the ledger before it leaves."""
+    sealed = messages.to_bytes(request.values["sealed"], source="the server")
+
+    def work(session: SiteSession, own: Mapping[str, Any]) -> bytes:
+        given = offered(site.folder, own["key"])
+        vector = _encode(session.terms, given, own["weight"])
+        if given.release is not None:
+            note = f"inside a secure sum of at most {session.terms.n_sites} sites"
+            Ledger(site.folder).record(replace(given.release, note=note))
+        return session.mask(sealed, vector)
+
+    masked = np.frombuffer(_step(site, request, work), dtype=np.uint8)
+    return reply(messages.MASK_REPLY, {"site": site.name}, encode({messages.MASKED: masked}))
+
+
+def unmask(site: Site, request: Unpacked) -> RecordDict:
+    """Step 4: shares that take the masks off the sum, and off nothing else."""
+    answered = messages.names_of(request.values["answers"], "answered")
+    silent = messages.names_of(request.values["answers"], "silent")
+
+    def work(session: SiteSession, own: Mapping[str, Any]) -> Any:
+        shares = session.unmask(answered, silent)
+        _note_opened(site, own["key"], sorted(answered))
+        return shares
+
+    shares = _step(site, request, work)
+    (_home(site.folder) / _SESSION).unlink(missing_ok=True)
+    return reply(messages.UNMASK_REPLY, {"site": site.name, "shares": messages.shares_to_dict(shares)})
+
+
+ACTIONS = {
+    "secure_setup": (messages.SETUP, setup),
+    "secure_share": (messages.SHARE, share),
+    "secure_mask": (messages.MASK, mask),
+    "secure_unmask": (messages.UNMASK, unmask),
+}
+"""Flower's query action -> request and what answers it."""
+
+
+def _step(site: Site, request: Unpacked, work: Callable[[SiteSession, Mapping[str, Any]], Any]) -> Any:
+    """Take one step of the session on file; it counts as taken even where it fails."""
+    path = _home(site.folder) / _SESSION
+    own = read_json(path) if path.is_file() else {}
+    if own.get("session", {}).get("terms", {}).get("session") != request.values["session"]:
+        raise PrivacyError(f"Site {site.name} does not take part in this secure sum (any more). Start a new one.")
+    session = SiteSession.from_dict(own["session"])
+    try:
+        return work(session, own)
+    finally:
+        _keep(site, session, own["key"], own["weight"])
+
+
+def _keep(site: Site, session: SiteSession, key: str, weight: str) -> None:
+    write_json(_home(site.folder) / _SESSION, {"key": key, "weight": weight, "session": session.to_dict()})
+
+
+def _encode(terms: Terms, own: Offer, weight: str) -> npt.NDArray[np.uint64]:
+    return terms.layout.encode(own.arrays, own.weights[weight])
+
+
+def _note_opened(site: Site, key: str, answered: list[str]) -> None:
+    """Remember over which sites the sum of a key was opened.
+
+    Raises:
+        PrivacyError: it was opened over others before.
+    """
+    path = _home(site.folder) / _OPENED
+    opened = read_json(path) if path.is_file() else {}
+    if opened.setdefault(key, answered) != answered:
+        raise PrivacyError(
+            f"The secure sum {key} was opened over {', '.join(opened[key])} before; the difference to a second one would show "
+            "single sites. Bring the same sites together, or start a new run with another seed."
+        )
+    write_json(path, opened)
+
+
+def _secret(folder: Path) -> bytes:
+    path = folder / SECRET_FILE
+    if not path.is_file():
+        return b""
+    secret = path.read_bytes().strip()
+    if len(secret) < 16:
+        raise PrivacyError(f"{SECRET_FILE} is too short; it takes at least 16 bytes that nobody can guess.")
+    return secret
+
+
+def _home(folder: Path) -> Path:
+    home = folder / _FOLDER
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return home
