@@ -14,13 +14,14 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from nnunet_fedharm.errors import CheckpointError, FederationError, FedHarmError
-from nnunet_fedharm.federation import measure_site, messages
+from nnunet_fedharm.federation import measure_site, messages, secure_home
 from nnunet_fedharm.federation.aggregation import finite
 from nnunet_fedharm.federation.codec import Weights, decode
 from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
 from nnunet_fedharm.federation.entries import enter_release
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
 from nnunet_fedharm.federation.ownership import ownership_of
+from nnunet_fedharm.federation.secure_rounds import Trained, train_for_sum
 from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
 
@@ -60,6 +61,12 @@ def train(message: Message, context: Context) -> Message:
     return _answer(message, context, messages.TRAIN, _train)
 
 
+@app.train("secure")
+def train_secure(message: Message, context: Context) -> Message:
+    """Local epochs of one round whose update goes into a secure sum."""
+    return _answer(message, context, messages.TRAIN, _train_for_sum)
+
+
 @app.query("finish")
 def finish(message: Message, context: Context) -> Message:
     """Write the standard nnU-Net results folder from the final weights."""
@@ -67,14 +74,14 @@ def finish(message: Message, context: Context) -> Message:
 
 
 def _register(action: str, schema: messages.Schema, work: Callable[[Site, Unpacked], RecordDict]) -> None:
-    """Answer a query of the site report."""
+    """Answer a query of the site report or of a secure sum."""
 
     @app.query(action)
     def handler(message: Message, context: Context) -> Message:
         return _answer(message, context, schema, work)
 
 
-for _action, (_schema, _work) in measure_site.ACTIONS.items():
+for _action, (_schema, _work) in (measure_site.ACTIONS | secure_home.ACTIONS).items():
     _register(_action, _schema, _work)
 
 
@@ -155,11 +162,32 @@ def _store_plans(site: Site, request: Unpacked) -> RecordDict:
 
 
 def _train(site: Site, request: Unpacked) -> RecordDict:
-    from nnunet_fedharm.trainers.local_objectives import Objective
-
     start = time.monotonic()
     values = request.values
-    phase = values["phase"]
+    trained, control = _local_round(site, request)
+    answer = {
+        "site": site.name,
+        **{key: values[key] for key in ("phase", "round", "plans_hash")},
+        "n_steps": trained.n_steps,
+        "n_cases": trained.n_cases,
+        "metrics": dict(trained.metrics),
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    content = reply(messages.TRAIN_REPLY, answer, encode_with_control(trained.weights, control, fp16=values["fp16"]))
+    if not trained.private:  # else the trainer has entered its steps
+        enter_release(site.folder, messages.TRAIN.name, values, content)
+    return content
+
+
+def _train_for_sum(site: Site, request: Unpacked) -> RecordDict:
+    return train_for_sum(site, request, lambda: _local_round(site, request)[0])
+
+
+def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
+    """Train one round; what the site may send of it, and the change of its control variate."""
+    from nnunet_fedharm.trainers.local_objectives import Objective
+
+    values = request.values
     received, control = split_control(decode(request.weights, source="the server"))
     objective = Objective(
         proximal_mu=values["proximal_mu"],
@@ -169,28 +197,18 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
     with training_environment(site.device):
         training, federation = _local_training(site, values)
         result = training.run(
-            phase=phase,
+            phase=values["phase"],
             round_index=values["round"],
             first_epoch=values["first_epoch"],
             epochs=values["epochs"],
             weights=_whole(received, federation, values),
             objective=objective,
         )
-    answer = {
-        "site": site.name,
-        **{key: values[key] for key in ("phase", "round", "plans_hash")},
-        "n_steps": int(result.n_steps),
-        "n_cases": int(result.n_cases),
-        "metrics": finite(result.metrics),
-        "seconds": round(time.monotonic() - start, 3),
-    }
-    ownership = ownership_of(federation["plans"], values["configuration"], phase)
-    changed = ownership.contribution(site.name, travelling(phase, result.weights))
-    record = encode_with_control(changed, result.control, fp16=values["fp16"])
-    content = reply(messages.TRAIN_REPLY, answer, record)
-    if not result.private:  # else the trainer has entered its steps
-        enter_release(site.folder, messages.TRAIN.name, values, content)
-    return content
+    ownership = ownership_of(federation["plans"], values["configuration"], values["phase"])
+    changed = ownership.contribution(site.name, travelling(values["phase"], result.weights))
+    steps, cases = int(result.n_steps), int(result.n_cases)
+    trained = Trained(received, changed, ownership, steps, cases, finite(result.metrics), result.private)
+    return trained, result.control
 
 
 def _finish(site: Site, request: Unpacked) -> RecordDict:

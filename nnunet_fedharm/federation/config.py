@@ -13,6 +13,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, cast
 
 from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.secure_checks import MODES, check_secure
 from nnunet_fedharm.federation.strategy import STRATEGIES
 from nnunet_fedharm.federation.strategy_checks import LOCAL_GROUPS, check_strategy
 from nnunet_fedharm.harmonizers import KINDS, LEARNED, check_options
@@ -97,6 +98,10 @@ class FederateConfig:
     clip: float = _option(1.0, "bound on the norm of one patient's gradient")
     patients_per_step: float = _option(8.0, "expected number of patients in a private step")
     patches_per_patient: int = _option(2, "patches that one patient's gradient is the mean of")
+    secure_aggregation: str = _option("off", "rounds of which the server sees sums only: " + ", ".join(MODES))
+    secure_clip: float = _option(4.0, "secure aggregation: largest change of a weight in a round; larger ones are cut")
+    secure_bytes: int = _option(5, "secure aggregation: bytes of a weight on the wire, 4 to 8; more are finer")
+    secure_threshold: int = _option(0, "secure aggregation: sites that open a sum; 0 = more than half")
     fp16: bool = _option(False, "send float32 weights as float16: half the bytes")
     seed: int = _option(0, "seed of the run")
     device: str = _option("cpu", "device of the sites: cpu, cuda or mps", identity=False)
@@ -118,6 +123,7 @@ class FederateConfig:
         _check_ranges(self)
         _check_names(self)
         check_strategy(self)
+        check_secure(self)
         _ = self.privacy  # refuses values out of range
 
     @property

@@ -23,6 +23,7 @@ from nnunet_fedharm.federation.messages import (
     unpack_reply,
 )
 from nnunet_fedharm.federation.roster import Roster
+from nnunet_fedharm.federation.secure_checks import check_secure_sites
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.federation.strategy_checks import check_sites
 from nnunet_fedharm.harmonizers.style import Style
@@ -90,6 +91,7 @@ class Preparation:
         facts = [self.roster.facts[site] for site in self.roster.expected]
         check_agreement(facts)
         check_sites(self.config, facts)
+        check_secure_sites(self.config, facts)
         for fact in facts:
             if fact.n_labelled:
                 check_fold(fact.n_labelled, self.config.fold, site=fact.site)
