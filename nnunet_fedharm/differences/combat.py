@@ -12,10 +12,8 @@
     delta* = (h + sum (z - gamma*)^2 / 2) / (n / 2 + l - 1)
     corrected y = sigma (z - gamma*) / sqrt(delta*) + alpha
 
-What was fitted on some volumes can be applied to others of the same sites. That is why this is here: neuroHarmonize 2.5
-needs numpy < 2, neuroCombat 0.2.12 fails in `neuroCombatFromTraining` with numpy 2.4, combatlearn 2.3 takes the prior of a
-feature over sites rather than that of a site over features, and inmoose 0.9 and pycombat correct only what they were fitted
-on. The tests hold it against neuroCombat's fit.
+What was fitted on some volumes can be applied to others of the same sites. No kept package does that as published (see
+docs/explanation/site-differences.md); the tests hold this one against neuroCombat's fit and pycombat's application.
 
 References:
     Johnson, Li, Rabinovic, "Adjusting batch effects in microarray expression data using empirical Bayes methods",

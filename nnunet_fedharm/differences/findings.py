@@ -52,7 +52,7 @@ class PairFinding:
     Attributes:
         first, second: sites.
         ks: median over features of the Kolmogorov-Smirnov distance, in [0, 1].
-        wasserstein: median over features of the first Wasserstein distance, in pooled standard deviations.
+        wasserstein: median over features of the first Wasserstein distance, in standard deviations over all sites together.
         mmd: unbiased squared maximum mean discrepancy; mmd_p: its permutation p. None where it was not computed.
         by_family: family -> median Wasserstein distance.
         features: features with the largest Wasserstein distance, at most ten: (name, distance).

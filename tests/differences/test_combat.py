@@ -43,6 +43,15 @@ def test_the_correction_is_that_of_neurocombat() -> None:
     np.testing.assert_allclose(ours.apply(values, codes) / ours.scale, found["data"].T / ours.scale, atol=3e-3)
 
 
+def test_the_correction_of_held_out_volumes_is_that_of_pycombat() -> None:
+    reference = pytest.importorskip("pycombat")
+    values, codes = two_batches(2)
+    train = np.arange(len(codes)) % 2 == 0
+    expected = reference.Combat().fit(values[train], codes[train]).transform(values[~train].copy(), codes[~train])
+    ours = fit_combat(values[train], codes[train])
+    np.testing.assert_allclose(ours.apply(values[~train], codes[~train]) / ours.scale, expected / ours.scale, atol=3e-3)
+
+
 def test_the_estimates_solve_the_equations_of_johnson() -> None:
     values, codes = two_batches(1)
     found = fit_combat(values, codes)
