@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunet_fedharm.commands import sites_report_federated as federated
 from nnunet_fedharm.errors import DataError, SetupError
 from nnunet_fedharm.nnunet_root import environment_paths
 from nnunet_fedharm.sites.files import read_dataset_json
 
 if TYPE_CHECKING:
+    from nnunet_fedharm.differences.findings import Findings
     from nnunet_fedharm.differences.options import Progress, StatisticsOptions
     from nnunet_fedharm.evaluation.site_report import ReportOptions
 
@@ -24,9 +26,7 @@ FOLDER = "site_report"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "-d", "--dataset", required=True, help="raw dataset folder, or its number or name in nnUNet_raw"
-    )
+    parser.add_argument("-d", "--dataset", help="raw dataset folder, or its number or name in nnUNet_raw")
     parser.add_argument(
         "-o",
         "--output",
@@ -59,28 +59,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of every random draw (default: %(default)s)")
     parser.add_argument("--no-slices", action="store_true", help="no pictures of patients, no classifier on slices")
     parser.add_argument("--device", default="cpu", help="where --model runs: cpu, cuda, mps (default: %(default)s)")
+    federated.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the report, print what it says and where it is."""
-    # Imported here: they import this module's caller, or take seconds that --help need not wait for.
-    from nnunet_fedharm.commands.sites import find_raw_dataset
+    # Imported here: scikit-learn, torch and nnU-Net take seconds that --help need not wait for.
     from nnunet_fedharm.differences.summary import describe
-    from nnunet_fedharm.evaluation.site_report import build_report
     from nnunet_fedharm.evaluation.site_report_files import write_report
+
+    if args.findings:
+        findings, page = _from_findings(args, write_report)
+    elif args.root:
+        findings, folder = federated.federated_findings(args)
+        page = write_report(findings, args.output or folder)
+    elif args.dataset:
+        findings, page = _pooled(args, write_report)
+    else:
+        raise DataError("Say what to report on: -d DATASET, -d DATASET --root ROOT, or --findings REPORT_JSON.")
+    print("\n".join(describe(findings)))
+    failed = len(findings.failures)
+    if failed:
+        print(f"{failed} measurement{'' if failed == 1 else 's'} failed; the page lists which and why.")
+    print(f"\nThe page: {page}")
+    return 0
+
+
+def _pooled(args: argparse.Namespace, write: Callable[..., Path]) -> tuple[Findings, Path]:
+    from nnunet_fedharm.commands.sites import find_raw_dataset
+    from nnunet_fedharm.evaluation.site_report import build_report
 
     dataset = find_raw_dataset(args.dataset)
     output = args.output or default_output(dataset)
     options = report_options(args, dataset)
     with progress_bar() as progress:
         report = build_report(dataset, output, models=args.model, options=options, progress=progress)
-    page = write_report(report.findings, output, tables=report.tables, slices=report.slices)
-    print("\n".join(describe(report.findings)))
-    failed = len(report.findings.failures)
-    if failed:
-        print(f"{failed} measurement{'' if failed == 1 else 's'} failed; the page lists which and why.")
-    print(f"\nThe page: {page}")
-    return 0
+    return report.findings, write(report.findings, output, tables=report.tables, slices=report.slices)
+
+
+def _from_findings(args: argparse.Namespace, write: Callable[..., Path]) -> tuple[Findings, Path]:
+    findings = federated.read_findings(args.findings)
+    folder = args.output or args.findings.parent
+    if args.output is None and findings.mode == "pooled":
+        raise DataError(
+            "A pooled report.json holds no pictures, so its page would lose them. Choose another folder with -o."
+        )
+    return findings, write(findings, folder)
 
 
 def default_output(dataset: Path) -> Path:

@@ -10,9 +10,10 @@ import pytest
 
 from nnunet_fedharm.cli import main
 from nnunet_fedharm.commands.sites_report import default_output, statistics_options
-from nnunet_fedharm.differences.findings import Findings
+from nnunet_fedharm.differences.findings import Findings, to_json
 from nnunet_fedharm.differences.findings_file import from_json
 from nnunet_fedharm.sites.features.table_files import read_table
+from tests.evaluation.site_findings import make_findings
 from tests.evaluation.test_site_report_page import Checked
 
 FEW = ("--permutations", "3", "--bootstrap", "10", "-np", "1")
@@ -147,3 +148,35 @@ def test_more_permutations_do_not_make_the_slow_nulls_slower() -> None:
     assert (many.permutations, many.mmd_permutations) == (5000, 5000)
     assert many.forest_permutations == standard.forest_permutations
     assert (few.forest_permutations, few.slice_permutations) == (3, 3)
+
+
+def test_the_page_of_a_federated_report_json_is_made_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "report.json"
+    written.write_text(json.dumps(to_json(make_findings(mode="federated"))))
+    assert main(["sites", "report", "--findings", str(written)]) == 0
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    assert "What left the sites" in (tmp_path / "report.html").read_text()
+
+
+def test_a_pooled_page_is_not_replaced_by_one_without_pictures(
+    report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sites", "report", "--findings", str(report / "report.json")]) == 2
+    assert "would lose them" in capsys.readouterr().err
+    assert main(["sites", "report", "--findings", str(report / "report.json"), "-o", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Say what to report on"),
+        (["--findings", "nowhere.json"], "Cannot read nowhere.json"),
+        (["--root", "nowhere", "-d", "1", "--model", "m"], "needs the images in one place"),
+        (["--root", "nowhere"], "Say which dataset"),
+    ],
+)
+def test_what_is_not_said_is_asked_for(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert main(["sites", "report", *words]) == 2
+    assert message in capsys.readouterr().err
