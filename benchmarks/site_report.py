@@ -1,0 +1,214 @@
+"""The site report of a federation beside the one on pooled features: how far apart are the numbers, and what was sent.
+
+    nnunet-fedharm sites split -d 910 -o ROOT --held-out-fraction 0
+    PYTHONPATH=. python benchmarks/site_report.py --root ROOT -d 910 --epsilon 10 100 --output page.md
+
+Runs `flwr run` (simulation) once in the open, once with secure sums and once for each epsilon, then the pooled statistics on the very
+same features, which every site has kept. Writes Markdown tables. Features are measured once and cached at the sites.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_fedharm.differences.findings import EmbeddingFinding, Findings, PartFinding
+from nnunet_fedharm.differences.options import SIGNIFICANT, StatisticsOptions
+from nnunet_fedharm.differences.statistics import find_differences
+from nnunet_fedharm.federation.measure_config import SiteReportConfig
+from nnunet_fedharm.federation.site_report import federated_findings
+from nnunet_fedharm.sites.features.table import FeatureTable
+from nnunet_fedharm.sites.features.table_files import read_table
+
+DISCRIMINANT = "linear discriminant on features"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compared number: which statistic, federated and pooled value."""
+
+    statistic: str
+    federated: float
+    pooled: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, required=True, help="consortium folder with sites/")
+    parser.add_argument("-d", "--dataset", required=True)
+    parser.add_argument(
+        "--permutations", type=int, default=199, help="of the pooled null, and simulations of the federated one"
+    )
+    parser.add_argument("--epsilon", type=float, nargs="*", default=[], help="further runs with noise")
+    parser.add_argument("--secure-sums", action="store_true", help="a further run with secure sums")
+    parser.add_argument("--output", type=Path, required=True, help="Markdown file")
+    args = parser.parse_args()
+    config = SiteReportConfig(root=str(args.root), dataset=args.dataset, simulations=args.permutations)
+    found, seconds = timed(config)
+    table = site_tables(args.root)
+    pooled = pooled_parts(table, args.permutations)
+    text = [*differences(found, pooled, table), "", *sent(found, seconds), ""]
+    protected = [("secure sums", replace(config, secure_sums=True))] if args.secure_sums else []
+    protected += [(f"epsilon {value:g}", replace(config, epsilon=value)) for value in args.epsilon]
+    text += protection([(name, *timed(one)) for name, one in protected], found) if protected else []
+    args.output.write_text("\n".join(text) + "\n")
+    print("\n".join(text))
+
+
+def timed(config: SiteReportConfig) -> tuple[Findings, float]:
+    """A federated report and how long it took."""
+    start = time.monotonic()
+    return federated_findings(config), time.monotonic() - start
+
+
+def site_tables(root: Path) -> FeatureTable:
+    """The features that the sites kept in their newest report."""
+    tables = []
+    for site in sorted((root / "sites").iterdir()):
+        newest = max((site / "fedharm" / "site-report").glob("*/features.csv"), key=lambda path: path.stat().st_mtime)
+        tables.append(read_table(newest))
+    names = tuple(dict.fromkeys(name for table in tables for name in table.names))
+    values = [table.only(names).values if set(names) <= set(table.names) else widened(table, names) for table in tables]
+    return FeatureTable(tuple(row for table in tables for row in table.rows), names, np.concatenate(values))
+
+
+def widened(table: FeatureTable, names: Sequence[str]) -> np.ndarray:
+    """Values with a column for every name; NaN where the table does not have it."""
+    values = np.full((len(table.rows), len(names)), np.nan)
+    for index, name in enumerate(names):
+        if name in table.names:
+            values[:, index] = table.column(name)
+    return values
+
+
+def pooled_parts(table: FeatureTable, permutations: int) -> dict[tuple[str, str, str], PartFinding]:
+    """Statistics of the pooled table."""
+    options = StatisticsOptions(
+        bootstrap=200, permutations=permutations, mmd_permutations=0, forest_permutations=0, slice_permutations=0
+    )
+    parts = find_differences(table, options=options)
+    return {(part.channel, part.region, part.scale): part for part in parts}
+
+
+def lines(found: PartFinding, pooled: PartFinding, spread: dict[str, float]) -> Iterator[Line]:
+    """Everything that both reports have."""
+    exact = {feature.name: feature for feature in pooled.features}
+    for feature in found.features:
+        other = exact[feature.name]
+        if feature.effect.value is None or other.effect.value is None:
+            continue
+        yield Line("eta squared of a feature", feature.effect.value, other.effect.value)
+        if feature.effect.low is not None and other.effect.low is not None:
+            yield Line("lower end of its interval", feature.effect.low, other.effect.low)
+        if feature.q is not None and other.q is not None:
+            yield Line("decision q < .05 (share that differs)", feature.q < SIGNIFICANT, other.q < SIGNIFICANT)
+        for site, median in feature.medians.items():
+            yield Line(
+                "median of a site / SD", median / spread[feature.name], other.medians[site] / spread[feature.name]
+            )
+    for family, estimate in found.families.items():
+        if estimate.value is not None and family in pooled.families and pooled.families[family].value is not None:
+            yield Line("median eta squared of a family", estimate.value, float(pooled.families[family].value or 0))
+    for pair, other_pair in zip(found.pairs, pooled.pairs, strict=True):
+        yield Line("Kolmogorov-Smirnov of two sites", float(pair.ks.value or 0), float(other_pair.ks.value or 0))
+        yield Line(
+            "Wasserstein of two sites / SD",
+            float(pair.wasserstein.value or 0),
+            float(other_pair.wasserstein.value or 0),
+        )
+    yield from classifier_lines(found, pooled)
+    if found.embedding and pooled.embedding:
+        yield from embedding_lines(found.embedding, pooled.embedding)
+
+
+def classifier_lines(found: PartFinding, pooled: PartFinding) -> Iterator[Line]:
+    """The discriminant of both."""
+    ours = [one for one in found.classifiers if one.method == DISCRIMINANT]
+    theirs = [one for one in pooled.classifiers if one.method == DISCRIMINANT]
+    for one, other in zip(ours, theirs, strict=False):
+        yield Line("accuracy of the discriminant", float(one.accuracy.value or 0), float(other.accuracy.value or 0))
+        yield Line("mean of its null (simulated, permuted)", float(one.null_mean or 0), float(other.null_mean or 0))
+        yield Line("95th percentile of its null", float(one.null_high or 0), float(other.null_high or 0))
+
+
+def embedding_lines(found: EmbeddingFinding, pooled: EmbeddingFinding) -> Iterator[Line]:
+    """Ellipses, in units of the largest semi-axis; the sign of an axis is arbitrary."""
+    unit = max(values[2] for values in pooled.ellipses.values())
+    for site, own in found.ellipses.items():
+        other = pooled.ellipses[site]
+        for index in (0, 1):
+            yield Line("centre of an ellipse / largest semi-axis", abs(own[index]) / unit, abs(other[index]) / unit)
+        for index in (2, 3):
+            yield Line("semi-axis of an ellipse / largest", own[index] / unit, other[index] / unit)
+
+
+def differences(found: Findings, pooled: dict[tuple[str, str, str], PartFinding], table: FeatureTable) -> list[str]:
+    """The table of differences."""
+    compared: dict[str, list[float]] = {}
+    for part in found.variants[0].parts:
+        key = (part.channel, part.region, part.scale)
+        values = table.part(*key).values
+        low, high = np.nanquantile(values, [0.005, 0.995], axis=0)
+        spread = dict(zip(table.names, np.nanstd(np.clip(values, low, high), axis=0), strict=True))
+        for line in lines(part, pooled[key], spread):
+            compared.setdefault(line.statistic, []).append(abs(float(line.federated) - float(line.pooled)))
+    rows = ["| statistic | compared | median difference | 95th percentile | largest |", "|---|---|---|---|---|"]
+    for statistic, values in compared.items():
+        if "share" in statistic:
+            rows.append(f"| {statistic} | {len(values)} | | | {np.mean(values):.4f} |")
+            continue
+        middle, high, most = np.percentile(values, [50, 95, 100])
+        rows.append(f"| {statistic} | {len(values)} | {middle:.4f} | {high:.4f} | {most:.4f} |")
+    bounds = found.settings["bounds"]
+    rows += ["", "| stated bound of a feature | median | largest |", "|---|---|---|"]
+    rows += [f"| {name} | {value['median']:.3f} | {value['largest']:.3f} |" for name, value in bounds.items()]
+    return rows
+
+
+def sent(found: Findings, seconds: float) -> list[str]:
+    """What left the site that sent most."""
+    parts = len(found.variants[0].parts)
+    features = len(found.variants[0].parts[0].features)
+    rows = [
+        f"{len(found.sites)} sites, {parts} parts of {features} features, {seconds:.0f} s with cached features.",
+        "",
+    ]
+    rows += ["| message | holds | kB |", "|---|---|---|"]
+    rows += [f"| {what} | {holds} | {size / 1000:.1f} |" for what, holds, size in found.shared]
+    return rows
+
+
+def protection(runs: Sequence[tuple[str, Findings, float]], plain: Findings) -> list[str]:
+    """Protected reports against the plain one."""
+    rows = [
+        "| protection | s | kB of a site | eta squared: median and largest difference | same decision (q < .05) |",
+        "|---|---|---|---|---|",
+    ]
+    exact = {
+        (part.channel, part.region, part.scale, feature.name): feature
+        for part in plain.variants[0].parts
+        for feature in part.features
+    }
+    for name, found, seconds in runs:
+        gaps, same = [], []
+        for part in found.variants[0].parts:
+            for feature in part.features:
+                other = exact.get((part.channel, part.region, part.scale, feature.name))
+                if other is None or other.effect.value is None or feature.effect.value is None:
+                    continue
+                gaps.append(abs(feature.effect.value - other.effect.value))
+                same.append(((feature.q or 1.0) < SIGNIFICANT) == ((other.q or 1.0) < SIGNIFICANT))
+        size = sum(count for _, _, count in found.shared) / 1000
+        rows.append(
+            f"| {name} | {seconds:.0f} | {size:.0f} | {np.median(gaps):.3f}, {max(gaps):.3f} | {np.mean(same):.0%} |"
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
