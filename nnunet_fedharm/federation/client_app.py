@@ -24,6 +24,7 @@ from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.secure_rounds import Trained, train_for_sum
 from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
+from nnunet_fedharm.privacy.ledger import Ledger
 
 app = ClientApp()
 
@@ -97,7 +98,7 @@ def _answer(
         # The lock, because after a server crash this site may still be busy with the former round.
         with file_lock(site.folder / "site.lock"), site.root.create().activate():
             content = work(site, request)
-            if schema is not messages.TRAIN:  # which enters what it releases, with the noise that it has
+            if schema not in (messages.PREPARE, messages.TRAIN):  # which enter what they release, with its noise
                 enter_release(site.folder, schema.name, request.values, content)
     except Exception as error:  # noqa: BLE001 - the one place where a failure becomes a reply; it is logged at the site
         content = error_reply(*describe_error(site, error))
@@ -129,6 +130,7 @@ def _summarize(site: Site, request: Unpacked) -> RecordDict:
 
 def _prepare(site: Site, request: Unpacked) -> RecordDict:
     from nnunet_fedharm.planning.preprocess import preprocess_site
+    from nnunet_fedharm.planning.private_style import style_release
     from nnunet_fedharm.planning.style import site_style
 
     start = time.monotonic()
@@ -144,9 +146,15 @@ def _prepare(site: Site, request: Unpacked) -> RecordDict:
         fingerprint=values["fingerprint"],
     )
     _own_every_case(site, name)
-    style = site_style(site.root, name, values["plans"], configuration)
+    noise = values["style_noise"]
+    style = site_style(site.root, name, values["plans"], configuration, noise_multiplier=noise)
     seconds = round(time.monotonic() - start, 3)
-    return reply(messages.PREPARE_REPLY, {"site": site.name, "style": style.to_dict(), "seconds": seconds})
+    content = reply(messages.PREPARE_REPLY, {"site": site.name, "style": style.to_dict(), "seconds": seconds})
+    if noise > 0:
+        Ledger(site.folder).record(style_release(site.name, noise))
+    else:
+        enter_release(site.folder, messages.PREPARE.name, values, content)
+    return content
 
 
 def _store_plans(site: Site, request: Unpacked) -> RecordDict:

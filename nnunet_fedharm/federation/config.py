@@ -102,6 +102,9 @@ class FederateConfig:
     secure_clip: float = _option(4.0, "secure aggregation: largest change of a weight in a round; larger ones are cut")
     secure_bytes: int = _option(5, "secure aggregation: bytes of a weight on the wire, 4 to 8; more are finer")
     secure_threshold: int = _option(0, "secure aggregation: sites that open a sum; 0 = more than half")
+    style_noise: float = _option(
+        5.0, "noise multiplier of a site's style under differential privacy; 0 sends it as it is"
+    )
     fp16: bool = _option(False, "send float32 weights as float16: half the bytes")
     seed: int = _option(0, "seed of the run")
     device: str = _option("cpu", "device of the sites: cpu, cuda or mps", identity=False)

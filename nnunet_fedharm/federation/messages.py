@@ -107,6 +107,7 @@ PREPARE = Schema(
         "plans": PLANS,
         "dataset_json": DATASET_JSON,
         "fingerprint": FINGERPRINT,
+        "style_noise": Item(float, 10**6),
     },
 )
 PREPARE_REPLY = Schema("prepare reply", {"site": SITE, "style": Item(dict, 256 * _KIB), "seconds": SECONDS})

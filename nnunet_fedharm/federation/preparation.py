@@ -149,6 +149,7 @@ class Preparation:
             "plans": state.planned,
             "dataset_json": state.dataset_json,
             "fingerprint": state.fingerprint,
+            "style_noise": config.privacy.style_noise if config.privacy else 0.0,
         }
         replies = self._from_all("prepare", pack(PREPARE, values), PREPARE_REPLY, lambda values: values["style"])
         styles = {site: Style.from_dict(replies[site]) for site in self.roster.expected}

@@ -16,9 +16,11 @@ from nnunet_fedharm.planning.defaults import complete_schedule, complete_sizes
 from nnunet_fedharm.planning.explain import write_explanation
 from nnunet_fedharm.planning.planner import PlanOptions, plan_federation, require_configuration
 from nnunet_fedharm.planning.preprocess import preprocess_site
+from nnunet_fedharm.planning.private_style import style_release
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, SECTION, FedHarmSection, Schedule, with_section
 from nnunet_fedharm.planning.situation import Device, situation_of
 from nnunet_fedharm.planning.style import style_by_site
+from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.checks import check_raw_dataset
 from nnunet_fedharm.sites.files import (
@@ -155,7 +157,10 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
             adopt_existing=True,
         )
         registry.save(preprocessed / SITES_FILE)
-        styles = style_by_site(root, name, plans, configuration, sites=registry)
+        noise = options.privacy.style_noise if options.privacy else 0.0
+        styles = style_by_site(root, name, plans, configuration, sites=registry, noise_multiplier=noise)
+        for site in styles if noise else ():  # entered before the plans that hold them are written
+            Ledger(preprocessed.parent.parent / "fedharm").record(style_release(site, noise))
         sections[configuration] = _section(plans["configurations"][configuration], styles, options)
     for configuration, section in sections.items():
         plans = with_section(plans, section, (configuration,))

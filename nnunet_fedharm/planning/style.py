@@ -10,22 +10,35 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunet_fedharm.errors import DataError, PlanError
-from nnunet_fedharm.harmonizers.style import Style, volume_quantiles
+from nnunet_fedharm.harmonizers.style import FloatArray, Style, volume_quantiles
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.planner import require_configuration
 from nnunet_fedharm.planning.preprocess import UNLABELLED_SUFFIX
+from nnunet_fedharm.planning.private_style import private_style
+from nnunet_fedharm.privacy.noise import SecureNoise
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
 
 
-def site_style(root: NnunetRoot, dataset_name: str, plans: Mapping[str, Any], configuration: str) -> Style:
+def site_style(
+    root: NnunetRoot, dataset_name: str, plans: Mapping[str, Any], configuration: str, *, noise_multiplier: float = 0.0
+) -> Style:
     """Average over all preprocessed training cases of one site, labelled or not.
+
+    Args:
+        noise_multiplier: of `private_style`; 0: the exact average.
 
     Raises:
         PlanError: nothing is preprocessed for these plans.
         DataError: a preprocessed case cannot be read.
     """
     cases = preprocessed_cases(root, dataset_name, plans, configuration)
-    return _average(cases.items(), description=f"Measuring the style of site {root.path.name}")
+    patients = _patients(root.preprocessed / dataset_name / SITES_FILE)
+    return _average(
+        cases.items(),
+        patients,
+        description=f"Measuring the style of site {root.path.name}",
+        noise_multiplier=noise_multiplier,
+    )
 
 
 def style_by_site(
@@ -35,11 +48,13 @@ def style_by_site(
     configuration: str,
     *,
     sites: SitesFile | None = None,
+    noise_multiplier: float = 0.0,
 ) -> dict[str, Style]:
     """Central mode: the style of each site whose cases lie together in one preprocessed dataset.
 
     Args:
         sites: which case is whose; None reads `sites.json` in the preprocessed folder.
+        noise_multiplier: of `private_style`; 0: the exact average.
 
     Returns:
         Site -> style, in the order of sites.json; sites without a training case are left out.
@@ -57,7 +72,8 @@ def style_by_site(
     for site in registry.sites:
         own = [(case, folder) for case, folder in cases.items() if registry.cases[case] == site]
         if own:
-            styles[site] = _average(own, description=f"Measuring the style of site {site}")
+            text = f"Measuring the style of site {site}"
+            styles[site] = _average(own, registry.patients, description=text, noise_multiplier=noise_multiplier)
     return styles
 
 
@@ -87,20 +103,36 @@ def preprocessed_cases(
     return cases
 
 
-def _average(cases: Iterable[tuple[str, Path]], *, description: str) -> Style:
-    """Mean of the cases' quantile functions: the barycentre of their histograms, every case weighing the same."""
+def _patients(path: Path) -> dict[str, str]:
+    return SitesFile.load(path).patients if path.is_file() else {}
+
+
+def _average(
+    cases: Iterable[tuple[str, Path]], patients: Mapping[str, str], *, description: str, noise_multiplier: float
+) -> Style:
+    """Mean of the cases' quantile functions: the barycentre of their histograms, every case weighing the same.
+
+    With noise every patient weighs the same, whose own cases are averaged first.
+    """
+    measured = {case: _measure(case, folder) for case, folder in tqdm(list(cases), desc=description, leave=False)}
+    if noise_multiplier == 0:
+        quantiles, offsets = zip(*measured.values(), strict=True)
+        return Style(np.mean(quantiles, axis=0), np.mean(offsets, axis=0), len(measured))
+    members: dict[str, list[str]] = {}
+    for case in measured:
+        members.setdefault(patients.get(case, case), []).append(case)
+    means = [[np.mean([measured[case][i] for case in own], axis=0) for own in members.values()] for i in range(2)]
+    return private_style(np.stack(means[0]), np.stack(means[1]), noise_multiplier=noise_multiplier, noise=SecureNoise())
+
+
+def _measure(case: str, folder: Path) -> tuple[FloatArray, FloatArray]:
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-    quantiles, offsets = [], []
-    for case, folder in tqdm(list(cases), desc=description, leave=False):
-        try:
-            data, *_ = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)
-            image = np.asarray(data[:])
-        except (RuntimeError, OSError, ValueError) as error:
-            raise DataError(
-                f"The preprocessed case {case} in {folder} cannot be read ({error}). Delete the folder and preprocess again."
-            ) from error
-        values, offset = volume_quantiles(image)
-        quantiles.append(values)
-        offsets.append(offset)
-    return Style(np.mean(quantiles, axis=0), np.mean(offsets, axis=0), len(quantiles))
+    try:
+        data, *_ = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)
+        image = np.asarray(data[:])
+    except (RuntimeError, OSError, ValueError) as error:
+        raise DataError(
+            f"The preprocessed case {case} in {folder} cannot be read ({error}). Delete the folder and preprocess again."
+        ) from error
+    return volume_quantiles(image)

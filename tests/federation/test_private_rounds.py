@@ -62,9 +62,9 @@ def test_private_rounds_end_within_the_budget_and_send_no_metric(
             steps[site][release.what] += release.steps
         assert 0 < epsilon_of([release.noise for release in noisy], DELTA) <= 6.0
         open_ones = {release.what for release in releases if not release.bounded}
-        assert open_ones == {"facts: numbers of cases, labels, versions", "fingerprint summary", "style"}
+        assert open_ones == {"facts: numbers of cases, labels, versions", "fingerprint summary"}
     assert steps == {
-        "A": {"harmonizer training": 1, "segmenter training": 2},
-        "B": {"votes on polarity": 1, "segmenter training": 2},
-        "C": {"votes on polarity": 1},
+        "A": {"style of A": 1, "harmonizer training": 1, "segmenter training": 2},
+        "B": {"style of B": 1, "votes on polarity": 1, "segmenter training": 2},
+        "C": {"style of C": 1, "votes on polarity": 1},
     }
