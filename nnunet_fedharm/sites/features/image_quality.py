@@ -49,9 +49,9 @@ Values = npt.NDArray[np.float64]
 AIR_MARGIN = 2
 MIN_AIR_VOXELS = 64
 RIM_VOXELS = 3
-N4_GRID = 20
+N4_GRID = 16
 """N4 works on block means with at most so many voxels per axis: its field is smooth, and its time is not wasted on detail."""
-N4_ITERATIONS = (20, 20)
+N4_ITERATIONS = (50, 50)
 """Per fitting level; the control points double at each."""
 
 

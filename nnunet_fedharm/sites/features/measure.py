@@ -20,6 +20,8 @@ from nnunet_fedharm.sites.features.regions import Image, Mask, body_mask, boundi
 from nnunet_fedharm.sites.features.table import IMAGE, SCALES
 
 ZSCORE, RAW = SCALES
+NEIGHBOURHOOD_VOXELS = 5
+"""Kept around a region: resampling at its border needs the voxels outside."""
 MASKED_BELOW = 0.75
 """nnU-Net z-scores over the nonzero voxels alone where its crop to them keeps less of the volume (there: of the median case)."""
 
@@ -103,7 +105,7 @@ def _region(name: str, mask: Mask, spacing_mm: Sequence[float], options: Feature
         raise DataError(f"Region {name} is empty in this case.")
     if count < options.min_voxels:
         raise DataError(f"Region {name} has {count} voxels, fewer than {options.min_voxels}, which texture needs.")
-    box = bounding_box(mask)
+    box = bounding_box(mask, margin=1)  # a region of one slice stays in 3d
     # The body's shape is that of the field of view, which is no control for anatomy.
     shape = {} if name == IMAGE else shape_features(mask[box], spacing_mm)
     return Region(mask, central_part(mask, options.max_voxels), shape)
@@ -118,7 +120,7 @@ def _radiomics(
     options: FeatureOptions,
 ) -> dict[str, dict[str, float]]:
     """Scale -> features. Texture is measured once: z-scoring is linear, so it moves no voxel to another grey level."""
-    box = bounding_box(region.mask)
+    box = bounding_box(region.mask, margin=NEIGHBOURHOOD_VOXELS)
     values, mask, part = np.asarray(image[box], dtype=np.float64), region.mask[box], region.texture[box]
     if np.ptp(values[mask]) == 0 or np.ptp(values[part]) == 0:
         raise DataError("every voxel has the same value, so there is nothing to measure.")

@@ -11,7 +11,7 @@ from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.sites.features.radiomics import BIN_COUNT, FEATURE_CLASSES, MAX_SURFACE_VOXELS
 from nnunet_fedharm.sites.features.table import SCALES
 
-DEFINITIONS = 1
+DEFINITIONS = 2
 """Raised whenever a feature's definition in this package changes, so that cached numbers are measured again."""
 PACKAGES = ("pyradiomics", "SimpleITK", "numpy", "scipy", "scikit-image")
 
