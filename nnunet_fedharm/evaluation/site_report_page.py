@@ -11,7 +11,7 @@ from string import Template
 
 from nnunet_fedharm.differences.findings import Estimate, Findings
 from nnunet_fedharm.evaluation.site_charts import marker_icon
-from nnunet_fedharm.evaluation.site_report_html import Html, figure, figures, paragraphs, table, text
+from nnunet_fedharm.evaluation.site_report_html import Html, feature_name, figure, figures, paragraphs, table, text
 from nnunet_fedharm.evaluation.site_report_parts import (
     Variants,
     anchor_of,
@@ -56,6 +56,7 @@ def render_site_report(findings: Findings, *, sentences: Sequence[str], slices: 
     return Template(_PAGE).substitute(
         style=SITE_STYLE,
         title=escape(f"How different are the sites of {findings.dataset}?"),
+        heading=Html(f"How different are the sites of {feature_name(findings.dataset)}?"),
         lead=escape(_lead(findings)),
         answer=_answer(sentences),
         first=_first_screen(findings, variants, sites, slices[:1]),
@@ -253,7 +254,7 @@ _TYPICAL = (
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title><style>$style</style></head><body><main>
-<header><h1>$title</h1><p class="lead">$lead</p><div class="answer">$answer</div></header>
+<header><h1>$heading</h1><p class="lead">$lead</p><div class="answer">$answer</div></header>
 $first
 $families
 $scanners

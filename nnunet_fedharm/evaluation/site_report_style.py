@@ -74,7 +74,8 @@ details.part{background:var(--card);border:1px solid var(--line);border-radius:1
 details.part>summary{padding:12px 18px;line-height:1.4}
 details.part>summary small{color:var(--muted);display:block;margin-left:18px}
 details.part>.inside{padding:0 18px 18px}
-.toc{font-size:14px}.toc a{color:var(--c2)}.classifier .said{font-size:14px}.classifier .said p{margin:6px 0 0}
+.toc{font-size:14px}.toc tbody th{white-space:normal;min-width:150px;font-weight:500}
+.toc a{color:var(--c2)}.classifier .said{font-size:14px}.classifier .said p{margin:6px 0 0}
 a{color:var(--c2)}
 @media (max-width:820px){.first{grid-template-columns:minmax(0,1fr)}}
 @media (max-width:620px){main{padding:14px 10px 40px}section{padding:14px}h1{font-size:23px}.answer{font-size:17.5px}
