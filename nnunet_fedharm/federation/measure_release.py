@@ -17,12 +17,12 @@ from nnunet_fedharm.federation.durable import read_json, write_bytes, write_json
 from nnunet_fedharm.federation.entries import digest_of
 from nnunet_fedharm.federation.measure_home import report_folder
 from nnunet_fedharm.federation.measure_messages import send
-from nnunet_fedharm.federation.measure_noise import Noiser, Protection, sensitivity_of
+from nnunet_fedharm.federation.measure_noise import SHARES, Noiser, Protection, sensitivity_of
 from nnunet_fedharm.federation.messages import Schema, Unpacked, json_hash, reply
 from nnunet_fedharm.federation.secure_home import ONE, Offer, offer
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.privacy.ledger import Ledger
-from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, Release
+from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, Budget, Release
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -48,15 +48,26 @@ class Outgoing:
         """For a request.
 
         Raises:
-            DataError: the site asks for more noise than the run brings.
+            DataError: the site sends nothing without noise, and the run has none.
         """
         plan = Protection.from_dict(request.values["protection"])
-        if site.max_epsilon and not (plan.on and plan.epsilon <= site.max_epsilon):
-            given = f"epsilon {plan.epsilon:g}" if plan.on else "no noise"
+        if site.max_epsilon and not plan.on:
             raise DataError(
-                f"Site {site.name} sends its report with an epsilon of at most {site.max_epsilon:g}; this run has {given}."
+                f"Site {site.name} sends its report with noise only, epsilon at most {site.max_epsilon:g}; this run has none."
             )
         return cls(site, request.values["run_id"], _question(request), plan, Noiser(plan))
+
+    def refuse_beyond_budget(self) -> None:
+        """Refuse a run that would cost the site's patients more than `max_epsilon`, with all that was released before.
+
+        Raises:
+            PrivacyError: it would, or the ledger is damaged.
+        """
+        ledger = Ledger(self.site.folder)
+        begun = any(entry.run_id == self.run_id for entry in ledger.releases())
+        if self.site.max_epsilon and not begun:
+            budget = Budget(self.site.max_epsilon, self.plan.delta, allow_unbounded=True)
+            ledger.refuse_beyond(budget, [self._entry(step) for step in SHARES])
 
     def noised(self, step: str, features: Sequence[int], arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """The arrays of one message with the noise of its step.
@@ -90,12 +101,7 @@ class Outgoing:
         """
         if self.plan.on:
             values, arrays = self._first_answer(step, values, arrays)
-        entry = Release(
-            what=f"site report, {step}",
-            mechanism=GAUSSIAN if self.plan.on else NONE,
-            noise_multiplier=self.plan.multiplier(step),
-            run_id=self.run_id,
-        )
+        entry = self._entry(step)
         if self.plan.sums and arrays is not None:
             whole = {name: np.asarray(value, dtype=np.float64) for name, value in arrays.items()}
             digest = hashlib.sha256(b"".join(value.tobytes() for value in whole.values())).hexdigest()
@@ -105,6 +111,14 @@ class Outgoing:
         content = reply(schema, values, None if arrays is None else send(arrays))
         Ledger(self.site.folder).record(replace(entry, digest=digest_of(content)))
         return content
+
+    def _entry(self, step: str) -> Release:
+        return Release(
+            what=f"site report, {step}",
+            mechanism=GAUSSIAN if self.plan.on else NONE,
+            noise_multiplier=self.plan.multiplier(step) if self.plan.on else 0.0,
+            run_id=self.run_id,
+        )
 
     def _first_answer(
         self, step: str, values: Mapping[str, Any], arrays: Arrays | None

@@ -60,13 +60,16 @@ def measure(site: Site, request: Unpacked) -> RecordDict:
     """Measure every case (or take it from the cache), keep the table, and say what there is."""
     values = request.values
     out = Outgoing.of(site, request)
+    out.refuse_beyond_budget()
     raw = site.raw_dataset(values["dataset"])
     home = own_table(site, raw, values["options"], report_folder(site, values["run_id"]))
     found = [(part, load_records(home.table, part)) for part in parts_of(home.table, values["options"])]
-    kept = [(part, records) for part, records in found if enough_patients(site, records, values["options"])]
-    if not kept:
+    good = [enough_patients(site, records, values["options"]) for _, records in found]
+    if not any(good):
         least = max(site.min_patients, int(values["options"]["min_patients"]))
         raise DataError(f"Site {site.name} has fewer patients than the {least} that it takes to send anything.")
+    # With noise a part's size is not judged: whether it is named would tell of single patients.
+    kept = [one for one, enough in zip(found, good, strict=True) if enough or out.plan.on]
     patients = np.array([len(records.patients) for _, records in kept], dtype=np.float64)
     noisy = out.noised("numbers", [len(part.names) for part, _ in kept], {"n": patients})["n"]
     numbers: dict[str, Any] = {} if out.plan.sums else {"patients": [round(float(count), 2) for count in noisy]}
@@ -175,9 +178,9 @@ def _asked(site: Site, request: Unpacked) -> tuple[Outgoing, list[Part], Arrays,
     given = messages.receive(request.weights, None, source="the server")
     table = table_of_run(report_folder(site, values["run_id"]))
     records = [load_records(table, part) for part in parts]
-    few = [enough_patients(site, own, {}) for own in records]
+    enough = [out.plan.on or enough_patients(site, own, {}) for own in records]
     # A part that this site did not offer stays empty, whatever the server asks.
-    return out, parts, given, [own if good else own.none() for own, good in zip(records, few, strict=True)]
+    return out, parts, given, [own if good else own.none() for own, good in zip(records, enough, strict=True)]
 
 
 def _given(given: Mapping[str, npt.NDArray[Any]], index: int, what: str, *, rows: int) -> npt.NDArray[np.float64]:

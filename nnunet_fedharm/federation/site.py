@@ -29,7 +29,8 @@ class Site:
         device: where it trains.
         num_processes: for fingerprints, preprocessing and features.
         min_patients: the site report sends nothing about fewer patients.
-        max_epsilon: the site report sends nothing without noise, or with a larger epsilon; 0 for no such limit.
+        max_epsilon: the site report sends nothing without noise, nor beyond this together with all noised releases in the
+            ledger; 0 for no such limit.
     """
 
     name: str

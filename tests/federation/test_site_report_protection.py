@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,12 +169,30 @@ def test_the_same_question_gets_the_same_noise_and_another_one_no_answer(
     assert "answers nothing else" in str(answer.content.config_records["config"]["text"])
 
 
-@pytest.mark.parametrize(("epsilon", "words"), [(0.0, "no noise"), (4.0, "epsilon 4")])
-def test_a_site_may_insist_on_noise(root: Path, tables: dict[str, FeatureTable], epsilon: float, words: str) -> None:
-    config = report_config(root, epsilon=epsilon, bins=8)
+@pytest.mark.parametrize(
+    ("epsilon", "words"),
+    [(0.0, "with noise only, epsilon at most 2"), (4.0, "The budget is epsilon 2 .*this run alone needs 4")],
+)
+def test_a_site_may_insist_on_noise(
+    root: Path, tables: dict[str, FeatureTable], tmp_path: Path, epsilon: float, words: str
+) -> None:
+    shutil.copytree(root, tmp_path / "fresh", ignore=shutil.ignore_patterns("fedharm"))
+    config = report_config(tmp_path / "fresh", epsilon=epsilon, bins=8)
     clients = {**report_sites(config, 3), 101: report_sites(config, 3, **{"max-epsilon": 2.0})[101]}
     findings, _ = report(config, clients)
-    assert f"an epsilon of at most 2; this run has {words}" in findings.settings["left_out"]["B"]
+    assert re.search(words, findings.settings["left_out"]["B"])
+
+
+def test_two_reports_within_a_sites_limit_are_not_both_answered(
+    root: Path, tables: dict[str, FeatureTable], tmp_path: Path
+) -> None:
+    shutil.copytree(root, tmp_path / "fresh", ignore=shutil.ignore_patterns("fedharm"))
+    config = report_config(tmp_path / "fresh", epsilon=1.5, bins=8)
+    clients = {**report_sites(config, 3), 101: report_sites(config, 3, **{"max-epsilon": 2.0})[101]}
+    first, _ = report(config, clients)
+    second, _ = report(config, clients)
+    assert first.settings["left_out"] == {}
+    assert "1.5 is spent" in second.settings["left_out"]["B"]
 
 
 def test_secure_sums_find_the_same_effects_and_no_single_site(root: Path, tables: dict[str, FeatureTable]) -> None:
