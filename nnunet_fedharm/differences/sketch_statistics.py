@@ -25,7 +25,6 @@ import numpy.typing as npt
 from scipy.stats import chi2
 
 from nnunet_fedharm.differences.sketch import TRIM, Counts, Edges, quantile
-from nnunet_fedharm.errors import DataError
 
 Numbers = npt.NDArray[np.float64]
 
@@ -151,34 +150,6 @@ def tie_correction(pooled: Counts) -> Numbers:
 
 def _over(numerator: Numbers, denominator: Numbers) -> Numbers:
     return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=np.asarray(denominator) > 0)
-
-
-def effect_intervals(counts: Counts, *, replicates: int, generator: np.random.Generator) -> Numbers:
-    """95% intervals of eta squared, (F, 2): every site's cases are drawn again from its histogram.
-
-    That is the bootstrap of cases (percentiles), exactly, because a statistic of counts needs no more than counts.
-
-    Args:
-        counts: (K, F, cells), no negative ones.
-        replicates: at least 20.
-
-    Raises:
-        DataError: too few replicates.
-    """
-    if replicates < 20:
-        raise DataError(f"A bootstrap interval needs at least 20 replicates, got {replicates}.")
-    counts = np.asarray(counts, dtype=np.float64)
-    sizes = np.rint(counts.sum(-1)).astype(np.int64)
-    found = np.empty((replicates, counts.shape[1]))
-    shares = _over(counts, counts.sum(-1, keepdims=True) + np.zeros_like(counts))
-    shares[..., 0] += sizes == 0  # any distribution does for nobody
-    for replicate in range(replicates):
-        found[replicate] = kruskal_wallis(generator.multinomial(sizes, shares).astype(np.float64)).effect
-    usable = np.isfinite(found).all(0)
-    intervals = np.full((counts.shape[1], 2), np.nan)
-    if usable.any():
-        intervals[usable] = np.percentile(found[:, usable], [2.5, 97.5], axis=0).T
-    return intervals
 
 
 def distribution(counts: Counts) -> Numbers:

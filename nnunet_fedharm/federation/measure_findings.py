@@ -23,9 +23,10 @@ from nnunet_fedharm.differences.findings import (
 )
 from nnunet_fedharm.differences.options import SIGNIFICANT, digest
 from nnunet_fedharm.differences.panel import judged
-from nnunet_fedharm.differences.ranks import false_discovery, median_over
+from nnunet_fedharm.differences.ranks import centred_interval, false_discovery, median_over
 from nnunet_fedharm.differences.site_classifier import DISCRIMINANT, top_features
 from nnunet_fedharm.differences.sketch import quantile
+from nnunet_fedharm.differences.sketch_bootstrap import Draws, bootstrap, copula_of
 from nnunet_fedharm.differences.sketch_classifier import (
     accuracy_interval,
     balanced_accuracy,
@@ -37,7 +38,6 @@ from nnunet_fedharm.differences.sketch_statistics import (
     RankTest,
     cut_of,
     display_histogram,
-    effect_intervals,
     kruskal_wallis,
     ks_bounds,
     noisy_rank_test,
@@ -84,11 +84,12 @@ def _part(state: PartState, steps: Steps) -> tuple[PartFinding, PartBounds]:
     purpose = "/".join(state.part.key)
     test = _rank_test(state, steps, purpose)
     q = false_discovery(test.p)
-    intervals = _intervals(counts, steps, purpose)
+    draws = _draws(state, counts, steps, purpose)
+    effects = np.zeros((0, len(names))) if draws is None else draws.effect
     features = [
-        _feature(state, counts, sites, index, test, float(q[index]), intervals[index]) for index in range(len(names))
+        _feature(state, counts, sites, index, test, float(q[index]), effects[:, index]) for index in range(len(names))
     ]
-    pairs, ks, distance = _pairs(state, counts, sites)
+    pairs, ks, distance = _pairs(state, counts, sites, draws)
     families = np.array([family_of(name) for name in names])
     finding = PartFinding(
         channel=state.part.channel,
@@ -96,7 +97,11 @@ def _part(state: PartState, steps: Steps) -> tuple[PartFinding, PartBounds]:
         scale=state.part.scale,
         n={site: round(state.patients[site]) for site in sites},
         families={
-            str(family): Estimate(_number(median_over(test.effect[families == family])))
+            str(family): centred_interval(
+                float(median_over(test.effect[families == family])),
+                median_over(effects[:, families == family]),
+                most=1.0,
+            )
             for family in dict.fromkeys(families.tolist())
         },
         share_significant={
@@ -135,16 +140,23 @@ def _rank_test(state: PartState, steps: Steps, purpose: str) -> RankTest:
     )
 
 
-def _intervals(counts: Array, steps: Steps, purpose: str) -> Array:
+def _draws(state: PartState, counts: Array, steps: Steps, purpose: str) -> Draws | None:
     if steps.config.bootstrap == 0 or steps.plan.on or steps.plan.sums:
-        return np.full((counts.shape[1], 2), np.nan)
-    return effect_intervals(
-        counts, replicates=steps.config.bootstrap, generator=_generator(steps, purpose, "intervals")
+        return None
+    copulas = [
+        copula_of(own, state.moments.get(site), state.joint) for site, own in zip(state.counts, counts, strict=True)
+    ]
+    return bootstrap(
+        copulas,
+        state.edges,
+        cut_of(counts.sum(0), state.edges),
+        replicates=steps.config.bootstrap,
+        generator=_generator(steps, purpose, "intervals"),
     )
 
 
 def _feature(
-    state: PartState, counts: Array, sites: list[str], index: int, test: RankTest, q: float, interval: Array
+    state: PartState, counts: Array, sites: list[str], index: int, test: RankTest, q: float, draws: Array
 ) -> FeatureFinding:
     own, edges = counts[:, index], state.edges[index]
     present = [row for row in range(len(sites)) if own[row].sum() > 0.5]
@@ -155,7 +167,7 @@ def _feature(
         family=family_of(state.part.names[index]),
         p=_number(test.p[index]),
         q=_number(q),
-        effect=Estimate(_number(test.effect[index]), _number(interval[0]), _number(interval[1])),
+        effect=centred_interval(float(test.effect[index]), draws, most=1.0),
         medians={sites[row]: float(quantile(whole[row][None], edges[None], 0.5)[0]) for row in present},
         n=round(float(own.sum())),
         edges=plain.tolist(),
@@ -163,23 +175,31 @@ def _feature(
     )
 
 
-def _pairs(state: PartState, counts: Array, sites: list[str]) -> tuple[list[PairFinding], Array, Array]:
+def _pairs(
+    state: PartState, counts: Array, sites: list[str], draws: Draws | None
+) -> tuple[list[PairFinding], Array, Array]:
     """Findings of each two sites, and the largest error of both distances over the features."""
     names = state.part.names
     counted, families = judged(names), np.array([family_of(name) for name in names])
     cut = cut_of(counts.sum(0), state.edges)
     pairs, ks_error, distance_error = [], np.zeros(len(names)), np.zeros(len(names))
-    for first, second in combinations(range(len(sites)), 2):
+    nothing = np.zeros((0, len(names)))
+    for index, (first, second) in enumerate(combinations(range(len(sites)), 2)):
         ks, highest = ks_bounds(counts[first], counts[second])
         distance, error = wasserstein(counts[first], counts[second], state.edges, cut)
         ks = np.where(np.isfinite(distance), ks, np.nan)
-        ks_error, distance_error = np.maximum(ks_error, highest - np.nan_to_num(ks)), np.fmax(distance_error, error)
+        ks_error, distance_error = np.fmax(ks_error, highest - ks), np.fmax(distance_error, error)
+        drawn = (nothing, nothing) if draws is None else (draws.ks[index], draws.wasserstein[index])
         pairs.append(
             PairFinding(
                 first=sites[first],
                 second=sites[second],
-                ks=Estimate(_number(median_over(ks[counted]))),
-                wasserstein=Estimate(_number(median_over(distance[counted]))),
+                ks=centred_interval(
+                    float(median_over(ks[counted])), median_over(drawn[0][:, counted]), least=0.0, most=1.0
+                ),
+                wasserstein=centred_interval(
+                    float(median_over(distance[counted])), median_over(drawn[1][:, counted]), least=0.0
+                ),
                 by_family={
                     str(family): float(middle)
                     for family in dict.fromkeys(families.tolist())

@@ -15,7 +15,6 @@ from nnunet_fedharm.differences import sketch
 from nnunet_fedharm.differences.sketch_statistics import (
     cut_of,
     display_histogram,
-    effect_intervals,
     kruskal_wallis,
     ks_bounds,
     rank_test_from_sums,
@@ -23,7 +22,7 @@ from nnunet_fedharm.differences.sketch_statistics import (
     tie_correction,
     wasserstein,
 )
-from nnunet_fedharm.errors import DataError, ShapeError
+from nnunet_fedharm.errors import ShapeError
 
 Table = npt.NDArray[np.float64]
 
@@ -180,18 +179,6 @@ def test_values_are_cut_where_the_pooled_ones_would_be() -> None:
     pooled = np.clip(np.concatenate(tables), cut.low, cut.high)
     np.testing.assert_allclose(cut.unit[:-1], pooled.std(0)[:-1], rtol=0.02)
     assert cut.unit[-1] == 0
-
-
-def test_intervals_of_effects_hold_the_estimate_and_repeat() -> None:
-    counts, _ = final_counts(sites())
-    first = effect_intervals(counts, replicates=60, generator=np.random.default_rng(5))
-    again = effect_intervals(counts, replicates=60, generator=np.random.default_rng(5))
-    np.testing.assert_array_equal(first, again)
-    effect = kruskal_wallis(counts).effect
-    assert ((first[:-1, 0] < effect[:-1]) & (effect[:-1] < first[:-1, 1])).all()
-    assert np.isnan(first[-1]).all()
-    with pytest.raises(DataError, match="at least 20"):
-        effect_intervals(counts, replicates=5, generator=np.random.default_rng(0))
 
 
 def test_a_picture_of_a_histogram_keeps_every_case() -> None:
