@@ -1,4 +1,4 @@
-"""Intervals without cases: patients are drawn anew from what a site sent, a histogram of each feature and correlations between them.
+"""Intervals without cases: patients are drawn anew from what a site sent, histograms of features and correlations between them.
 
 A site's patients are drawn from a Gaussian copula: normal vectors with the site's correlations, each feature then placed in the
 cell of its histogram that holds the same share. For one feature alone this is the bootstrap of patients, exactly, since a
