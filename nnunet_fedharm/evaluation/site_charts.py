@@ -27,10 +27,12 @@ def site_class(index: int) -> str:
 
 
 def marker(index: int, x: float, y: float, radius: float = 5.0) -> str:
-    """The mark of the site at this place: disc, square, triangle, diamond, ..., as one SVG path."""
+    """The mark of the site at this place: disc, square, triangle, diamond, ..."""
     shape = _SHAPES[(index + index // SITE_STYLES) % len(_SHAPES)]
-    points = " L".join(f"{x + radius * dx:.1f},{y + radius * dy:.1f}" for dx, dy in shape)
-    return f'<path d="M{points}Z" class="mark {site_class(index)}"/>'
+    if not shape:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="mark {site_class(index)}"/>'
+    points = " ".join(f"{x + radius * dx:.1f},{y + radius * dy:.1f}" for dx, dy in shape)
+    return f'<polygon points="{points}" class="mark {site_class(index)}"/>'
 
 
 def marker_icon(index: int) -> str:
@@ -282,7 +284,7 @@ def _star(arms: int, inner: float, start: float = -90.0) -> list[tuple[float, fl
 
 
 _SHAPES: tuple[list[tuple[float, float]], ...] = (
-    _polygon(24),
+    [],  # a disc
     _polygon(4, -45),
     _polygon(3),
     _star(4, 0.35),
