@@ -15,6 +15,7 @@ References:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -125,8 +126,14 @@ def _execute(
     except (ValueError, IndexError, RuntimeError) as error:
         raise DataError(f"pyradiomics cannot use a region of {int(region.sum())} voxels: {error}") from error
     return {
-        name.removeprefix("original_"): float(value) for name, value in found.items() if name.startswith("original")
+        name.removeprefix("original_"): _real(value) for name, value in found.items() if name.startswith("original")
     }
+
+
+def _real(value: Any) -> float:
+    """A real number; NaN for roots of negative numbers, which pyradiomics takes of regions without extent along an axis."""
+    number = complex(value)
+    return number.real if abs(number.imag) <= 1e-6 * abs(number.real) else math.nan
 
 
 @cache
