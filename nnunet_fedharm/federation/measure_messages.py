@@ -109,7 +109,7 @@ class Part:
 
 def parts_to_dict(parts: Sequence[Part]) -> dict[str, Any]:
     """JSON form."""
-    return {"parts": [asdict(part) for part in parts]}
+    return {"parts": [{**asdict(part), "names": list(part.names)} for part in parts]}
 
 
 def parts_from_dict(data: Mapping[str, Any], *, source: str) -> list[Part]:
