@@ -15,7 +15,7 @@ from typing import Any, cast
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.secure_checks import MODES, check_secure
 from nnunet_fedharm.federation.strategy import STRATEGIES
-from nnunet_fedharm.federation.strategy_checks import LOCAL_GROUPS, check_strategy
+from nnunet_fedharm.federation.strategy_checks import LOCAL_GROUPS, check_strategy, strategy_warnings
 from nnunet_fedharm.harmonizers import KINDS, LEARNED, check_options
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule
 from nnunet_fedharm.privacy.options import PrivacyOptions
@@ -299,4 +299,4 @@ def warnings_of(config: FederateConfig) -> list[str]:
         )
     if config.device != "cpu" and config.parallel_sites > 1:
         found.append(f"{config.parallel_sites} sites share the device {config.device} at the same time.")
-    return found
+    return found + strategy_warnings(config)

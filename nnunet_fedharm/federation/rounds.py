@@ -25,12 +25,12 @@ from nnunet_fedharm.federation.messages import (
     FINISH_REPLY,
     STORE_PLANS,
     STORE_PLANS_REPLY,
-    TRAIN,
     json_hash,
     pack,
     unpack_reply,
 )
 from nnunet_fedharm.federation.ownership import Ownership
+from nnunet_fedharm.federation.requests import common_values, scaffolds, train_request
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.secure_checks import secures
 from nnunet_fedharm.federation.secure_rounds import SecureRound
@@ -197,38 +197,10 @@ class RoundLoop:
             time.sleep(1.0)
 
     def _train_request(self, phase: str, number: int, state: ServerState, record: ArrayRecord) -> RecordDict:
-        epochs = self.config.local_epochs
-        values = self._common(state) | {
-            "phase": phase,
-            "round": number,
-            "first_epoch": number * epochs,
-            "epochs": epochs,
-        }
-        values |= {
-            "fp16": self.config.fp16,
-            "proximal_mu": self.config.proximal_mu,
-            "scaffold": self._scaffold(phase),
-            "counted": state.memory.numbers.get("counted", {}) if self._scaffold(phase) else {},
-        }
-        return pack(TRAIN, values, record)
-
-    def _scaffold(self, phase: str) -> bool:
-        return self.config.strategy == "scaffold" and phase == "segmenter"
+        return train_request(self.config, state, self.trainer_name, phase, number, record)
 
     def _controlled(self, phase: str, part: Weights) -> Weights:
-        return controlled(self.ownership[phase], part) if self._scaffold(phase) else {}
-
-    def _common(self, state: ServerState) -> dict[str, Any]:
-        return {
-            "run_id": state.run_id,
-            "dataset_name": state.dataset_name,
-            "configuration": self.config.configuration,
-            "fold": self.config.fold,
-            "trainer_name": self.trainer_name,
-            "plans_hash": json_hash(state.plans),
-            "seed": self.config.seed,
-            "local_groups": ",".join(self.config.own_groups),
-        }
+        return controlled(self.ownership[phase], part) if scaffolds(self.config, phase) else {}
 
     def _train(
         self,
@@ -297,7 +269,7 @@ class RoundLoop:
         sites = [site for site in self.roster.nodes if site not in state.finished_sites]
         epoch = max(0, state.rounds_done["segmenter"] * self.config.local_epochs - 1)
         shared = self.ownership["segmenter"].shared(weights)
-        request = pack(FINISH, self._common(state) | {"epoch": epoch}, encode(shared))
+        request = pack(FINISH, common_values(self.config, state, self.trainer_name) | {"epoch": epoch}, encode(shared))
 
         def accept(site: str, content: RecordDict) -> None:
             unpack_reply(FINISH_REPLY, content, source=site)

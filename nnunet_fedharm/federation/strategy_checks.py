@@ -78,6 +78,21 @@ def check_sites(config: FederateConfig, facts: Sequence[SiteFacts]) -> None:
         )
 
 
+def strategy_warnings(config: FederateConfig) -> list[str]:
+    """What of the strategy is allowed but may surprise; one sentence each."""
+    found = []
+    if config.own_groups:
+        found.append(
+            f"Each site keeps its own {' and '.join(config.own_groups)}: the server's own model stays untrained there, and a "
+            "hospital that takes no part gets none."
+        )
+    if config.strategy in ("median", "trimmed-mean") and config.weighting == "cases":
+        found.append(
+            f"The strategy {config.strategy} counts all sites alike: weighting cases does not reach the weights."
+        )
+    return found
+
+
 def _check_ranges(config: FederateConfig) -> None:
     below_one = ("server_momentum", "server_beta1", "server_beta2", "server_ema")
     for name in below_one:

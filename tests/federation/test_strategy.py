@@ -12,7 +12,7 @@ import pytest
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import SiteUpdate
 from nnunet_fedharm.federation.codec import Weights
-from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.config import FederateConfig, warnings_of
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.robust import coordinate_median
 from nnunet_fedharm.federation.server_steps import momentum_step
@@ -98,6 +98,12 @@ def played(strategy: Strategy, memory: Memory | None = None, number: int = 0, **
 def test_what_cannot_work_is_refused_before_anything_starts(values: dict[str, Any], words: str) -> None:
     with pytest.raises(FederationError, match=words):
         FederateConfig(**values)
+
+
+def test_what_may_surprise_is_a_warning() -> None:
+    assert warnings_of(FederateConfig(strategy="median", sites="A,B,C")) == []
+    assert "counts all sites alike" in warnings_of(FederateConfig(strategy="median", weighting="cases"))[0]
+    assert "own heads and norm: the server's own model" in warnings_of(FederateConfig(local_groups="norm,heads"))[0]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
