@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 OWN_OPTIONS = ("min_patients", "epsilon", "delta", "secure_sums", "parallel_sites")
 """Fields of SiteReportConfig that have an option here; more are told through `flwr run`."""
+LISTS = {
+    "scales": "intensity scales (z-score, raw)",
+    "regions": "regions (foreground, image, 'label NAME')",
+    "features": "features or families (intensity, texture, shape, quality)",
+}
+"""Further ones, which are lists; noise grows with the number of what is sent."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--secure-sums", action="store_true", default=None, help="the server learns only sums over all sites"
     )
+    for name, what in LISTS.items():
+        group.add_argument(f"--{name}", nargs="+", metavar="NAME", help=f"{what} that the sites send (default: all)")
     group.add_argument("--parallel-sites", type=int, metavar="N", help="sites that measure at the same time")
     group.add_argument(
         "--findings", type=Path, metavar="REPORT_JSON", help="only make the page of a report.json, federated or pooled"
@@ -44,6 +52,7 @@ def federated_findings(args: argparse.Namespace) -> tuple[Findings, Path]:
     if args.model:
         raise DataError("--model needs the images in one place; leave out --root or --model.")
     options: dict[str, Any] = {name: getattr(args, name) for name in OWN_OPTIONS if getattr(args, name) is not None}
+    options |= {name: ",".join(getattr(args, name)) for name in LISTS if getattr(args, name)}
     if args.bootstrap is not None:
         options["bootstrap"] = args.bootstrap
     if args.permutations is not None:

@@ -52,6 +52,7 @@ class SiteReportConfig:
     image_region: bool = _option(False, "measure the whole image too, not only the labels and the foreground")
     scales: str = _option(",".join(SCALES), "intensity scales, comma separated: " + ", ".join(SCALES))
     channels: str = _option("", "channels to measure, comma separated; default all")
+    regions: str = _option("", "regions that the sites may send, comma separated: foreground, image, label NAME")
     features: str = _option(
         "", "features that the sites may send, comma separated names or families (intensity, texture, shape, quality)"
     )

@@ -121,10 +121,11 @@ def table_of_run(folder: Path) -> FeatureTable:
 
 
 def parts_of(table: FeatureTable, options: Mapping[str, Any]) -> list[Part]:
-    """Parts of the table with the features that were asked for."""
-    wanted = set(options["features"])
-    names = tuple(name for name in table.names if not wanted or name in wanted or family_of(name) in wanted)
-    return [Part(*key, names[:MOST_FEATURES]) for key in sorted(table.parts)][:MOST_PARTS] if names else []
+    """Parts of the table with the regions and features that were asked for; all where none are named."""
+    regions, features = set(options["regions"]), set(options["features"])
+    names = tuple(name for name in table.names if not features or name in features or family_of(name) in features)
+    keys = [key for key in sorted(table.parts) if not regions or key[1] in regions]
+    return [Part(*key, names[:MOST_FEATURES]) for key in keys][:MOST_PARTS] if names else []
 
 
 def load_records(table: FeatureTable, part: Part) -> Records:

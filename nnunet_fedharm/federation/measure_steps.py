@@ -74,6 +74,7 @@ class Steps:
             "image_region": config.image_region or any(one["unlabelled"] for one in self.sites.descriptions.values()),
             "scales": config.list_of("scales"),
             "channels": config.list_of("channels"),
+            "regions": config.list_of("regions"),
             "features": config.list_of("features"),
             "min_patients": config.min_patients,
         }

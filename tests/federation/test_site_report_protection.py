@@ -136,6 +136,16 @@ def test_much_epsilon_finds_the_differences_and_little_finds_none(root: Path, ta
     assert min(one.q for part in weak.variants[0].parts for one in part.features if one.q is not None) > 0.05
 
 
+def test_few_features_of_one_region_carry_less_noise(root: Path, tables: dict[str, FeatureTable]) -> None:
+    names = "firstorder_Mean,quality"
+    findings, _ = report(report_config(root, epsilon=5.0, bins=8, regions="foreground", features=names))
+    (part,) = findings.variants[0].parts
+    assert part.region == "foreground"
+    assert {feature.name for feature in part.features} == {"firstorder_Mean", "quality_noise", "quality_spacing"}
+    few = findings.settings["noise"]["sigma"]["histograms"]
+    assert few == pytest.approx(Protection(epsilon=5.0).sigma("histograms", math.sqrt(3)))
+
+
 def test_noise_alone_is_not_called_a_difference() -> None:
     generator = np.random.default_rng(0)
     counts = generator.multinomial(40, np.full(18, 1 / 18), size=(3, 200)) + generator.normal(0, 6, size=(3, 200, 18))
