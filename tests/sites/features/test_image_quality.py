@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,3 +131,10 @@ def test_values_below_zero_are_counted_from_the_smallest() -> None:
 def test_entropy_focus_is_zero_for_one_voxel_and_one_for_a_flat_image() -> None:
     assert entropy_focus(np.eye(1, 100)) == pytest.approx(0)
     assert entropy_focus(np.ones((10, 10))) == pytest.approx(1)
+
+
+def test_every_feature_is_defined_in_the_documentation() -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "reference" / "site-features.md"
+    defined = set(re.findall(r"`([a-z_*]+)`", page.read_text()))
+    names = {re.sub("_[zyx]_mm$", "_*_mm", name.removeprefix("quality_")) for name in quality(noisy(3.0))}
+    assert names <= defined
