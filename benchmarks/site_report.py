@@ -1,10 +1,12 @@
 """The site report of a federation beside the one on pooled features: how far apart are the numbers, and what was sent.
 
     nnunet-fedharm sites split -d 910 -o ROOT --held-out-fraction 0
-    PYTHONPATH=. python benchmarks/site_report.py --root ROOT -d 910 --epsilon 10 100 --output page.md
+    PYTHONPATH=. python benchmarks/site_report.py --root ROOT -d 910 --secure-sums --epsilon 10 --epsilon-few 1 3 10 \\
+        --output page.md
 
-Runs `flwr run` (simulation) once in the open, once with secure sums and once for each epsilon, then the pooled statistics on the very
-same features, which every site has kept. Writes Markdown tables. Features are measured once and cached at the sites.
+Runs `flwr run` (simulation) once in the open, with `--secure-sums` once so, and once for each epsilon on all features or on
+FEW, and the pooled statistics on the very same features, which every site has kept. Writes Markdown tables. Features are
+measured once and cached at the sites.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +29,17 @@ from nnunet_fedharm.sites.features.table import FeatureTable
 from nnunet_fedharm.sites.features.table_files import read_table
 
 DISCRIMINANT = "linear discriminant on features"
+FEW = (
+    "firstorder_Skewness",
+    "firstorder_Entropy",
+    "firstorder_10Percentile",
+    "glcm_Contrast",
+    "glcm_Correlation",
+    "glrlm_RunEntropy",
+    "gldm_DependenceEntropy",
+    "shape_Sphericity",
+)
+"""Features for a report with noise: a few of each family, and the control."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,10 @@ def main() -> None:
     parser.add_argument(
         "--permutations", type=int, default=199, help="of the pooled null, and simulations of the federated one"
     )
-    parser.add_argument("--epsilon", type=float, nargs="*", default=[], help="further runs with noise")
+    parser.add_argument("--epsilon", type=float, nargs="*", default=[], help="further runs with noise on all features")
+    parser.add_argument(
+        "--epsilon-few", type=float, nargs="*", default=[], help="further runs with noise on few features"
+    )
     parser.add_argument("--secure-sums", action="store_true", help="a further run with secure sums")
     parser.add_argument("--output", type=Path, required=True, help="Markdown file")
     args = parser.parse_args()
@@ -55,6 +72,10 @@ def main() -> None:
     text = [*differences(found, pooled, table), "", *sent(found, seconds), ""]
     protected = [("secure sums", replace(config, secure_sums=True))] if args.secure_sums else []
     protected += [(f"epsilon {value:g}", replace(config, epsilon=value)) for value in args.epsilon]
+    few: dict[str, Any] = {"regions": "foreground", "scales": "z-score", "features": ",".join(FEW), "bins": 8}
+    protected += [
+        (f"epsilon {value:g}, {len(FEW)} features", replace(config, epsilon=value, **few)) for value in args.epsilon_few
+    ]
     text += protection([(name, *timed(one)) for name, one in protected], found) if protected else []
     args.output.write_text("\n".join(text) + "\n")
     print("\n".join(text))
@@ -121,6 +142,10 @@ def lines(found: PartFinding, pooled: PartFinding, spread: dict[str, float]) -> 
             float(pair.wasserstein.value or 0),
             float(other_pair.wasserstein.value or 0),
         )
+        for name in ("low", "high"):
+            own, exact_end = getattr(pair.wasserstein, name), getattr(other_pair.wasserstein, name)
+            if own is not None and exact_end is not None:
+                yield Line("an end of its interval", own, exact_end)
     yield from classifier_lines(found, pooled)
     if found.embedding and pooled.embedding:
         yield from embedding_lines(found.embedding, pooled.embedding)
@@ -158,12 +183,12 @@ def differences(found: Findings, pooled: dict[tuple[str, str, str], PartFinding]
         for line in lines(part, pooled[key], spread):
             compared.setdefault(line.statistic, []).append(abs(float(line.federated) - float(line.pooled)))
     rows = ["| statistic | compared | median difference | 95th percentile | largest |", "|---|---|---|---|---|"]
-    for statistic, values in compared.items():
+    for statistic, gaps in compared.items():
         if "share" in statistic:
-            rows.append(f"| {statistic} | {len(values)} | | | {np.mean(values):.4f} |")
+            rows.append(f"| {statistic} | {len(gaps)} | | | {np.mean(gaps):.4f} |")
             continue
-        middle, high, most = np.percentile(values, [50, 95, 100])
-        rows.append(f"| {statistic} | {len(values)} | {middle:.4f} | {high:.4f} | {most:.4f} |")
+        middle, high, most = np.percentile(gaps, [50, 95, 100])
+        rows.append(f"| {statistic} | {len(gaps)} | {middle:.4f} | {high:.4f} | {most:.4f} |")
     bounds = found.settings["bounds"]
     rows += ["", "| stated bound of a feature | median | largest |", "|---|---|---|"]
     rows += [f"| {name} | {value['median']:.3f} | {value['largest']:.3f} |" for name, value in bounds.items()]
@@ -195,7 +220,8 @@ def protection(runs: Sequence[tuple[str, Findings, float]], plain: Findings) -> 
         for feature in part.features
     }
     for name, found, seconds in runs:
-        gaps, same = [], []
+        gaps: list[float] = []
+        same: list[bool] = []
         for part in found.variants[0].parts:
             for feature in part.features:
                 other = exact.get((part.channel, part.region, part.scale, feature.name))
