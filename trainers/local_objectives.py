@@ -49,11 +49,18 @@ class Objective:
         proximal_mu: FedProx's μ; 0 turns it off.
         control: SCAFFOLD's c by name of tensor; None turns it off.
         counted: last round whose reply of this site the server counted; None before the first.
+
+    Raises:
+        FederationError: `counted`, which comes over the network, is no whole number.
     """
 
     proximal_mu: float = 0.0
     control: Weights | None = None
     counted: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.counted is not None and type(self.counted) is not int:
+            raise FederationError(f"The last round that was counted is {self.counted!r}; it has to be a whole number.")
 
 
 class GradientTerms:

@@ -21,7 +21,10 @@ RELEASES: dict[str, Callable[[Mapping[str, Any]], str] | None] = {
     messages.PREFLIGHT.name: lambda request: "facts: numbers of cases, labels, versions",
     messages.SUMMARIZE.name: lambda request: "fingerprint summary",
     messages.PREPARE.name: lambda request: "style",
-    messages.TRAIN.name: lambda request: f"weights and metrics, {request['phase']} round {request['round'] + 1}",
+    messages.TRAIN.name: lambda request: (
+        f"weights and metrics{' and control variate' * request.get('scaffold', False)}, "
+        f"{request['phase']} round {request['round'] + 1}"
+    ),
     messages.STORE_PLANS.name: None,
     messages.FINISH.name: None,
 }

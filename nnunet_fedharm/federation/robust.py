@@ -109,12 +109,13 @@ def update_norms(weights: Mapping[str, Weights], former: Weights, names: Iterabl
     }
 
 
-def norm_outliers(norms: Mapping[str, float], factor: float) -> dict[str, str]:
+def norm_outliers(norms: Mapping[str, float], factor: float, *, what: str = "Its update") -> dict[str, str]:
     """site -> one sentence, for each norm above `factor` times the median; nobody of fewer than three, or where it is 0.
 
     Args:
         norms: site -> norm of its update.
         factor: 0 turns the bound off.
+        what: begins the sentence.
     """
     if not factor or len(norms) < NORM_BOUND_LEAST:
         return {}
@@ -122,7 +123,7 @@ def norm_outliers(norms: Mapping[str, float], factor: float) -> dict[str, str]:
     if not median > 0:
         return {}
     return {
-        site: f"Its update has the norm {norm:.3g}, more than norm-bound {factor:g} times the median {median:.3g}."
+        site: f"{what} has the norm {norm:.3g}, more than norm-bound {factor:g} times the median {median:.3g}."
         for site, norm in sorted(norms.items())
         if norm > factor * median
     }

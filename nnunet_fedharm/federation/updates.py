@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 
 from nnunet_fedharm.errors import FederationError
@@ -123,7 +124,9 @@ def read_update(
 def set_outliers_aside(
     answers: Answers[tuple[SiteUpdate, int]], former: Weights, names: Iterable[str], factor: float
 ) -> None:
-    """Move replies whose change of what all sites train is far larger than the others' from accepted to failed.
+    """Move replies that change what all sites train, or their control variate, far more than the others from accepted to failed.
+
+    A control variate steers every other site, so a false one is as bad as a false weight.
 
     Args:
         answers: of a round; changed in place.
@@ -133,7 +136,12 @@ def set_outliers_aside(
     """
     if not factor:
         return
-    working = {site: update.weights for site, (update, _) in answers.accepted.items() if update.n_steps}
-    for site, reason in norm_outliers(update_norms(working, former, names), factor).items():
+    working = {site: update for site, (update, _) in answers.accepted.items() if update.n_steps}
+    weights = update_norms({site: update.weights for site, update in working.items()}, former, names)
+    controlled = sorted({name for update in working.values() for name in update.control})
+    unmoved = {name: np.zeros_like(former[name]) for name in controlled}
+    controls = update_norms({site: update.control for site, update in working.items()}, unmoved, controlled)
+    found = norm_outliers(controls, factor, what="The change of its control variate")
+    for site, reason in (found | norm_outliers(weights, factor)).items():
         del answers.accepted[site]
         answers.failures[site] = reason

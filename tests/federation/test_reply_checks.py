@@ -12,8 +12,11 @@ from flwr.app import Message
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation import messages
+from nnunet_fedharm.federation.aggregation import SiteUpdate
 from nnunet_fedharm.federation.codec import Weights, decode, encode
+from nnunet_fedharm.federation.exchange import Answers
 from nnunet_fedharm.federation.messages import reply, unpack
+from nnunet_fedharm.federation.updates import set_outliers_aside
 from tests.federation.test_rounds import START, Bench, ScriptedSite, echo
 
 
@@ -121,3 +124,14 @@ def test_proximal_mu_and_local_groups_are_told_to_the_sites(tmp_path: Path) -> N
         "scaffold": False,
         "counted": {},
     }
+
+
+def test_a_control_variate_out_of_proportion_is_set_aside_too() -> None:
+    former = {"w": np.zeros(2, np.float32)}
+    answers: Answers[tuple[SiteUpdate, int]] = Answers()
+    for site, size in {"A": 1.0, "B": 1.2, "C": 0.9, "D": 80.0}.items():
+        control = {"w": np.full(2, size, np.float32)}
+        answers.accepted[site] = (SiteUpdate({"w": np.ones(2, np.float32)}, 1, 1, {}, control), 8)
+    set_outliers_aside(answers, former, ["w"], 10.0)
+    assert sorted(answers.accepted) == ["A", "B", "C"]
+    assert answers.failures["D"].startswith("The change of its control variate has the norm")

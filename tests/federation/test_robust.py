@@ -174,6 +174,7 @@ def test_only_a_norm_above_the_bound_is_told_and_only_from_three_replies_on() ->
     norms = {"A": 1.0, "B": 1.1, "C": 0.9, "D": 30.0}
     assert list(norm_outliers(norms, 3.0)) == ["D"]
     assert "norm 30, more than norm-bound 3 times the median 1.05" in norm_outliers(norms, 3.0)["D"]
+    assert norm_outliers(norms, 3.0, what="The change of its control variate")["D"].startswith("The change of its")
     assert norm_outliers(norms, 0.0) == norm_outliers(norms, 40.0) == {}
     assert norm_outliers({"A": 1.0, "D": 30.0}, 3.0) == {}
     assert norm_outliers({"A": 0.0, "B": 0.0, "D": 1e-3}, 3.0) == {}, (

@@ -95,6 +95,11 @@ def test_what_equals_the_own_control_corrects_nothing(active: Planned, tmp_path:
     assert not equal(same, training.run(objective=Objective(control=pushed, counted=0), **later))
 
 
+def test_the_last_counted_round_comes_over_the_network_and_is_checked() -> None:
+    with pytest.raises(FederationError, match=r"is .*x.; it has to be a whole number"):
+        Objective(counted="../x")  # type: ignore[arg-type]
+
+
 def test_control_variates_of_another_network_are_refused(active: Planned, tmp_path: Path) -> None:
     weights = start(active)
     training = site(active, tmp_path)
