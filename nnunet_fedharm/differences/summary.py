@@ -2,11 +2,11 @@
 
 | sentence | said when |
 |---|---|
-| sites differ | a feature other than shape has q < .05, a pair's kernel test p < .05 after Holm, or a classifier p < .05 |
+| sites differ | features (q, shape aside), pairs (kernel p, Holm) or classifiers (p, Bonferroni) pass .05 / kinds of tests |
 | a site stands apart | the intervals of its distances to all others lie above those of all other distances |
 | two sites differ | their kernel test has p < .05 after Holm; else they are only called furthest apart |
 | mostly in a family | the interval of its median effect lies above those of all other families |
-| a scanner property may explain it | the site that stands apart is alone with it, and all others have another one in common |
+| a scanner property may explain it | that site, or one of the two, is alone with it, and all others have another one in common |
 
 Sites with fewer than five patients are named as too small and take part in no such sentence.
 """
@@ -14,11 +14,18 @@ Sites with fewer than five patients are named as too small and take part in no s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from nnunet_fedharm.differences.evidence import (
+    Evidence,
+    corrected_p,
+    evidence_of,
+    high,
+    judged_classifiers,
+    low,
+    number,
+    stands_apart,
+)
 from nnunet_fedharm.differences.findings import (
-    ClassifierFinding,
-    Estimate,
     Findings,
     PairFinding,
     PartFinding,
@@ -29,29 +36,6 @@ from nnunet_fedharm.differences.options import SIGNIFICANT
 from nnunet_fedharm.differences.panel import CONTROL
 from nnunet_fedharm.differences.scanners import differing_properties, only_one_with
 from nnunet_fedharm.sites.features.table import FOREGROUND, SCALES
-
-
-@dataclass(frozen=True)
-class _Evidence:
-    """What one part's tests carry.
-
-    Attributes:
-        sites: large enough to be judged.
-        pairs: of these sites, furthest apart first.
-        tested: (first, second) whose kernel test is significant after Holm.
-        share: of features other than shape with q < .05; None if none was tested.
-        recognised: whether a classifier beats its null; None if none was trained against one.
-    """
-
-    sites: list[str]
-    pairs: list[PairFinding]
-    tested: set[tuple[str, str]]
-    share: float | None
-    recognised: bool | None
-
-    @property
-    def found(self) -> bool:
-        return bool(self.share) or bool(self.tested) or bool(self.recognised)
 
 
 def describe(findings: Findings) -> list[str]:
@@ -87,7 +71,7 @@ def summarize(parts: Sequence[PartFinding], cards: Sequence[SiteCard]) -> list[s
             f"The sites are too small to be compared: {sizes} patients. Two sites with {APPROXIMATE} or more are needed to tell "
             "a scanner's mark from the differences between patients."
         ]
-    evidence = _evidence(part, large)
+    evidence = evidence_of(part, large)
     small = [site for site in part.n if site not in large]
     closing = [f"{joined(small)}: fewer than {APPROXIMATE} patients, too few to be judged."] if small else []
     if not evidence.found:
@@ -108,29 +92,10 @@ def main_part(parts: Sequence[PartFinding]) -> PartFinding | None:
         return None
     rank = min((part.scale != SCALES[0], part.region != FOREGROUND) for part in parts)
     same = [part for part in parts if (part.scale != SCALES[0], part.region != FOREGROUND) == rank]
-    return max(same, key=lambda part: max((_number(pair.wasserstein.value) for pair in part.pairs), default=-1.0))
+    return max(same, key=lambda part: max((number(pair.wasserstein.value) for pair in part.pairs), default=-1.0))
 
 
-def _evidence(part: PartFinding, large: Sequence[str]) -> _Evidence:
-    pairs = [pair for pair in part.pairs if pair.first in large and pair.second in large]
-    p = {(pair.first, pair.second): pair.mmd_p for pair in pairs if pair.mmd_p is not None}
-    tested: set[tuple[str, str]] = set()
-    for rank, (pair, value) in enumerate(sorted(p.items(), key=lambda item: (item[1], item[0]))):
-        if value * (len(p) - rank) >= SIGNIFICANT:
-            break
-        tested.add(pair)
-    counted = [item.q for item in part.features if item.family != CONTROL and item.q is not None]
-    judged = _judged(part)
-    return _Evidence(
-        sites=list(large),
-        pairs=sorted(pairs, key=lambda pair: -_number(pair.wasserstein.value)),
-        tested=tested,
-        share=sum(q < SIGNIFICANT for q in counted) / len(counted) if counted else None,
-        recognised=any(_beats(item, judged) for item in judged) if judged else None,
-    )
-
-
-def _nothing(evidence: _Evidence, smallest: int) -> list[str]:
+def _nothing(evidence: Evidence, smallest: int) -> list[str]:
     said = []
     if evidence.share is not None:
         said.append("no feature passes the false discovery level of 5%")
@@ -143,18 +108,18 @@ def _nothing(evidence: _Evidence, smallest: int) -> list[str]:
     ]
 
 
-def _furthest(part: PartFinding, evidence: _Evidence, cards: Sequence[SiteCard], where: str) -> list[str]:
+def _furthest(part: PartFinding, evidence: Evidence, cards: Sequence[SiteCard], where: str) -> list[str]:
     """Which sites, how far, and what their scanners have to do with it."""
     even = " even after z-score" if part.scale == SCALES[0] else ""
     if not evidence.pairs:
         return [f"The sites differ{where}{even}."]
-    apart = _stands_apart(evidence)
+    apart = stands_apart(evidence)
     if apart is not None:
         own = [pair for pair in evidence.pairs if apart in (pair.first, pair.second)]
         words = (
             f"{apart} differs from all other sites more than these differ among each other{where}{even}: {_size(own)}."
         )
-        return [words, *_explained(apart, evidence.sites, cards)]
+        return [words, _explained([apart], evidence.sites, cards) or _none_alone(apart, cards)]
     first = evidence.pairs[0]
     names = f"{first.first} and {first.second}"
     if len(evidence.sites) == 2:
@@ -163,40 +128,33 @@ def _furthest(part: PartFinding, evidence: _Evidence, cards: Sequence[SiteCard],
         words = f"{names} differ most{where}{even}: {_size([first])}."
     else:
         words = f"The sites differ{where}{even}; {names} are furthest apart: {_size([first])}."
+    alone = _explained([first.first, first.second], evidence.sites, cards)
     properties = differing_properties(first.first, first.second, cards)
-    return [words, f"Their scanners differ in {joined(properties)}." if properties else _unknown(cards)]
+    return [words, alone or (f"Their scanners differ in {joined(properties)}." if properties else _unknown(cards))]
 
 
-def _stands_apart(evidence: _Evidence) -> str | None:
-    """The site whose distances to all others are certainly larger than all others'; None if there is none."""
-    if len(evidence.sites) < 3:
-        return None
-    for site in evidence.sites:
-        own = [pair for pair in evidence.pairs if site in (pair.first, pair.second)]
-        rest = [pair for pair in evidence.pairs if site not in (pair.first, pair.second)]
-        tested = all((pair.first, pair.second) in evidence.tested for pair in own)
-        if tested and min(_low(pair.wasserstein) for pair in own) > max(_high(pair.wasserstein) for pair in rest):
-            return site
-    return None
+def _explained(named: Sequence[str], sites: Sequence[str], cards: Sequence[SiteCard]) -> str:
+    """What one of the named sites has alone among the judged sites; "" if there is nothing."""
+    judged = [card for card in cards if card.site in sites]
+    found = [f"{site} is the only site with {alone}" for site in named if (alone := only_one_with(site, judged))]
+    return f"{joined(found)}, which may explain it." if found else ""
 
 
-def _explained(site: str, sites: Sequence[str], cards: Sequence[SiteCard]) -> list[str]:
-    alone = only_one_with(site, [card for card in cards if card.site in sites])
-    if alone is not None:
-        return [f"{site} is the only site with {alone}, which may explain it."]
-    return [f"sites.json names no property of a scanner that only {site} has."]
+def _none_alone(site: str, cards: Sequence[SiteCard]) -> str:
+    return f"sites.json names no property of a scanner that only {site} has." if _known(cards) else _unknown(cards)
+
+
+def _known(cards: Sequence[SiteCard]) -> bool:
+    return any(card.vendor or card.field or card.sequence for card in cards)
 
 
 def _unknown(cards: Sequence[SiteCard]) -> str:
-    known = any(card.vendor or card.field or card.sequence for card in cards)
-    return (
-        "sites.json names no difference between their scanners." if known else "sites.json says nothing about scanners."
-    )
+    return f"sites.json {'names no difference between their' if _known(cards) else 'says nothing about'} scanners."
 
 
 def _size(pairs: Sequence[PairFinding]) -> str:
     """How far, in words."""
-    distances = sorted(_number(pair.wasserstein.value) for pair in pairs)
+    distances = sorted(number(pair.wasserstein.value) for pair in pairs)
     shown = (
         f"{distances[0]:.1f}"
         if f"{distances[0]:.1f}" == f"{distances[-1]:.1f}"
@@ -209,36 +167,25 @@ def _families(part: PartFinding) -> list[str]:
     """In what, with the share of features."""
     known = {name: each for name, each in part.families.items() if name != CONTROL and each.value is not None}
     shares = {name: part.share_significant.get(name, 0.0) for name in known}
-    differing = sorted((name for name in known if shares[name] > 0), key=lambda name: -_number(known[name].value))
+    differing = sorted((name for name in known if shares[name] > 0), key=lambda name: -number(known[name].value))
     if not differing:
         return []
     first = differing[0]
     listed = joined([f"{shares[name]:.0%} of the {name} features" for name in differing])
     others = [known[name] for name in known if name != first]
-    if others and _low(known[first]) > max(_high(each) for each in others):
+    if others and low(known[first]) > max(high(each) for each in others):
         return [f"They differ mostly in {first}: {listed} differ significantly."]
     return [f"{listed} differ significantly."]
 
 
-def _judged(part: PartFinding) -> list[ClassifierFinding]:
-    """Classifiers with a null that is large enough for a significant p."""
-    enough = [item for item in part.classifiers if 1 / (1 + item.permutations) <= SIGNIFICANT]
-    return [item for item in enough if item.p is not None and item.accuracy.value is not None]
-
-
-def _beats(item: ClassifierFinding, all_judged: Sequence[ClassifierFinding]) -> bool:
-    """Whether a classifier beats its null, after Bonferroni over the classifiers that were tried."""
-    return item.p is not None and item.p * len(all_judged) <= SIGNIFICANT + 1e-12
-
-
 def _recognition(part: PartFinding) -> list[str]:
-    judged = _judged(part)
+    judged = judged_classifiers(part)
     if not judged:
         return []
-    beating = [item for item in judged if _beats(item, judged)]
+    beating = [item for item in judged if corrected_p(item, judged) <= SIGNIFICANT]
     if not beating:
         return ["A classifier does not recognise the site better than chance."]
-    best = max(beating, key=lambda item: _number(item.accuracy.value))
+    best = max(beating, key=lambda item: number(item.accuracy.value))
     source = "slices" if "slices" in best.method else "features"
     return [
         f"A classifier recognises the site of {best.accuracy.value:.0%} of the volumes by their {source} "
@@ -260,7 +207,7 @@ def _control(part: PartFinding) -> list[str]:
 
 def _change(before: PartFinding, after: PartFinding, name: str) -> str:
     """What is left of the differences; says nothing about anatomy that may be lost."""
-    shares = [_evidence(part, list(part.n)).share for part in (before, after)]
+    shares = [evidence_of(part, list(part.n)).share for part in (before, after)]
     words = []
     if shares[0] is not None and shares[1] is not None:
         words.append(f"{shares[1]:.0%} of the features differ significantly ({shares[0]:.0%} as scanned)")
@@ -283,16 +230,3 @@ def _patients(part: PartFinding, cards: Sequence[SiteCard]) -> dict[str, int]:
 
 def _key(part: PartFinding) -> tuple[str, str, str]:
     return part.channel, part.region, part.scale
-
-
-def _number(value: float | None) -> float:
-    return -1.0 if value is None else value
-
-
-def _low(estimate: Estimate) -> float:
-    """Lower end; below everything without an interval, so that nothing is claimed."""
-    return float("-inf") if estimate.low is None else estimate.low
-
-
-def _high(estimate: Estimate) -> float:
-    return float("inf") if estimate.high is None else estimate.high
