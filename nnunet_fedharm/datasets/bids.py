@@ -144,8 +144,10 @@ def _case(
     if labels_root is not None:
         suffix = "_".join(filter(None, [options.label_entity, "dseg"]))
         label = find_file(labels_root / folder.relative_to(source), case, suffix, hint="--label-entity")
+    subject, _, session = case.partition("_")
+    patient = subject if session else None
     part: Any = "unlabelled" if label is None else "train"
-    made = SourceCase(case=case, site=site, images=tuple(images), label=label, part=part)
+    made = SourceCase(case=case, site=site, images=tuple(images), label=label, part=part, patient=patient)
     return made, _scanner(facts, options.channels)
 
 

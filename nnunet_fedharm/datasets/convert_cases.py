@@ -30,6 +30,7 @@ class SourceCase:
         images: one file per channel.
         label: its segmentation; None for an unlabelled case.
         part: training, held out, or unlabelled.
+        patient: of several cases that are one person; None: the case is its own patient.
     """
 
     case: str
@@ -37,6 +38,7 @@ class SourceCase:
     images: tuple[Path, ...]
     label: Path | None
     part: Part
+    patient: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,9 @@ def write_conversion(conversion: Conversion, folder: Path, *, link: bool = True,
     with staged(folder):
         for case, targets in tqdm(work, "cases", disable=not progress):
             n_new += _write_case(case, targets, conversion.remap, folder, link=link)
-    SitesFile(conversion.sites, {case.case: case.site for case in conversion.cases}).save(folder / SITES_FILE)
+    owners = {case.case: case.site for case in conversion.cases}
+    patients = {case.case: case.patient for case in conversion.cases if case.patient is not None}
+    SitesFile(conversion.sites, owners, patients).save(folder / SITES_FILE)
     write_json(_description(conversion), folder / "dataset.json")
     return Written(folder, n_new)
 

@@ -54,6 +54,7 @@ def test_the_whole_way_from_the_command_line(source: Path, tmp_path: Path, capsy
     folder = tmp_path / "raw" / "Dataset007_Mystudy2"
     registry = SitesFile.load(folder / "sites.json")
     assert registry.cases == {"sub-01_ses-1": "Rome", "sub-01_ses-2": "Rome", "sub-02": "Oslo-North", "sub-03": "Rome"}
+    assert registry.patients == {"sub-01_ses-1": "sub-01", "sub-01_ses-2": "sub-01"}
     assert registry.sites["Oslo-North"] == SiteInfo("GE", 3.0, "T1w, FLAIR SPGR")
     assert registry.sites["Rome"] == SiteInfo("Siemens", 3.0, "T1w, FLAIR")
     assert "Oslo-North" in capsys.readouterr().out
