@@ -193,7 +193,7 @@ class Sites:
             self.log.write("node_set_aside", reason=reason)
             named = [site for site in self.config.site_names if f"Site {site}" in reason]
             if node not in answers.undelivered and named:
-                self.leave_out(named[0], reason)
+                self.leave_out(max(named, key=len), reason)
 
     def _require_enough(self) -> None:
         if len(self.nodes) < self.least:

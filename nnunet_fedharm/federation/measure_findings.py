@@ -66,7 +66,7 @@ def findings_of(steps: Steps) -> Findings:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         mode="federated",
         settings=settings_of(steps, [bounds for _, bounds in built]),
-        sites=[card_of(site, steps) for site in steps.sites.names],
+        sites=[card_of(site, steps) for site in _sites_in(steps)],
         variants=[VariantFinding("as scanned", [finding for finding, _ in built])],
         failures=[
             Failure(site, "", "could not be measured; the site's own report says why")
@@ -75,6 +75,12 @@ def findings_of(steps: Steps) -> Findings:
         ],
         shared=shared_of(steps),
     )
+
+
+def _sites_in(steps: Steps) -> list[str]:
+    """Sites that are in, and those that fell silent after they had sent histograms, which stay in the report."""
+    counted = {site for state in steps.parts for site in state.counts if site in steps.sites.descriptions}
+    return sorted({*steps.sites.names, *counted})
 
 
 def _part(state: PartState, steps: Steps) -> tuple[PartFinding, PartBounds]:
