@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Size:
-    """Length of a run; the network is that of the other benchmarks on this data set."""
+    """Length of a run; the network is that of the other benchmarks on this data set.
+
+    Attributes:
+        cases: test cases of each site, the first by name; 0 = all of them.
+    """
 
     rounds: int = 16
     local_epochs: int = 1
     iterations: int = 40
     seed: int = 0
+    cases: int = 0
 
 
 HONEST = (
@@ -234,7 +240,8 @@ def train(arm: Arm, root: Path, size: Size) -> dict[str, Any]:
         node = 100 + SITES.index(POISONED)
         sites[node] = poisoned(sites[node], arm.attack, size.seed)
     began = time.process_time()
-    run_server(LocalGrid(sites), config)
+    with (root / "train.log").open("a") as log, redirect_stdout(log):  # nnU-Net prints the plans for every trainer
+        run_server(LocalGrid(sites), config)
     events = read_events(root / "server" / "fedharm" / EVENTS_FILE)[0]
     rounds = [event for event in events if event["event"] == "round_end"]
     aside = [event["site"] for event in events if event["event"] == "site_set_aside"]
@@ -246,20 +253,27 @@ def train(arm: Arm, root: Path, size: Size) -> dict[str, Any]:
     }
 
 
-def evaluate(root: Path, work: Path) -> dict[str, Any]:
+def evaluate(root: Path, work: Path, count: int) -> dict[str, Any]:
     """Every site's test cases, segmented with its own results folder."""
     jobs = []
     for site in SITES:
         (model,) = (root / "sites" / site / "nnUNet_results" / NAME).glob("*__plans_strategies__*")
-        output = root / "predictions" / site
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(parents=True)
-        jobs.append([str(model), str(work / "test" / site / "images"), str(output)])
+        output, tested = root / "predictions" / site, root / "tested" / site
+        for folder in (output, tested / "images", tested / "labels"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        for label in sorted((work / "test" / site / "labels").glob("*.nii.gz"))[: count or None]:
+            image = label.name.replace(".nii.gz", "_0000.nii.gz")
+            (tested / "labels" / label.name).symlink_to(label)
+            (tested / "images" / image).symlink_to(work / "test" / site / "images" / image)
+        jobs.append([str(model), str(tested / "images"), str(output)])
     subprocess.run([sys.executable, "-c", PREDICT, json.dumps(jobs)], check=True, stdout=subprocess.DEVNULL)
     scores = {}
     for site, (model, _, output) in zip(SITES, jobs, strict=True):
         description = json.loads((Path(model) / "dataset.json").read_text())
-        found = score_cases(Path(output), work / "test" / site / "labels", description, num_processes=1, progress=False)
+        found = score_cases(
+            Path(output), root / "tested" / site / "labels", description, num_processes=1, progress=False
+        )
         scores[site] = {case: mean_over_labels(score) for case, score in found.items()}
     return scores
 
@@ -277,7 +291,7 @@ def run(work: Path, size: Size, arms: list[Arm]) -> None:
                 "options": arm.options,
                 "size": asdict(size),
                 "trained": train(arm, root, size),
-                "sites": evaluate(root, work),
+                "sites": evaluate(root, work, size.cases),
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             }
             (root / "metrics.json").write_text(json.dumps(entry, indent=1))
