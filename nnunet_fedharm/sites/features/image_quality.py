@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +45,7 @@ from skimage.filters import threshold_otsu
 
 from nnunet_fedharm.sites.features.regions import Image, Mask, bounding_box
 
-Values = npt.NDArray[np.float64]
+Values = npt.NDArray[np.floating[Any]]
 
 AIR_MARGIN = 2
 MIN_AIR_VOXELS = 64
@@ -67,14 +68,14 @@ def image_quality(image: Image, body: Mask, labels: Sequence[Mask], spacing_mm: 
     found = _geometry(body, spacing_mm)
     long = [axis for axis, size in enumerate(image.shape) if size > 1]  # a slice is measured in its plane
     spacing = [float(spacing_mm[axis]) for axis in long]
-    values = np.asarray(image.squeeze(), dtype=np.float64)
-    values -= min(float(values.min()), 0.0)
+    values = np.asarray(image.squeeze(), dtype=np.float32)  # a large volume in half the memory
+    values = values - min(float(values.min()), 0.0)
     body, labels = body.squeeze(), [label.squeeze() for label in labels]
     air = _air(values, body)
     found["efc"] = entropy_focus(values)
     box = bounding_box(body, margin=1)
     values, body, labels = values[box], body[box], [label[box] for label in labels]
-    sigma, inside = noise_sigma(values, body), values[body]
+    sigma, inside = noise_sigma(values, body), values[body].astype(np.float64)
     spread = float(inside.std())
     found |= {
         "noise": _ratio(sigma, spread),
@@ -96,7 +97,7 @@ def noise_sigma(image: Image, body: Mask) -> float:
     Undecimated; only coefficients whose voxels (2 per axis) all lie in the body. Smooth structure cancels out, and the median
     ignores edges. Noise that the scanner filtered is underestimated. NaN where the body has no such coefficient.
     """
-    coefficients, whole = np.asarray(image, dtype=np.float64), body
+    coefficients, whole = image, body
     for axis in range(image.ndim):
         first, second = (slice(None),) * axis + (slice(None, -1),), (slice(None),) * axis + (slice(1, None),)
         coefficients = (coefficients[second] - coefficients[first]) / math.sqrt(2)
@@ -115,7 +116,7 @@ def bias_field_strength(image: Image, body: Mask, spacing_mm: Sequence[float]) -
     """
     factors = [max(1, -(-size // N4_GRID)) for size in image.shape]
     inside = body & (image > 0)
-    weight = _block_sums(inside.astype(np.float64), factors)
+    weight = _block_sums(inside.astype(np.float32), factors)
     mean = _block_sums(np.where(inside, image, 0.0), factors) / np.maximum(weight, 1)
     mask = weight >= 0.5 * np.prod(factors)
     if not mask.any() or np.ptp(mean[mask]) == 0:
@@ -133,10 +134,11 @@ def bias_field_strength(image: Image, body: Mask, spacing_mm: Sequence[float]) -
 
 def entropy_focus(image: Image) -> float:
     """Entropy focus criterion, in [0, 1]: 1 is energy spread over all voxels (ghosts, blur), 0 all in one voxel."""
-    share = np.asarray(image, dtype=np.float64).ravel()
+    share = np.asarray(image).ravel()
     share = share / max(math.sqrt(float(share @ share)), np.finfo(float).tiny)
-    entropy = -float((share[share > 0] * np.log(share[share > 0])).sum())
-    return entropy / (math.sqrt(share.size) * math.log(math.sqrt(share.size)))
+    share = share[share > 0]
+    entropy = -float((share * np.log(share)).sum())
+    return entropy / (math.sqrt(image.size) * math.log(math.sqrt(image.size)))
 
 
 def _geometry(body: Mask, spacing_mm: Sequence[float]) -> dict[str, float]:
@@ -149,7 +151,7 @@ def _geometry(body: Mask, spacing_mm: Sequence[float]) -> dict[str, float]:
 
 def _air(image: Values, body: Mask) -> Values:
     """(n,) values of the air; empty where there is none, or where most of it is exactly zero."""
-    air = image[ndimage.binary_erosion(~body, iterations=AIR_MARGIN, border_value=1)]
+    air = image[ndimage.binary_erosion(~body, iterations=AIR_MARGIN, border_value=1)].astype(np.float64)
     measurable = air.size >= MIN_AIR_VOXELS and np.count_nonzero(air) >= 0.5 * air.size
     return air if measurable else air[:0]
 
@@ -161,7 +163,7 @@ def _tissue_contrast(inside: Values) -> float:
 
 def _label_contrast(image: Values, body: Mask, labels: Sequence[Mask]) -> float:
     """Mean over pairs of labels of the difference of their means; NaN without labels."""
-    means = [float(image[label].mean()) for label in labels if label.any()]
+    means = [float(image[label].mean(dtype=np.float64)) for label in labels if label.any()]
     if len(labels) == 1 and means:
         near = ndimage.binary_dilation(labels[0], iterations=RIM_VOXELS) & body & ~labels[0]
         means += [float(image[near].mean())] if near.any() else []
@@ -177,7 +179,7 @@ def _edge_strength(image: Values, body: Mask, sigma: float, spacing_mm: Sequence
     total = 0.0
     for axis, spacing in enumerate(spacing_mm):
         slope = np.gradient(image, spacing, axis=axis)[inner]
-        total += float(np.mean(slope**2)) - sigma**2 / (2 * spacing**2)
+        total += float(np.mean(slope**2, dtype=np.float64)) - sigma**2 / (2 * spacing**2)
     return math.sqrt(max(total, 0.0))
 
 
@@ -185,7 +187,7 @@ def _block_sums(image: Values, factors: Sequence[int]) -> Values:
     """Sums over blocks of `factors` voxels; an incomplete block at the end is filled with zeros."""
     padded = np.pad(image, [(0, -size % factor) for size, factor in zip(image.shape, factors, strict=True)])
     blocks = [item for size, factor in zip(padded.shape, factors, strict=True) for item in (size // factor, factor)]
-    return np.asarray(padded.reshape(blocks).sum(axis=tuple(range(1, 2 * image.ndim, 2))))
+    return np.asarray(padded.reshape(blocks).sum(axis=tuple(range(1, 2 * image.ndim, 2)), dtype=np.float64))
 
 
 def _ratio(value: float, base: float) -> float:
