@@ -36,7 +36,7 @@ class StatisticsOptions:
     """Permuted sites behind the null of a forest, so its smallest p is 1/60: a forest costs 200 times a discriminant."""
     slice_permutations: int = 19
     """Permuted sites behind the null of the network on slices, so its smallest p is .05."""
-    slice_epochs: int = 12
+    slice_epochs: int = 30
     """Passes over the training slices."""
     folds: int = 5
     """Of patient-grouped cross-validation."""
