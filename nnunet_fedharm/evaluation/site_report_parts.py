@@ -37,8 +37,7 @@ def part_section(key_: Key, variants: Variants, sites: Sequence[str], *, opened:
     """Everything about one part, folded."""
     content = "".join(
         (
-            _planes(variants, sites),
-            _distances(variants, sites),
+            _beside(variants, _planes(variants, sites), _distances(variants, sites)),
             Html("") if opened else family_block(variants),
             _ranking(variants),
             _histograms(variants, sites),
@@ -222,6 +221,11 @@ def _histogram(
     label = f"Histogram of {item.name} at each site{_in(variant, variants)}"
     chart = ridge_chart(item.edges, item.histogram, sites, label=label, medians=item.medians, x_range=x_range)
     return figure(variant if len(variants) > 1 else "", chart)
+
+
+def _beside(variants: Variants, *blocks: str) -> Html:
+    """Blocks beside each other, where one state alone leaves room for it."""
+    return Html(f'<div class="beside">{"".join(blocks)}</div>' if len(variants) == 1 else "".join(blocks))
 
 
 def _planes(variants: Variants, sites: Sequence[str]) -> Html:

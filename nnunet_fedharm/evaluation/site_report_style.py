@@ -51,6 +51,7 @@ figcaption{font-size:14px;margin-bottom:3px}figcaption small{display:block;font-
 .sets .figures{grid-template-columns:repeat(auto-fill,minmax(min(200px,100%),1fr));gap:8px 12px}
 .sets.n2{grid-template-columns:repeat(auto-fill,minmax(min(450px,100%),1fr))}.sets.n3{grid-template-columns:minmax(0,1fr)}
 .sets h4{margin:0 0 2px;color:var(--ink)}.sets figcaption{font-weight:400;color:var(--muted)}.keep{white-space:nowrap}
+.beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));gap:0 24px}
 .block{border-top:1px solid var(--line);padding-top:12px;margin-top:14px}.block>p{font-size:14px}
 .first .figures{grid-template-columns:repeat(auto-fill,minmax(min(200px,100%),1fr));align-items:end}
 .said ul{margin:2px 0 8px}.said li{color:var(--ink)}.bare>.block{border:0;padding:0;margin:0}
@@ -65,16 +66,17 @@ padding:4px 0;border-top:1px solid var(--line);font-size:14px}
 .track{height:auto;overflow:visible;width:100%}
 .scroll{max-width:100%}.scroll:focus-visible{outline:2px solid var(--c2)}
 .numbers{font-size:14px}.numbers th{font-weight:600}.numbers thead th{color:var(--muted);font-weight:500;line-height:1.3}
-.numbers thead th:first-child,.numbers tbody th{text-align:left}.numbers tbody th{white-space:nowrap}
+.numbers thead th[scope]{text-align:right;white-space:normal}
+.numbers thead th[scope]:first-child,.numbers tbody th{text-align:left}.numbers tbody th{white-space:nowrap}
 .numbers td{white-space:nowrap}.numbers .long{white-space:normal;display:block;min-width:190px;text-align:left}
-.words td,.words thead th{text-align:left}.words td{white-space:normal;min-width:70px}.words thead tr th{border-top:0}
-.settings td{overflow-wrap:anywhere}.settings tbody th{font-weight:500;white-space:normal}
+.words td,.words thead th[scope]{text-align:left}.words td{white-space:normal;min-width:70px}.words thead tr th{border-top:0}
+.settings td{overflow-wrap:anywhere}.settings tbody th[scope]{font-weight:500;white-space:normal}
 details>summary{cursor:pointer}details.fold{margin-top:10px;font-size:14px}details.fold>.inside{margin-top:8px}
 details.part{background:var(--card);border:1px solid var(--line);border-radius:10px;margin-top:10px}
 details.part>summary{padding:12px 18px;line-height:1.4}
 details.part>summary small{color:var(--muted);display:block;margin-left:18px}
 details.part>.inside{padding:0 18px 18px}
-.toc{font-size:14px}.toc tbody th{white-space:normal;min-width:150px;font-weight:500}
+.toc{font-size:14px}.toc tbody th[scope]{white-space:normal;min-width:150px;font-weight:500}
 .toc a{color:var(--c2)}.classifier .said{font-size:14px}.classifier .said p{margin:6px 0 0}
 a{color:var(--c2)}
 @media (max-width:820px){.first{grid-template-columns:minmax(0,1fr)}}

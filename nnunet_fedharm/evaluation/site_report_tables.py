@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nnunet_fedharm.differences.findings import ClassifierFinding, Findings, PartFinding
+from nnunet_fedharm.differences.findings import AgreementFinding, ClassifierFinding, Findings, PartFinding
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.site_charts import marker_icon, matrix_chart
 from nnunet_fedharm.evaluation.site_report_html import (
@@ -19,6 +19,7 @@ from nnunet_fedharm.evaluation.site_report_html import (
     text,
 )
 from nnunet_fedharm.evaluation.site_report_words import (
+    DASH,
     classifier_sentence,
     count,
     interval,
@@ -42,9 +43,7 @@ def scanner_table(findings: Findings) -> Html:
             card.vendor or "not stated",
             "not stated" if card.field is None else f"{card.field:g}",
             card.sequence or "not stated",
-            card.n_cases,
-            card.n_patients,
-            card.n_labelled,
+            *((card.n_cases, card.n_patients, card.n_labelled) if card.n_cases else ("not told",) * 3),
         )
         for index, card in enumerate(findings.sites)
     ]
@@ -98,7 +97,7 @@ def pair_table(part: PartFinding) -> Html:
         "KS",
         *(("MMD²", "p") if with_mmd else ()),
         *families,
-        "largest Wasserstein distances",
+        Html('<span class="long">largest Wasserstein distances</span>'),
     )
     return table(head, rows)
 
@@ -150,20 +149,30 @@ def _classifier(title: str, item: ClassifierFinding, sites: Sequence[str]) -> Ht
 
 
 def agreement_table(part: PartFinding) -> Html:
-    """CCC and ICC of travelling subjects."""
-    rows = [
-        (
-            joined(item.sites),
-            item.measure,
-            item.family,
-            interval(item.median),
-            percent(item.share_good),
-            item.n_patients,
-            item.n_features,
+    """CCC and ICC of travelling subjects: a line for each group of sites, a column for each family."""
+    families = list(dict.fromkeys(item.family for item in part.agreement))
+    found = {(item.sites, item.measure): item for item in part.agreement}
+    by_family = {(item.sites, item.measure, item.family): item for item in part.agreement}
+    rows = []
+    for (sites, measure), any_item in found.items():
+        cells = [by_family.get((sites, measure, family)) for family in families]
+        rows.append(
+            (
+                joined(sites),
+                measure,
+                *(_agreement(item) for item in cells),
+                any_item.n_patients,
+            )
         )
-        for item in part.agreement
-    ]
-    return table(("sites", "measure", "features", "median", "share at .75 or above", "patients", "number"), rows)
+    head = ("sites", "measure", *(f"{family} features" for family in families), "patients")
+    return table(head, rows)
+
+
+def _agreement(item: AgreementFinding | None) -> Html:
+    """Median over features, and below it how many of them agree."""
+    if item is None:
+        return text(DASH)
+    return Html(f"{text(interval(item.median))}<small>{percent(item.share_good)} of {item.n_features} good</small>")
 
 
 def combat_table(part: PartFinding) -> Html:
@@ -180,10 +189,14 @@ def combat_table(part: PartFinding) -> Html:
         ("median eta squared", number(found.effect[0]), number(found.effect[1])),
     ]
     if found.classifier is not None:
-        same = [item for item in part.classifiers if item.method == found.classifier.method]
+        same = [item for item in part.classifiers if found.classifier.method.startswith(item.method)]
         before = percent_interval(same[0].accuracy) if same else percent(None)
         rows.append(
-            (f"site recognised, {found.classifier.method}", before, percent_interval(found.classifier.accuracy))
+            (
+                "site recognised, " + (same[0].method if same else found.classifier.method),
+                before,
+                percent_interval(found.classifier.accuracy),
+            )
         )
     known = any(value is not None for value in (*found.share_significant, *found.effect)) or found.classifier
     shown = table(("", "features as measured", "after ComBat"), rows) if known else ""
@@ -233,7 +246,7 @@ def settings_table(settings: Mapping[str, Any]) -> Html:
 
 
 def _lines(words: Sequence[str]) -> Html:
-    return Html("<br>".join(text(word) for word in words))
+    return Html(f'<span class="long">{"<br>".join(feature_name(word) for word in words)}</span>')
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:

@@ -143,7 +143,7 @@ def classifier_sentence(finding: ClassifierFinding) -> str:
     """What one classifier found, in two sentences."""
     words = f"{finding.method[:1].upper()}{finding.method[1:]}: recognises the site of "
     words += f"{percent_interval(finding.accuracy)} of the volumes"
-    words += f" (p {_equals(finding.p)})" if finding.p is not None else ""
+    words += f" (p\u00a0{_equals(finding.p)})" if finding.p is not None else ""
     return f"{words}. {chance_sentence(finding)}"
 
 
@@ -157,4 +157,4 @@ def chance_sentence(finding: ClassifierFinding) -> str:
 
 def _equals(p: float) -> str:
     text = probability(p)
-    return text if text.startswith("<") else f"= {text}"
+    return (text if text.startswith("<") else f"= {text}").replace(" ", "\u00a0")
