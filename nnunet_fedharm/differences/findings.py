@@ -11,6 +11,9 @@ from typing import Any
 
 from nnunet_fedharm.sites.features.table import Failure as Failure  # measured where images are read, listed here
 
+ALL_SITES = "all sites"
+"""In the place of a site's name where a federation knows sums over all sites only."""
+
 
 @dataclass(frozen=True)
 class Estimate:

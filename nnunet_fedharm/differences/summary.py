@@ -26,6 +26,7 @@ from nnunet_fedharm.differences.evidence import (
     stands_apart,
 )
 from nnunet_fedharm.differences.findings import (
+    ALL_SITES,
     Findings,
     PairFinding,
     PartFinding,
@@ -61,6 +62,8 @@ def summarize(parts: Sequence[PartFinding], cards: Sequence[SiteCard]) -> list[s
     part = main_part(parts)
     if part is None or not part.n:
         return ["Nothing was measured."]
+    if set(part.n) == {ALL_SITES}:
+        return _of_sums(part)
     if len(part.n) < 2:
         return [f"Only one site ({next(iter(part.n))}) was measured, so there is nothing to compare."]
     patients = _patients(part, cards)
@@ -84,6 +87,15 @@ def summarize(parts: Sequence[PartFinding], cards: Sequence[SiteCard]) -> list[s
         *_control(part),
         *closing,
     ]
+
+
+def _of_sums(part: PartFinding) -> list[str]:
+    """What the server knows where sites send nothing but masked parts of sums."""
+    even = " even after z-score" if part.scale == SCALES[0] else ""
+    differing = _families(part)
+    first = f"The sites differ{even}." if differing else "No difference between the sites was found."
+    closing = "How far each site is from the others only the site knows: the server saw sums over all of them."
+    return [first, *differing, *_control(part), closing]
 
 
 def main_part(parts: Sequence[PartFinding]) -> PartFinding | None:

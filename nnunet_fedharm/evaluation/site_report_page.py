@@ -79,8 +79,12 @@ def _answer(sentences: Sequence[str]) -> Html:
 
 def _lead(findings: Findings) -> str:
     cards = findings.sites
+    # Under secure sums a site's own number stays at the site; the sum does not.
+    total = sum(card.n_cases for card in cards) or max(
+        (sum(part.n.values()) for variant in findings.variants for part in variant.parts), default=0
+    )
     words = [
-        f"{count(sum(card.n_cases for card in cards), 'volume')} at {count(len(cards), 'site')}",
+        f"{count(total, 'volume')} at {count(len(cards), 'site')}",
         "measured at the sites; no image, no volume's features and no case name left them"
         if findings.mode == "federated"
         else "all data in one place",
@@ -114,7 +118,8 @@ def _site_card(findings: Findings, index: int, slices: Sequence[TypicalSlices]) 
             for address in by_site.get(card.site, [])[:1]:
                 caption = variant if len(found.pictures) > 1 else ""
                 pictures += _picture(address, f"Site {card.site}, typical volume, {variant}", caption)
-    words = f"{escape(scanner(card))}<br>{count(card.n_cases, 'volume')}"
+    size = count(card.n_cases, "volume") if card.n_cases else "number of volumes not told"
+    words = f"{escape(scanner(card))}<br>{size}"
     rows = 2 + pictures.count("<figure>")
     return (
         f'<div class="sitecard" style="grid-row:span {rows}"><h3>{marker_icon(index)}{escape(card.site)}</h3>'

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from nnunet_fedharm.differences.cross_validation import null_of
 from nnunet_fedharm.differences.findings import (
+    ALL_SITES,
     ClassifierFinding,
     EmbeddingFinding,
     Estimate,
@@ -177,7 +178,8 @@ def _feature(
         medians={sites[row]: float(quantile(whole[row][None], edges[None], 0.5)[0]) for row in present},
         n=round(float(own.sum())),
         edges=plain.tolist(),
-        histogram={sites[row]: shares[row].tolist() for row in present},
+        # A picture of all sites together would show nothing of their differences.
+        histogram={} if sites == [ALL_SITES] else {sites[row]: shares[row].tolist() for row in present},
     )
 
 

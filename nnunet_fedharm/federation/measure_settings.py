@@ -57,13 +57,14 @@ def shared_of(steps: Steps) -> list[tuple[str, str, int]]:
     found = []
     for what, sizes in steps.sites.sent.items():
         plain = what.removesuffix(", masked")
-        if what == plain or not steps.plan.sums:
-            holds = (
-                _HOLDS.get(plain, plain) if not steps.plan.sums else _OPEN.get(plain, "nothing: it is offered to a sum")
-            )
-        else:
+        if what != plain:
             holds = f"{_HOLDS[plain]}, masked: the server learns the sum over all sites; keys and shares of them"
-        found.append((what, holds, max(sizes.values())))
+        elif steps.plan.sums:
+            holds = _OPEN.get(plain, "")  # other replies only say that the numbers are ready for a sum
+        else:
+            holds = _HOLDS.get(plain, plain)
+        if holds:
+            found.append((what, holds, max(sizes.values())))
     return found
 
 

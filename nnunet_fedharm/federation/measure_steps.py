@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from nnunet_fedharm.differences import sketch
 from nnunet_fedharm.differences.discriminant import Moments, merge_moments
+from nnunet_fedharm.differences.findings import ALL_SITES
 from nnunet_fedharm.differences.sketch_classifier import principal_axes
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation import measure_messages as messages
@@ -36,8 +37,6 @@ from nnunet_fedharm.federation.messages import Unpacked
 
 Array = npt.NDArray[np.float64]
 ZOOMS = 3
-ALL_SITES = "all sites"
-"""Name of what is known of all sites together only."""
 NOISY_BINS = 16
 """Most bins under noise, of which each bin has the same."""
 _MOST_PATIENTS = 1e6

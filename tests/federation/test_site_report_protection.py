@@ -18,6 +18,7 @@ from nnunet_fedharm.differences import sketch
 from nnunet_fedharm.differences.findings import Findings
 from nnunet_fedharm.differences.findings_file import from_json
 from nnunet_fedharm.differences.sketch_statistics import kruskal_wallis, noisy_rank_test
+from nnunet_fedharm.differences.summary import describe
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.measure_config import SiteReportConfig
 from nnunet_fedharm.federation.measure_home import load_records
@@ -218,6 +219,8 @@ def test_secure_sums_find_the_same_effects_and_no_single_site(root: Path, tables
             assert feature.effect.value == pytest.approx(open_feature.effect.value, abs=1e-6)
             assert feature.p == pytest.approx(open_feature.p, abs=1e-6)
             assert list(feature.medians) == ["all sites"]
+    assert describe(findings)[0] == "The sites differ even after z-score."
+    assert findings.sites[0].n_cases == 0, "which the page shows as not told"
     plain = [m for m in sent if "secure" not in str(m.metadata.message_type)]
     assert not any(len(record) for m in plain for record in m.content.array_records.values())
     own = json.loads(
