@@ -67,9 +67,9 @@ def own_table(site: Site, raw: Path, options: Mapping[str, Any], folder: Path) -
 
     description = read_dataset_json(raw, site=site.name)
     labelled, unlabelled = labelled_cases(raw, description), unlabelled_cases(raw, description)
+    # Always all scales, which cost little: another choice of scales then finds everything in the cache.
     chosen = FeatureOptions(
         image_region=bool(options["image_region"]),
-        scales=tuple(options["scales"]),
         channels=tuple(options["channels"]) or None,
     )
     found, failures = measure_dataset(
@@ -121,10 +121,10 @@ def table_of_run(folder: Path) -> FeatureTable:
 
 
 def parts_of(table: FeatureTable, options: Mapping[str, Any]) -> list[Part]:
-    """Parts of the table with the regions and features that were asked for; all where none are named."""
-    regions, features = set(options["regions"]), set(options["features"])
+    """Parts of the table with the scales, regions and features that were asked for; all where none are named."""
+    scales, regions, features = (set(options[name]) for name in ("scales", "regions", "features"))
     names = tuple(name for name in table.names if not features or name in features or family_of(name) in features)
-    keys = [key for key in sorted(table.parts) if not regions or key[1] in regions]
+    keys = [key for key in sorted(table.parts) if (not regions or key[1] in regions) and key[2] in scales]
     return [Part(*key, names[:MOST_FEATURES]) for key in keys][:MOST_PARTS] if names else []
 
 
