@@ -170,6 +170,11 @@ def _store_plans(site: Site, request: Unpacked) -> RecordDict:
 
 
 def _train(site: Site, request: Unpacked) -> RecordDict:
+    if site.secure_only:
+        raise FederationError(
+            f"Site {site.name} sends its updates in secure sums only (secure-only in its node config), and this round has none. "
+            "Start the run with --secure-aggregation."
+        )
     start = time.monotonic()
     values = request.values
     trained, control = _local_round(site, request)

@@ -82,6 +82,10 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "round_repeated": lambda event: (
         f"{event['phase']} round {event['round']} has {event['replies']} of {event['quorum']} needed replies: once more"
     ),
+    "secure_sum": lambda event: (
+        f"  secure sum over {', '.join(event['sites'])}  down {human_bytes(event['bytes_down'])}, "
+        f"up {human_bytes(event['bytes_up'])}"
+    ),
     "reference_missing": lambda event: (
         f"  no reply of the reference ({', '.join(event['sites'])}): what only it trains stays as it was"
     ),

@@ -32,6 +32,8 @@ from nnunet_fedharm.privacy.secure_server import ServerSession
 from nnunet_fedharm.privacy.secure_site import advert_from_dict, advert_to_dict
 
 T = TypeVar("T")
+STEP_S = 900.0
+"""No step waits longer: sites have trained already, and what is left are seconds of work and the upload."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class SecureSum:
 
     Attributes:
         nodes: site -> Flower node.
-        deadline_s: seconds that each of the four steps waits.
+        deadline_s: seconds that each of the four steps waits, at most `STEP_S`.
         threshold: shares that make a secret; 0 = more than half.
         failures, bytes_down, bytes_up: of the last sum.
     """
@@ -159,6 +161,7 @@ class SecureSum:
         read: Callable[[str, Unpacked], T],
     ) -> dict[str, T]:
         """One step with each site; those that fail are named in the log and left out of the next."""
+        wait_s = min(self.deadline_s, STEP_S)
         contents = {site: pack(schemas[0], values) for site, values in requests.items()}
         self.bytes_down += sum(size_of(content) for content in contents.values())
 
@@ -177,11 +180,11 @@ class SecureSum:
                     content,
                     dst_node_id=self.nodes[site],
                     message_type=f"{MessageType.QUERY}.secure_{step}",
-                    ttl=self.deadline_s,
+                    ttl=wait_s,
                 )
                 for site, content in contents.items()
             },
-            deadline_s=self.deadline_s,
+            deadline_s=wait_s,
             accept=accept,
             waiting=lambda left, seconds: self.log.write(
                 "waiting", what=f"the secure sum ({step})", sites=sorted(left), seconds=round(seconds)

@@ -31,6 +31,7 @@ class Site:
         min_patients: the site report sends nothing about fewer patients.
         max_epsilon: the site report sends nothing without noise, nor beyond this together with all noised releases in the
             ledger; 0 for no such limit.
+        secure_only: updates leave this site inside secure sums or not at all.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Site:
     num_processes: int
     min_patients: int = 5
     max_epsilon: float = 0.0
+    secure_only: bool = False
 
     @property
     def folder(self) -> Path:
@@ -108,6 +110,7 @@ def locate_site(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -
         num_processes=processes,
         min_patients=int(node_config.get("min-patients", run_config.get("report-min-patients", Site.min_patients))),
         max_epsilon=float(node_config.get("max-epsilon", 0.0)),
+        secure_only=bool(node_config.get("secure-only", False)),
     )
 
 

@@ -15,10 +15,10 @@ What holds: a server that keeps to the protocol but reads all it gets, together 
 another site's vector but what the sum tells; y_i alone is uniform. A site refuses terms under which this would not hold: fewer
 than three sites, a threshold of half or less of the holders of its shares, a sum with fewer than three answers, a second
 unmasking. A server that tells different sites different things about who answered gains nothing while 2 t is above the holders
-and the sites that collude with it, because nobody else gives both kinds of shares. A server that forges public keys is stopped
-by `secret`, a key that the sites give each other outside of Flower; without it, the server has to be trusted not to. Only noise
-can hide what the sum itself tells of a site, and what two sums tell that differ by one site. What a site sends cannot be
-inspected, so one site can spoil a sum.
+and the sites that collude with it, because nobody else gives both kinds of shares. A server that forges public keys or invents
+sites is stopped by `secret`, a key that the sites give each other outside of Flower; without it, the server has to be trusted
+not to. Only noise can hide what the sum itself tells of a site, and what two sums tell that differ by one site. What a site
+sends cannot be inspected, so one site can spoil a sum.
 
 | symbol | here |
 |---|---|

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from nnunet_fedharm.errors import FederationError, PrivacyError
-from nnunet_fedharm.federation import messages, secure_home
+from nnunet_fedharm.federation import client_app, messages, secure_home
 from nnunet_fedharm.federation.codec import Weights, decode
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.messages import error_reply, unpack
@@ -36,6 +37,7 @@ class SecureSite(ScriptedSite):
         self.site = Site(name, NnunetRoot(folder / name), "cpu", 1)
         self.silent_in = ""
         self.metrics: dict[str, float] = {"dice": self.step}
+        self.private = False
 
     def __call__(self, message: Message) -> Message | None:
         kind = message.metadata.message_type
@@ -65,7 +67,7 @@ class SecureSite(ScriptedSite):
             own = self.ownership.contribution(self.name, received)
             weights = {name: value + np.float32(self.step) for name, value in own.items()}
             cases = self.facts["n_labelled"] + self.facts["n_unlabelled"]
-            return Trained(received, weights, self.ownership, self.n_steps, cases, self.metrics, private=False)
+            return Trained(received, weights, self.ownership, self.n_steps, cases, self.metrics, self.private)
 
         return learn
 
@@ -168,6 +170,19 @@ def test_each_site_enters_one_release_a_round(tmp_path: Path) -> None:
     bench_of(tmp_path, nodes).run(2)
     names = [entry.what for entry in Ledger(nodes[0].site.folder).releases()]
     assert names == ["weights and metrics, segmenter round 1", "weights and metrics, segmenter round 2"]
+
+
+def test_a_private_training_has_entered_its_steps_itself(tmp_path: Path) -> None:
+    nodes = sites(tmp_path)
+    nodes[0].private = True
+    bench_of(tmp_path, nodes).run()
+    assert [len(Ledger(site.site.folder).releases()) for site in nodes] == [0, 1, 1, 1]
+
+
+def test_a_site_that_sends_secure_sums_only_refuses_a_plain_round(tmp_path: Path) -> None:
+    site = replace(sites(tmp_path)[0].site, secure_only=True)
+    with pytest.raises(FederationError, match="Site A sends its updates in secure sums only"):
+        client_app._train(site, messages.Unpacked({}))
 
 
 @pytest.mark.parametrize(
