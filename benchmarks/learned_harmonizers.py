@@ -198,6 +198,7 @@ def main() -> None:
         "--modes", nargs="*", default=[], choices=("central", "federated"), help="only these; default all"
     )
     parser.add_argument("--kinds", nargs="*", default=[], help="only arms of these harmonizers; default all")
+    parser.add_argument("--n4", type=Path, help="report: WORK of the group n4, shown beside")
     arguments = parser.parse_args()
     os.environ.update(nnUNet_compile="f", nnUNet_n_proc_DA="0")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -206,7 +207,7 @@ def main() -> None:
     if arguments.action == "report":
         from learned_report import report
 
-        report(work)
+        report(work, arguments.n4)
         return
     bench = Bench(arguments.data, work)
     if arguments.action == "quality":

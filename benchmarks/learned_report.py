@@ -120,17 +120,17 @@ def gap_cell(triples: list[tuple[Scores, Scores, Scores]]) -> str:
     return f"{value:.2f} [{low:.2f}, {high:.2f}]" if gap_low > 0 else "no gap"
 
 
-def report(work: Path) -> None:
-    """Print every table for what was measured."""
-    results = Results(work)
+def report(work: Path, n4: Path | None) -> None:
+    """Print every table for what was measured; `n4` is the work folder of the same subjects after N4."""
+    results, corrected = Results(work), None if n4 is None else Results(n4)
     for dims in ("3d", "2d", "3d-long", "2d-long"):
         rows = results.rows(["A"], dims)
         if rows:
             name = dims.upper().replace("-LONG", ", segmenter trained five times as long")
             print(f"\n### Labels at A alone, {name}: Dice\n")
-            one_site_table(results, rows, dims, "dice", 3)
+            one_site_table(results, rows, dims, "dice", 3, corrected)
             print(f"\n### Labels at A alone, {name}: HD95 in mm\n")
-            one_site_table(results, rows, dims, "hd95_mm", 2)
+            one_site_table(results, rows, dims, "hd95_mm", 2, corrected)
     print("\n### One site without labels, 3D: Dice at that site\n")
     left_out_table(results, "dice", 3)
     print("\n### One site without labels, 3D: HD95 in mm at that site\n")
@@ -145,22 +145,27 @@ def report(work: Path) -> None:
     cost_table(results)
 
 
-def one_site_table(results: Results, rows: list[Row], dims: str, metric: str, digits: int) -> None:
+def one_site_table(
+    results: Results, rows: list[Row], dims: str, metric: str, digits: int, corrected: Results | None
+) -> None:
     none = Row("A", "none", dims, "", True)
     with_gap = metric == "dice"
     more = " | worst site | gap recovered at D | gap recovered at B, C and D" if with_gap else ""
     print(f"| harmonizer | seeds | {' | '.join(SITES)}{more} |\n|---|---|{'---|' * (4 + 3 * with_gap)}")
-    for row in rows:
-        found = {site: results.scores(row, site, metric) for site in SITES}
+    measured = [(row.title, row, results) for row in rows]
+    if corrected is not None:
+        measured += [(f"N4, then {row.title}", row, corrected) for row in corrected.rows(["A"], dims)]
+    for title, row, source in measured:
+        found = {site: source.scores(row, site, metric) for site in SITES}
         cells = [mean_cell(found[site], digits) for site in SITES]
         if with_gap:
             means = [float(scores.mean()) for scores in found.values() if scores is not None]
             cells.append(f"{min(means):.3f}")
-            if row == none:
+            if row == none and source is results:
                 cells += ["0", "0"]
             else:
-                cells += [gap_cell(triples_of(results, row, none, sites, dims)) for sites in ("D", "BCD")]
-        print(f"| {row.title} | {len(results.entries[row])} | {' | '.join(cells)} |")
+                cells += [gap_cell(triples_of(results, row, none, sites, dims, source)) for sites in ("D", "BCD")]
+        print(f"| {title} | {len(source.entries[row])} | {' | '.join(cells)} |")
     cells = [mean_cell(results.oracle(site, dims, metric), digits) for site in SITES]
     if with_gap:
         oracles = [results.oracle(site, dims, metric) for site in SITES]
@@ -175,13 +180,16 @@ def one_site_table(results: Results, rows: list[Row], dims: str, metric: str, di
                 print(f"Gap at {site} (oracle - none): {gap:+.3f} [{low:+.3f}, {high:+.3f}].")
 
 
-def triples_of(results: Results, row: Row, none: Row, sites: str, dims: str) -> list[tuple[Scores, Scores, Scores]]:
-    """(method, none, oracle) of each site; empty where one of them was not measured."""
+def triples_of(
+    results: Results, row: Row, none: Row, sites: str, dims: str, source: Results | None = None
+) -> list[tuple[Scores, Scores, Scores]]:
+    """(method, none, oracle) of each site; empty where one of them was not measured. `source` holds the method's scores."""
+    source = source or results
     triples = []
     for site in sites:
-        seeds = results.seeds(row, site)  # the same seeds of all three
+        seeds = source.seeds(row, site)  # the same seeds of all three
         found = (
-            results.scores(row, site, "dice"),
+            source.scores(row, site, "dice"),
             results.scores(none, site, "dice", seeds),
             results.oracle(site, dims, "dice", seeds),
         )

@@ -20,10 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_fedharm.differences import sketch
 from nnunet_fedharm.differences.findings import EmbeddingFinding, Findings, PartFinding
 from nnunet_fedharm.differences.options import SIGNIFICANT, StatisticsOptions
+from nnunet_fedharm.differences.ranks import false_discovery
+from nnunet_fedharm.differences.sketch_statistics import kruskal_wallis, noisy_rank_test
 from nnunet_fedharm.differences.statistics import find_differences
 from nnunet_fedharm.federation.measure_config import SiteReportConfig
+from nnunet_fedharm.federation.measure_noise import Protection, sensitivity_of
 from nnunet_fedharm.federation.site_report import federated_findings
 from nnunet_fedharm.sites.features.table import FeatureTable
 from nnunet_fedharm.sites.features.table_files import read_table
@@ -40,6 +44,7 @@ FEW = (
     "shape_Sphericity",
 )
 """Features for a report with noise: a few of each family, and the control."""
+_PATIENTS, _EPSILONS = (50, 200, 1000, 5000), (1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ def main() -> None:
         (f"epsilon {value:g}, {len(FEW)} features", replace(config, epsilon=value, **few)) for value in args.epsilon_few
     ]
     text += protection([(name, *timed(one)) for name, one in protected], found) if protected else []
+    text += ["", *scaling(table)]
     args.output.write_text("\n".join(text) + "\n")
     print("\n".join(text))
 
@@ -234,6 +240,50 @@ def protection(runs: Sequence[tuple[str, Findings, float]], plain: Findings) -> 
             f"| {name} | {seconds:.0f} | {size:.0f} | {np.median(gaps):.3f}, {max(gaps):.3f} | {np.mean(same):.0%} |"
         )
     return rows
+
+
+def scaling(table: FeatureTable, *, draws: int = 5) -> list[str]:
+    """How many patients noise needs: the same sites with more patients, drawn again from those that there are.
+
+    Only the two messages with counts are simulated, with the noise that they have in a report on FEW.
+    """
+    part = table.part(table.parts[0][0], "foreground", "z-score").only(FEW)
+    sites = [part.where(lambda row, own=site: row.site == own).values for site in part.sites]
+    rows = ["| patients of a site | " + " | ".join(f"epsilon {value:g}" for value in _EPSILONS) + " |"]
+    rows.append("|---" * (1 + len(_EPSILONS)) + "|")
+    for patients in _PATIENTS:
+        cells = []
+        for epsilon in _EPSILONS:
+            found = [
+                one_noisy(sites, patients, epsilon, np.random.default_rng([seed, patients])) for seed in range(draws)
+            ]
+            gaps, same = (np.concatenate([each[index] for each in found]) for index in (0, 1))
+            cells.append(f"{np.median(gaps):.3f}, {same.mean():.0%}")
+        rows.append(f"| {patients} | {' | '.join(cells)} |")
+    return rows
+
+
+def one_noisy(
+    sites: list[np.ndarray], patients: int, epsilon: float, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Differences of eta squared to that without noise, and whether decisions are the same, of each feature."""
+    plan, features = Protection(epsilon=epsilon), [len(FEW)]
+    drawn = [own[generator.integers(len(own), size=patients)] for own in sites]
+
+    def noisy(step: str, counts: np.ndarray) -> np.ndarray:
+        return counts + generator.normal(0, plan.sigma(step, sensitivity_of(step, features)), counts.shape)
+
+    located = np.sum([noisy("locate", sketch.locate(own)) for own in drawn], axis=0)
+    sigma = plan.sigma("locate", sensitivity_of("locate", features)) * len(sites) ** 0.5
+    edges = sketch.equal_edges(*sketch.located_range(sketch.above_noise(located, sigma)), 8)
+    counts = np.stack([noisy("histograms", sketch.count_bins(own, edges))[:, :-1] for own in drawn])
+    fine = sketch.equal_edges(*sketch.located_range(np.sum([sketch.locate(own) for own in drawn], axis=0)), 256)
+    exact = kruskal_wallis(np.stack([sketch.count_bins(own, fine)[:, :-1] for own in drawn]))
+    test = noisy_rank_test(
+        counts, plan.sigma("histograms", sensitivity_of("histograms", features)), simulations=99, generator=generator
+    )
+    decisions = [false_discovery(each.p) < SIGNIFICANT for each in (test, exact)]
+    return np.abs(np.nan_to_num(test.effect) - exact.effect), decisions[0] == decisions[1]
 
 
 if __name__ == "__main__":
