@@ -108,7 +108,9 @@ def _show_site(root: Path, delta: float, *, every: bool) -> None:
 
 def meaning(epsilon: float, delta: float) -> str:
     """What a pair of epsilon and delta promises a patient, in one sentence."""
-    factor = f"{math.exp(epsilon):.3g}" if epsilon < 50 else f"e^{epsilon:.0f}, which is no protection"
+    bound = math.exp(min(epsilon, 50.0))
+    factor = f"{bound:.3g}" if bound < 1000 else f"{float(f'{bound:.2g}'):,.0f}"
+    factor = factor if epsilon < 50 else f"e^{epsilon:.0f}, which is no protection"
     return (
         f"Meaning: with or without one patient's data, every outcome is as likely within a factor of {factor}, "
         f"but for outcomes of a chance of about {delta:g}."
