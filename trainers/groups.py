@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.errors import FederationError, PlanError
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
 from nnunet_fedharm.trainers.results import build_network
 from nnunet_fedharm.trainers.weights import Weights, bare_module, export_weights, load_weights, unique_tensors
@@ -99,6 +99,31 @@ def load_with_own(
         own |= {name: value for name, value in own_tensors(state).items() if name in local}
     load_weights(network, {**received, **own})
     return local
+
+
+def with_own(
+    weights: Weights, names: frozenset[str], kept: Iterable[Mapping[str, Any] | None], *, site: str
+) -> Weights:
+    """Final weights with the site's own tensors in their places.
+
+    Args:
+        weights: the federation's.
+        names: tensors that the site keeps for itself.
+        kept: its durable states, the latest last.
+        site: for messages.
+
+    Raises:
+        FederationError: some were never trained here.
+    """
+    own: Weights = {}
+    for state in kept:
+        own |= own_tensors(state)
+    if names - set(own):
+        raise FederationError(
+            f"Site {site} never trained {len(names - set(own))} of the {len(names)} tensors that are its own by local-groups, "
+            "so it has no model. It gets one when it takes part in a round of the run."
+        )
+    return {**weights, **{name: own[name] for name in names}}
 
 
 def own_tensors(state: Mapping[str, Any] | None) -> Weights:

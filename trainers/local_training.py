@@ -21,7 +21,7 @@ from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.section import read_section
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_gain
-from nnunet_fedharm.trainers.groups import copies, load_with_own, own_tensors, planned_tensors_of, shared_weights
+from nnunet_fedharm.trainers.groups import copies, load_with_own, planned_tensors_of, shared_weights, with_own
 from nnunet_fedharm.trainers.harmonizer_phase import trainable
 from nnunet_fedharm.trainers.local_objectives import ControlVariate, Objective, extended
 from nnunet_fedharm.trainers.results import make_trainer, write_results_folder
@@ -162,7 +162,12 @@ class LocalTraining:
         Raises:
             FederationError: tensors that this site has to have of its own were never trained here.
         """
-        weights = self._with_own(weights)
+        with self.root.activate():
+            names = planned_tensors_of(
+                self.plans, self.dataset_json, self.configuration, self.trainer_name, self.local_groups
+            )
+        states = [self.states.older_than(phase, None) for phase in ("harmonizer", "segmenter")] if names else []
+        weights = with_own(weights, names, states, site=self.site)
         return write_results_folder(
             self.root,
             self.dataset_name,
@@ -203,22 +208,6 @@ class LocalTraining:
                 close_where_dice_falls(trainer)
                 trainer.on_train_end()
             return float(harmonizer.bank_gate[index])
-
-    def _with_own(self, weights: Weights) -> Weights:
-        """Final weights with this site's own tensors in their places."""
-        with self.root.activate():
-            names = planned_tensors_of(
-                self.plans, self.dataset_json, self.configuration, self.trainer_name, self.local_groups
-            )
-        own: Weights = {}
-        for phase in ("harmonizer", "segmenter"):
-            own |= own_tensors(self.states.older_than(phase, None))
-        if names - set(own):
-            raise FederationError(
-                f"Site {self.site} never trained its own {', '.join(self.local_groups)} ({len(names - set(own))} of "
-                f"{len(names)} tensors), so it has no model. It gets one when it takes part in a round of the run."
-            )
-        return {**weights, **{name: own[name] for name in names}}
 
     def _harmonizer_round(
         self,
