@@ -112,6 +112,21 @@ def test_the_classifier_is_the_pooled_discriminant_in_the_same_folds(
         assert found.accuracy.value == pytest.approx(pooled.accuracy.value, abs=0.12)
 
 
+def test_one_population_at_three_sites_is_not_told_apart(
+    root: Path, tables: dict[str, FeatureTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_features(
+        monkeypatch, {site: draw_table(site, 30, shift=0, seed=20 + index) for index, site in enumerate("ABC")}
+    )
+    findings = report(report_config(root, simulations=59))
+    for part in findings.variants[0].parts:
+        assert min(one.q for one in part.features if one.q is not None) > 0.05
+        assert part.classifiers[0].p is not None
+        assert part.classifiers[0].p > 0.05
+        assert part.families["intensity"].low is not None
+        assert part.families["intensity"].low < 0.05
+
+
 def test_nothing_that_leaves_a_site_names_a_case_or_a_patient(root: Path, tables: dict[str, FeatureTable]) -> None:
     config = report_config(root)
     sent: list[Message] = []
