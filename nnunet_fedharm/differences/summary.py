@@ -172,7 +172,7 @@ def _size(pairs: Sequence[PairFinding]) -> str:
         if f"{distances[0]:.1f}" == f"{distances[-1]:.1f}"
         else f"{distances[0]:.1f} to {distances[-1]:.1f}"
     )
-    return f"half of the features are moved by {shown} standard deviations or more"
+    return f"half of the features differ by {shown} standard deviations or more"
 
 
 def _families(part: PartFinding) -> list[str]:

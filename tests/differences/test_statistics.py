@@ -102,7 +102,7 @@ def test_slices_are_judged_once_per_channel_and_stand_in_its_parts() -> None:
     assert [item.method for item in none.classifiers] == [item.method for item in found.classifiers[:-1]]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     missing=st.sampled_from([0.0, 0.2, 0.9]),
@@ -153,7 +153,7 @@ def test_nothing_is_found_between_two_random_halves_of_one_site() -> None:
         table = FeatureTable(rows, one.names, one.values)
         panel = panel_of(table)
         discoveries.append((rank_tests(panel.values, panel.codes, np.zeros((0, 60))).q < 0.05).any())
-        if repeat < 6:
+        if repeat < 5:
             found = only(table, replace(FAST, bootstrap=0, forest_permutations=0))
             classified.append(found.classifiers[1])
             kernels.append(found.pairs[0].mmd_p)

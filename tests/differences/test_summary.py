@@ -71,8 +71,8 @@ def text(found: PartFinding, cards: list[SiteCard] = CARDS) -> str:
 
 def test_the_site_that_stands_apart_is_named_with_what_only_its_scanner_has() -> None:
     assert summarize([part()], CARDS) == [
-        "D differs from all other sites more than these differ among each other even after z-score: half of the features are "
-        "moved by 1.7 to 2.0 standard deviations or more.",
+        "D differs from all other sites more than these differ among each other even after z-score: half of the features "
+        "differ by 1.7 to 2.0 standard deviations or more.",
         "D is the only site with T2-weighted images (T2w TSE), which may explain it.",
         "They differ mostly in texture: 100% of the texture features and 100% of the intensity features differ significantly.",
         "A classifier recognises the site of 93% of the volumes by their features (guessing: 25%).",
@@ -82,7 +82,7 @@ def test_the_site_that_stands_apart_is_named_with_what_only_its_scanner_has() ->
 
 def test_a_site_stands_apart_only_if_the_intervals_say_so() -> None:
     assert text(part(width=0.8)).startswith(
-        "B and D differ most even after z-score: half of the features are moved by 2.0"
+        "B and D differ most even after z-score: half of the features differ by 2.0"
     )
     assert "D is the only site with T2-weighted images (T2w TSE), which may explain it." in text(part(width=0.8))
     others = [*CARDS[:3], replace(CARDS[3], sequence="T1w TFE")]
