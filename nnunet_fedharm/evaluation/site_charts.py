@@ -77,9 +77,13 @@ def scatter_chart(
     for site, x, y, text in points:
         mark = marker(order[site], x_of(x), y_of(y), 4.0)
         parts.append(f"<g>{mark}<title>{escape(text)}</title></g>" if text else mark)
+    taken: list[tuple[float, float]] = []
     for site, ellipse in ellipses.items():
-        x, y = x_of(ellipse[0]), y_of(ellipse[1])
-        parts.append(f'<text x="{x:.1f}" y="{y + 5:.1f}" class="halo mid">{escape(_short(site))}</text>')
+        x, y = x_of(ellipse[0]), y_of(ellipse[1]) + 5
+        while any(abs(x - other) < 9 * len(_short(site)) + 4 and abs(y - line) < 14 for other, line in taken):
+            y += 14
+        taken.append((x, y))
+        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" class="halo mid">{escape(_short(site))}</text>')
     return svg(parts, width, height, label, natural=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def build_report(
     channels = [name for name in wanted if any(row.channel == name for row in measured[AS_SCANNED].table.rows)]
     findings = Findings(
         dataset=raw_dataset.resolve().name,
-        created=f"{date.today():%-d %B %Y}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         mode="pooled",
         settings=_settings(options, models),
         sites=_cards(registry, listed, sites),

@@ -30,6 +30,7 @@ from nnunet_fedharm.evaluation.site_report_words import (
     chance_sentence,
     classifier_sentence,
     count,
+    day,
     headline,
     is_recognised,
     keys,
@@ -60,7 +61,7 @@ def render_site_report(findings: Findings, *, sentences: Sequence[str], slices: 
         lead=escape(_lead(findings)),
         answer=_answer(sentences),
         first=_first_screen(findings, variants, sites, slices[:1]),
-        families=_section_without_title(family_block(variants)),
+        families=_section_without_title(family_block(variants)) if slices else "",
         scanners=_section("Scanners", scanner_table(findings), _SCANNERS),
         pictures=_typical(slices, sites),
         overview=_overview(findings),
@@ -91,7 +92,7 @@ def _lead(findings: Findings) -> str:
     ]
     if len(findings.variants) > 1:
         words.append(" and ".join(variant.name for variant in findings.variants))
-    return "; ".join([*words, findings.created]) + "."
+    return "; ".join([*words, day(findings.created)]) + "."
 
 
 def _first_screen(
@@ -106,7 +107,8 @@ def _first_screen(
             f"black at {low:.1f} and white at {high:.1f} standard deviations everywhere.</p>"
         )
     title = "What each site's scanner shows" if slices else "The sites"
-    left = f"<section><h2>{title}</h2>{lead}<div class='sitegrid'>{cards}</div></section>"
+    families = "" if slices else family_block(variants)
+    left = f"<section><h2>{title}</h2>{lead}<div class='sitegrid'>{cards}</div>{families}</section>"
     return Html(f'<div class="first">{left}{_distance_card(variants, sites)}</div>')
 
 

@@ -53,6 +53,8 @@ figcaption{font-size:14px;margin-bottom:3px}figcaption small{display:block;font-
 .sets h4{margin:0 0 2px;color:var(--ink)}.sets figcaption{font-weight:400;color:var(--muted)}.keep{white-space:nowrap}
 .beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));gap:0 24px}
 .block{border-top:1px solid var(--line);padding-top:12px;margin-top:14px}.block>p{font-size:14px}
+@media (min-width:621px){.first .ranked{grid-template-columns:minmax(0,190px) minmax(0,1fr) 140px}}
+.first .block{margin-top:18px}
 .first .figures{grid-template-columns:repeat(auto-fill,minmax(min(200px,100%),1fr));align-items:end}
 .said ul{margin:2px 0 8px}.said li{color:var(--ink)}.bare>.block{border:0;padding:0;margin:0}
 .key{font-size:14px;align-items:center}.key span{display:inline-flex;align-items:center}

@@ -253,15 +253,18 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]
     rows = []
     for name, value in settings.items():
         path = f"{above}{name}".replace("_", " ")
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{path}: ")
-        elif isinstance(value, list | tuple):
-            rows.append((path, ", ".join(str(item) for item in value) or "none"))
-        else:
-            rows.append(
-                (path, "yes" if value is True else "no" if value is False else "none" if value is None else str(value))
-            )
+        rows += _flat(value, f"{path}: ") if isinstance(value, Mapping) else [(path, _setting(value))]
     return rows
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_setting(item) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "not set" if value is None else str(value)
 
 
 def _bytes(size: int) -> str:

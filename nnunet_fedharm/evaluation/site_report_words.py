@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 
 from nnunet_fedharm.differences.findings import ClassifierFinding, Estimate, Findings, PartFinding, SiteCard
 from nnunet_fedharm.differences.options import SIGNIFICANT
@@ -127,6 +128,14 @@ def scanner(card: SiteCard) -> str:
     """ "Siemens, 3 T, T1w MPRAGE"."""
     words = [card.vendor, None if card.field is None else f"{card.field:g} T", card.sequence]
     return ", ".join(str(word) for word in words if word) or "scanner not stated in sites.json"
+
+
+def day(created: str) -> str:
+    """ "24 November 2026" of an ISO time; other text as it is."""
+    try:
+        return f"{datetime.fromisoformat(created):%d %B %Y}".lstrip("0")
+    except ValueError:
+        return created
 
 
 def count(size: int, one: str, many: str | None = None) -> str:
