@@ -15,6 +15,8 @@ Codes = npt.NDArray[np.intp]
 
 CONTROL = "shape"
 """Family that no scanner changes: reported beside the others, kept out of every verdict over all features."""
+_ROUNDING, _NOTHING = 1e-9, 1e-12
+"""Range over largest size, and largest size, up to which a feature counts as constant."""
 _MISSING = 0.5
 """Share of features that a volume may lack before the methods that need all of them leave it out."""
 
@@ -81,9 +83,21 @@ def panel_of(part: FeatureTable) -> Panel:
     rows = [(row.site, row.patient, row.case, index) for index, row in enumerate(part.rows) if not row.travelling]
     rows.sort()
     values = np.asarray(part.values[[row[3] for row in rows]], dtype=np.float64).reshape(len(rows), len(part.names))
-    values = np.where(np.isfinite(values), values, np.nan)
+    values = without_rounding(np.where(np.isfinite(values), values, np.nan))
     found = _panel(rows, part.names, values)
     return found.columns(np.asarray(np.isfinite(values).any(0), dtype=bool))
+
+
+def without_rounding(values: Values) -> Values:
+    """(n, F) values with columns made constant that vary by rounding only: the mean of a z-scored image is no feature."""
+    cleaned = values.copy()
+    for column in cleaned.T:
+        known = np.isfinite(column)
+        if known.any():
+            size = float(np.abs(column[known]).max())
+            if size <= _NOTHING or np.ptp(column[known]) <= _ROUNDING * size:
+                column[known] = float(np.median(column[known]))
+    return cleaned
 
 
 def case_panel(table: FeatureTable, channel: str) -> Panel:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from nnunet_fedharm.differences.agreement import GOOD, concordance, intraclass_correlation, share_at_least
 from nnunet_fedharm.differences.findings import AgreementFinding, Estimate
 from nnunet_fedharm.differences.options import StatisticsOptions
-from nnunet_fedharm.differences.panel import CONTROL
+from nnunet_fedharm.differences.panel import CONTROL, without_rounding
 from nnunet_fedharm.differences.ranks import median_over
 from nnunet_fedharm.sites.features.table import FeatureTable, family_of
 
@@ -51,11 +51,12 @@ def travelling_values(part: FeatureTable) -> tuple[Values, list[str]]:
         scans.setdefault(row.patient, {}).setdefault(row.site, []).append(index)
     seen = {patient: scans[patient] for patient in sorted(scans) if len(scans[patient]) > 1}
     sites = sorted({site for places in seen.values() for site in places})
+    measured = without_rounding(np.where(np.isfinite(part.values), part.values, np.nan))
     values = np.full((len(seen), len(sites), len(part.names)), np.nan)
     for position, places in enumerate(seen.values()):
         for site, rows in places.items():
-            values[position, sites.index(site)] = part.values[sorted(rows, key=lambda row: part.rows[row].case)].mean(0)
-    return np.where(np.isfinite(values), values, np.nan), sites
+            values[position, sites.index(site)] = measured[sorted(rows, key=lambda row: part.rows[row].case)].mean(0)
+    return values, sites
 
 
 def _findings(

@@ -56,6 +56,17 @@ def test_complete_features_vary_exist_everywhere_and_are_no_control() -> None:
     assert empty.names == ()
 
 
+def test_rounding_errors_are_no_feature() -> None:
+    table = feature_table({"A": 3, "B": 3})
+    noise = 1e-16 * np.arange(6)
+    table.values[:, 0], table.values[:, 1], table.values[:, 2] = noise, 1 + noise, 1e-7 * (1 + np.arange(6))
+    table.values[2, 1] = np.nan
+    found = panel_of(table)
+    assert np.ptp(found.values[:, 0]) == 0 == np.nanmax(found.values[:, 1]) - np.nanmin(found.values[:, 1])
+    assert np.isnan(found.values[2, 1])
+    np.testing.assert_array_equal(found.values[:, 2], table.values[:, 2])
+
+
 def test_small_sites_can_be_left_out() -> None:
     found = panel({"A": 4, "B": 1, "C": 3}).with_patients(3)
     assert found.sites == ("A", "C")
