@@ -10,6 +10,7 @@ from html import escape
 from string import Template
 
 from nnunet_fedharm.differences.findings import Estimate, Findings
+from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.site_charts import marker_icon
 from nnunet_fedharm.evaluation.site_report_html import Html, feature_name, figure, figures, paragraphs, table, text
 from nnunet_fedharm.evaluation.site_report_parts import (
@@ -32,13 +33,13 @@ from nnunet_fedharm.evaluation.site_report_words import (
     count,
     day,
     headline,
-    is_recognised,
+    is_chance,
     keys,
     number,
-    part_name,
     parts_of,
     percent,
     scanner,
+    short_part_name,
 )
 
 
@@ -91,7 +92,7 @@ def _lead(findings: Findings) -> str:
         else "all data in one place",
     ]
     if len(findings.variants) > 1:
-        words.append(" and ".join(variant.name for variant in findings.variants))
+        words.append(joined([variant.name for variant in findings.variants]))
     return "; ".join([*words, day(findings.created)]) + "."
 
 
@@ -144,7 +145,10 @@ def _distance_card(variants: Variants, sites: Sequence[str]) -> str:
         for name, part in variants
     ]
     if not any(matrices):
-        return "<section><h2>How far apart</h2><p>There are no two sites to compare.</p></section>"
+        reason = "There are no two sites to compare."
+        if len(sites) > 1 and variants:
+            reason = "No distance between two sites is known here; the notes of the measurements below say why."
+        return f"<section><h2>How far apart</h2><p>{reason}</p>{_told(variants)}</section>"
     return (
         "<section><h2>How far apart</h2><p>Median shift of the features between two sites, in standard deviations over all "
         "volumes. 0 is no difference; 1 means that a site's values lie a whole standard deviation off.</p>"
@@ -163,7 +167,7 @@ def _told(variants: Variants) -> str:
     else:
         rows = "".join(
             f"<li><b>{percent(item.accuracy.value)}</b> of the volumes {escape(name)}"
-            f"{escape(_between(item.accuracy))}{'' if is_recognised(item) else ', no more than by chance'}</li>"
+            f"{escape(_between(item.accuracy))}{', no more than by chance' if is_chance(item) else ''}</li>"
             for name, item in found
         )
         words = f"<p>{escape(first.method[:1].upper() + first.method[1:])}: recognises the site of</p><ul>{rows}</ul>"
@@ -203,15 +207,15 @@ def _overview(findings: Findings) -> str:
     rows: list[tuple[object, ...]] = []
     several = len(findings.variants) > 1
     for key in keys(findings):
-        name_of_part: object = Html(f'<a href="#{anchor_of(key)}">{text(part_name(key))}</a>')
+        name_of_part: object = Html(f'<a href="#{anchor_of(key)}">{text(short_part_name(key))}</a>')
         for name, part in parts_of(findings, key):
             pair = largest_pair(part)
             best = part.classifiers[0] if part.classifiers else None
             rows.append(
                 (
                     name_of_part,
-                    *([Html(f'<span class="keep">{text(name)}</span>')] if several else []),
-                    f"{pair.first} and {pair.second}: {number(pair.wasserstein.value)}" if pair else DASH,
+                    *([_keep(name)] if several else []),
+                    _keep(f"{pair.first} and {pair.second}: {number(pair.wasserstein.value)}" if pair else DASH),
                     percent(best.accuracy.value) if best else DASH,
                     *(percent(part.share_significant.get(family)) for family in FAMILIES),
                 )
@@ -219,6 +223,11 @@ def _overview(findings: Findings) -> str:
             name_of_part = ""
     head = ("channel, region, scale", *(["state"] if several else []), "furthest sites", "site recognised", *FAMILIES)
     return table(head, rows, css="numbers words toc")
+
+
+def _keep(words: str) -> Html:
+    """Not to be broken into lines."""
+    return Html(f'<span class="keep">{text(words)}</span>')
 
 
 def _notes(findings: Findings) -> list[str]:

@@ -131,25 +131,18 @@ def family_block(variants: Variants) -> Html:
         return Html("")
     rows = []
     for name in names:
-        shares = [
-            f"{percent(part.share_significant[name])} of features differ{_in(variant, variants)}"
-            for variant, part in variants
-            if name in part.share_significant
-        ]
-        note = f"{FAMILIES[name].partition(': ')[2]}. {'; '.join(shares)}"
-        first, _, _ = FAMILIES[name].partition(":")
-        rows.append(_ranked_row(Html(f"<b>{text(first)}</b><small>{text(note)}</small>"), _estimates(variants, name)))
+        first, _, note = FAMILIES[name].partition(": ")
+        own = [(variant, part) for variant, part in variants if name in part.families]
+        estimates = [(variant, part.families[name]) for variant, part in own]
+        shares = [f", {percent(part.share_significant.get(name))}" for _, part in own]
+        rows.append(_ranked_row(Html(f"<b>{text(first)}</b><small>{text(note)}</small>"), estimates, shares))
     return block(
         "What differs",
         variant_key(variants),
         _ranked(rows),
         lead="Share of a feature's variance (eta squared of ranks, 0 to 1) that the site explains: median over the family's "
-        f"features, 95% interval. A feature differs if its q (false discovery rate) is below {SIGNIFICANT:g}.",
+        f"features with 95% interval. Behind it the share of features that differ: q (false discovery) below {SIGNIFICANT:g}.",
     )
-
-
-def _estimates(variants: Variants, family: str) -> list[tuple[str, Estimate]]:
-    return [(name, part.families[family]) for name, part in variants if family in part.families]
 
 
 def _ranking(variants: Variants) -> Html:
@@ -180,13 +173,14 @@ def _ranked(rows: Sequence[str]) -> Html:
     return Html(f"{head}{''.join(rows)}")
 
 
-def _ranked_row(name: Html, estimates: Sequence[tuple[str, Estimate]]) -> Html:
+def _ranked_row(name: Html, estimates: Sequence[tuple[str, Estimate]], more: Sequence[str] = ()) -> Html:
     points = [
         Point(variant, f"series-{index + 1}", estimate.value, estimate.low, estimate.high)
         for index, (variant, estimate) in enumerate(estimates)
         if estimate.value is not None
     ]
-    numbers = "".join(f"<span>{text(interval(estimate))}</span>" for _, estimate in estimates)
+    words = zip([interval(estimate) for _, estimate in estimates], more or [""] * len(estimates), strict=True)
+    numbers = "".join(f"<span>{text(value)}{text(share)}</span>" for value, share in words)
     return Html(f'<div class="ranked"><span>{name}</span>{track(points)}<span class="values">{numbers}</span></div>')
 
 

@@ -53,7 +53,7 @@ figcaption{font-size:14px;margin-bottom:3px}figcaption small{display:block;font-
 .sets h4{margin:0 0 2px;color:var(--ink)}.sets figcaption{font-weight:400;color:var(--muted)}.keep{white-space:nowrap}
 .beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));gap:0 24px}
 .block{border-top:1px solid var(--line);padding-top:12px;margin-top:14px}.block>p{font-size:14px}
-@media (min-width:621px){.first .ranked{grid-template-columns:minmax(0,190px) minmax(0,1fr) 140px}}
+@media (min-width:621px){.first .ranked{grid-template-columns:minmax(0,190px) minmax(0,1fr) 175px}}
 .first .block{margin-top:18px}
 .first .figures{grid-template-columns:repeat(auto-fill,minmax(min(200px,100%),1fr));align-items:end}
 .said ul{margin:2px 0 8px}.said li{color:var(--ink)}.bare>.block{border:0;padding:0;margin:0}
@@ -61,7 +61,7 @@ figcaption{font-size:14px;margin-bottom:3px}figcaption small{display:block;font-
 .key .series-3{background:var(--c3)}.key .series-4{background:var(--c4)}
 .line.series-3{stroke:var(--c3)}.line.series-4{stroke:var(--c4)}.dot.series-3{fill:var(--c3)}.dot.series-4{fill:var(--c4)}
 .dot{stroke:var(--card);stroke-width:1.2}.dot.series-2{stroke-width:1.2}
-.ranked{display:grid;grid-template-columns:minmax(0,270px) minmax(0,1fr) 165px;gap:2px 14px;align-items:center;
+.ranked{display:grid;grid-template-columns:minmax(0,270px) minmax(0,1fr) 185px;gap:2px 14px;align-items:center;
 padding:4px 0;border-top:1px solid var(--line);font-size:14px}
 .ranked.head{border:0;padding:0}.ranked small{display:block;color:var(--muted);line-height:1.35}
 .ranked .values span{display:block;font-size:13.5px;line-height:16px;font-variant-numeric:tabular-nums}

@@ -22,6 +22,7 @@ FAMILIES = {
 """Family -> what it is."""
 
 _REGIONS = {FOREGROUND: "all labels together", IMAGE: "the whole body in the image"}
+_SHORT = {FOREGROUND: "all labels", IMAGE: "whole body"}
 _SCALES = {SCALES[0]: "after z-score (what nnU-Net sees)", SCALES[1]: "raw values of the files"}
 DASH = "-"
 
@@ -40,6 +41,12 @@ def part_name(key: Key) -> str:
     """One line for a channel, region and scale."""
     channel, region, scale = key
     return f"{channel}, {region_name(region)}, {scale_name(scale)}"
+
+
+def short_part_name(key: Key) -> str:
+    """The same in a table."""
+    channel, region, scale = key
+    return f"{channel}, {_SHORT.get(region, region)}, {scale}"
 
 
 def keys(findings: Findings) -> list[Key]:
@@ -143,9 +150,11 @@ def count(size: int, one: str, many: str | None = None) -> str:
     return f"{size} {one if size == 1 else many or one + 's'}"
 
 
-def is_recognised(finding: ClassifierFinding) -> bool:
-    """Whether the classifier beats its null."""
-    return finding.p is not None and finding.p < SIGNIFICANT
+def is_chance(finding: ClassifierFinding) -> bool:
+    """Whether the classifier is within its null; a null of few permutations alone does not make it so."""
+    if finding.p is None or finding.null_high is None or finding.accuracy.value is None:
+        return False
+    return finding.p >= SIGNIFICANT and finding.accuracy.value <= finding.null_high
 
 
 def classifier_sentence(finding: ClassifierFinding) -> str:
