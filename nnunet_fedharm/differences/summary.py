@@ -196,7 +196,9 @@ def _recognition(part: PartFinding) -> list[str]:
         return []
     beating = [item for item in judged if corrected_p(item, judged) <= SIGNIFICANT]
     if not beating:
-        return ["A classifier does not recognise the site better than chance."]
+        # Nulls of few permutations allow no p that would count after the correction: they say nothing either way.
+        told = any(len(judged) / (1 + item.permutations) <= SIGNIFICANT + 1e-12 for item in judged)
+        return ["A classifier does not recognise the site better than chance."] if told else []
     best = max(beating, key=lambda item: number(item.accuracy.value))
     source = "slices" if "slices" in best.method else "features"
     return [
