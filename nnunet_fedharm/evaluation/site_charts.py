@@ -15,8 +15,8 @@ from nnunet_fedharm.evaluation.charts import Point, scale, svg, ticks
 SITE_STYLES = 8
 """Colours of the style sheet; further sites take them again, with other markers."""
 
-_STRONG = 0.55
-"""Share of the full colour from which the number in a cell is written in the colour of the page."""
+_MIDDLE, _STRONG = 0.55, 0.85
+"""Shares of the full colour from which the number in a cell is written in the colour of the page: dark pages, all pages."""
 
 Ellipse = tuple[float, float, float, float, float]
 
@@ -251,7 +251,7 @@ def _cell(
     value, text, tip = content
     share = 0.0 if value is None or highest <= 0 else min(max(value / highest, 0.0), 1.0)
     x, y = corner
-    css = "cell strong" if share > _STRONG else "cell"
+    css = "cell strong" if share > _STRONG else "cell middle" if share > _MIDDLE else "cell"
     return (
         f'<g><rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{size[0] - 2}" height="{size[1] - 2}" rx="4" class="heat" '
         f'fill-opacity="{0.06 + 0.94 * share:.2f}"/><text x="{x + size[0] / 2:.1f}" y="{y + size[1] / 2 + 5:.1f}" '

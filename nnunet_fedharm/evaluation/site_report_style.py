@@ -14,8 +14,9 @@ _SITES = "".join(
 
 SITE_STYLE = (
     STYLE
+    + ".cell{fill:var(--ink)}"
     + f":root{{{_LIGHT};--c3:#b3450a;--c4:#7a4fc0}}"
-    + f"@media (prefers-color-scheme:dark){{:root{{{_DARK};--c4:#c0a2ff}}}}"
+    + f"@media (prefers-color-scheme:dark){{:root{{{_DARK};--c3:#ff9a5c;--c4:#c0a2ff}}.cell.middle{{fill:var(--card)}}}}"
     + _SITES
     + """
 body{font-size:16px;overflow-wrap:break-word}
@@ -43,13 +44,14 @@ figcaption small,.ranked small,summary small{font-size:13px}
 .mark{stroke:var(--card);stroke-width:.8}.ellipse{fill-opacity:.07;stroke-width:1.8}
 .ridge{fill-opacity:.3;stroke-width:1.5;stroke-linejoin:round}.median{stroke:var(--ink);stroke-width:2}
 .halo{font-size:15px;font-weight:700;fill:var(--ink);stroke:var(--card);stroke-width:4;paint-order:stroke;stroke-linejoin:round}
-.heat{fill:var(--c2)}.cell{font-size:14px;text-anchor:middle;fill:var(--ink);font-variant-numeric:tabular-nums}
+.heat{fill:var(--c2)}.cell{font-size:14px;text-anchor:middle;font-variant-numeric:tabular-nums}
 .cell.strong{fill:var(--card);font-weight:600}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:18px 16px;align-items:start}
 figcaption{font-size:14px;margin-bottom:3px}figcaption small{display:block;font-weight:400;color:var(--muted)}
 .sets{display:grid;gap:14px 16px;grid-template-columns:repeat(auto-fill,minmax(min(240px,100%),1fr))}
 .sets .figures{grid-template-columns:repeat(auto-fill,minmax(min(200px,100%),1fr));gap:8px 12px}
 .sets.n2{grid-template-columns:repeat(auto-fill,minmax(min(450px,100%),1fr))}.sets.n3{grid-template-columns:minmax(0,1fr)}
+.sets.n3 .figures{grid-template-columns:repeat(auto-fill,minmax(min(250px,100%),1fr))}
 .sets h4{margin:0 0 2px;color:var(--ink)}.sets figcaption{font-weight:400;color:var(--muted)}.keep{white-space:nowrap}
 .beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(380px,100%),1fr));gap:0 24px}
 .block{border-top:1px solid var(--line);padding-top:12px;margin-top:14px}.block>p{font-size:14px}
@@ -84,7 +86,8 @@ a{color:var(--c2)}
 @media (max-width:820px){.first{grid-template-columns:minmax(0,1fr)}}
 @media (max-width:620px){main{padding:14px 10px 40px}section{padding:14px}h1{font-size:23px}.answer{font-size:17.5px}
 details.part>summary,details.part>.inside{padding-left:14px;padding-right:14px}
-.sitegrid{grid-template-columns:1fr 1fr}.ranked{grid-template-columns:minmax(0,1fr) auto}.ranked>span:first-child{grid-column:1}
+.sitegrid{grid-template-columns:1fr 1fr}.slices{grid-template-columns:minmax(0,1fr)}
+.ranked{grid-template-columns:minmax(0,1fr) auto}.ranked>span:first-child{grid-column:1}
 .ranked>.values{grid-column:2;grid-row:1;text-align:right;align-self:start}.ranked>.track{grid-column:1/-1;grid-row:2}}
 @media print{details:not([open])>.inside{display:block}body{background:#fff}}
 """
