@@ -173,10 +173,10 @@ def test_each_sample_is_harmonized_with_its_own_sites_style(active: Planned) -> 
         seen.append([] if sites is None else sites.tolist()),
         told(sites),
     )[1]  # type: ignore[method-assign, assignment, func-returns-value]
-    trainer._tell_sites({"keys": ["Acase000", "Bcase001"]})
+    trainer.tell_sites({"keys": ["Acase000", "Bcase001"]})
     assert seen == [[0, 1]]
     with pytest.raises(PlanError, match="Case Zcase000 has no site"):
-        trainer._tell_sites({"keys": ["Zcase000"]})
+        trainer.tell_sites({"keys": ["Zcase000"]})
 
 
 def test_plans_without_a_section_are_refused_before_anything_is_written(active: Planned) -> None:

@@ -34,7 +34,7 @@ from nnunet_fedharm.trainers.results import make_trainer, write_results_folder
 from nnunet_fedharm.trainers.seeds import seed_everything
 
 PHASES = ("frozen", "alternate", "finetune")
-KINDS = ("diffusion", "curve")
+KINDS = ("diffusion",)
 UNLABELLED = "B"
 SEEDS = (0, 1, 2)
 
