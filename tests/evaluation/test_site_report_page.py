@@ -177,6 +177,14 @@ def test_one_site_is_described_without_comparison() -> None:
     assert "There are no two sites to compare." in page
 
 
+def test_sites_whose_distances_the_server_does_not_know_are_not_called_one_site() -> None:
+    findings = make_findings(mode="federated")
+    parts = [replace(part, pairs=[], classifiers=[], embedding=None) for part in findings.variants[0].parts]
+    page = render_site_report(replace(findings, variants=[VariantFinding("as scanned", parts)]), sentences=[])
+    Checked(page)
+    assert "No distance between two sites is known here" in page
+
+
 def test_parts_of_similar_names_have_different_places() -> None:
     names = [("a b", "c", "d"), ("a_b", "c", "d"), ("a-b", "c", "d"), ("ä", "c", "d")]
     assert len({anchor_of(name) for name in names}) == 4
