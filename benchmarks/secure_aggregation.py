@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nnunet_fedharm.federation import secure_messages as messages
 from nnunet_fedharm.federation.codec import decode, encode
 from nnunet_fedharm.federation.messages import Schema, pack, reply
-from nnunet_fedharm.federation.secure_sum import size_of
+from nnunet_fedharm.federation.secure import messages
+from nnunet_fedharm.federation.secure.sum import size_of
 from nnunet_fedharm.privacy.fixed_point import Field, Layout
 from nnunet_fedharm.privacy.secure_aggregation import make_terms
 from nnunet_fedharm.privacy.secure_server import ServerSession

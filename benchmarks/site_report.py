@@ -26,9 +26,9 @@ from nnunet_fedharm.differences.options import SIGNIFICANT, StatisticsOptions
 from nnunet_fedharm.differences.ranks import false_discovery
 from nnunet_fedharm.differences.sketch_statistics import kruskal_wallis, noisy_rank_test
 from nnunet_fedharm.differences.statistics import find_differences
-from nnunet_fedharm.federation.measure_config import SiteReportConfig
-from nnunet_fedharm.federation.measure_noise import Protection, sensitivity_of
-from nnunet_fedharm.federation.site_report import federated_findings
+from nnunet_fedharm.federation.report.config import SiteReportConfig
+from nnunet_fedharm.federation.report.launch import federated_findings
+from nnunet_fedharm.federation.report.noise import Protection, sensitivity_of
 from nnunet_fedharm.sites.features.table import FeatureTable
 from nnunet_fedharm.sites.features.table_files import read_table
 

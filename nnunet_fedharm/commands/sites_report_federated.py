@@ -47,7 +47,7 @@ def federated_findings(args: argparse.Namespace) -> tuple[Findings, Path]:
         FedHarmError: the run cannot start or stopped; its sentence.
     """
     from nnunet_fedharm.federation.launch import launch
-    from nnunet_fedharm.federation.measure_config import SiteReportConfig
+    from nnunet_fedharm.federation.report.config import SiteReportConfig
 
     if args.model:
         raise DataError("--model needs the images in one place; leave out --root or --model.")

@@ -14,14 +14,16 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from nnunet_fedharm.errors import CheckpointError, FederationError, FedHarmError
-from nnunet_fedharm.federation import measure_site, messages, secure_home
+from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.aggregation import finite
 from nnunet_fedharm.federation.codec import Weights, decode
 from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
 from nnunet_fedharm.federation.entries import enter_release
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
 from nnunet_fedharm.federation.ownership import ownership_of
-from nnunet_fedharm.federation.secure_rounds import Trained, train_for_sum
+from nnunet_fedharm.federation.report import site as report_site
+from nnunet_fedharm.federation.secure import home as secure_home
+from nnunet_fedharm.federation.secure.rounds import Trained, train_for_sum
 from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
 from nnunet_fedharm.privacy.ledger import Ledger
@@ -82,7 +84,7 @@ def _register(action: str, schema: messages.Schema, work: Callable[[Site, Unpack
         return _answer(message, context, schema, work)
 
 
-for _action, (_schema, _work) in (measure_site.ACTIONS | secure_home.ACTIONS).items():
+for _action, (_schema, _work) in (report_site.ACTIONS | secure_home.ACTIONS).items():
     _register(_action, _schema, _work)
 
 

@@ -13,7 +13,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, cast
 
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.federation.secure_checks import MODES, check_secure
+from nnunet_fedharm.federation.secure.checks import MODES, check_secure
 from nnunet_fedharm.federation.strategy import STRATEGIES
 from nnunet_fedharm.federation.strategy_checks import LOCAL_GROUPS, check_strategy, strategy_warnings
 from nnunet_fedharm.harmonizers import KINDS, LEARNED, check_options

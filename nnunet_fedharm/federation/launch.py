@@ -19,9 +19,9 @@ from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.daemon import CONNECTION, flower_environment, local_superlink, program, stop_process
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
-from nnunet_fedharm.federation.measure_config import SiteReportConfig
 from nnunet_fedharm.federation.progress import describe
-from nnunet_fedharm.federation.server_app import resolve_sites, server_folder
+from nnunet_fedharm.federation.report.config import SiteReportConfig
+from nnunet_fedharm.federation.server_root import resolve_sites, server_folder
 from nnunet_fedharm.federation.site import SITE_LOG
 from nnunet_fedharm.nnunet_root import NnunetRoot
 

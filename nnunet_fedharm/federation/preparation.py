@@ -23,7 +23,7 @@ from nnunet_fedharm.federation.messages import (
     unpack_reply,
 )
 from nnunet_fedharm.federation.roster import Roster
-from nnunet_fedharm.federation.secure_checks import check_secure_sites
+from nnunet_fedharm.federation.secure.checks import check_secure_sites
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.federation.strategy_checks import check_sites
 from nnunet_fedharm.harmonizers.style import Style

@@ -32,8 +32,8 @@ from nnunet_fedharm.federation.messages import (
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.requests import common_values, scaffolds, train_request
 from nnunet_fedharm.federation.roster import Roster
-from nnunet_fedharm.federation.secure_checks import secures
-from nnunet_fedharm.federation.secure_rounds import SecureRound
+from nnunet_fedharm.federation.secure.checks import secures
+from nnunet_fedharm.federation.secure.rounds import SecureRound
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.federation.strategy import controlled, current_control, next_model, strategy_of, trains_together
 from nnunet_fedharm.federation.updates import (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -15,22 +14,19 @@ from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig, warnings_of
 from nnunet_fedharm.federation.durable import file_lock, write_bytes
 from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
-from nnunet_fedharm.federation.measure_config import SiteReportConfig, task_of, training_keys
 from nnunet_fedharm.federation.messages import PHASES
 from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.preparation import Preparation
+from nnunet_fedharm.federation.report.config import SiteReportConfig, task_of, training_keys
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.rounds import RoundLoop
-from nnunet_fedharm.federation.site import site_folders
+from nnunet_fedharm.federation.server_root import LOCK_WAIT_S, resolve_sites, server_folder
 from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state, unfinished_runs
 from nnunet_fedharm.federation.strategy import final_weights
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
-LOCK_WAIT_S = 30.0
 LOCAL_GROUPS_FILE = "local_groups.json"
 """Beside the server's checkpoints where sites keep tensors for themselves."""
-
-Config = TypeVar("Config", bound=FederateConfig | SiteReportConfig)
 
 app = ServerApp()
 
@@ -39,37 +35,11 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Entry point for Flower: a training, or a site report where the run config's `task` says so."""
     if task_of(context.run_config) == "site-report":
-        from nnunet_fedharm.federation.measure_server import run_site_report
+        from nnunet_fedharm.federation.report.server import run_site_report
 
         run_site_report(grid, SiteReportConfig.from_run_config(context.run_config))
     else:
         run_server(grid, FederateConfig.from_run_config(training_keys(context.run_config)))
-
-
-def server_folder(config: FederateConfig | SiteReportConfig) -> Path:
-    """The server's nnU-Net root.
-
-    Raises:
-        FederationError: neither root nor server-root is given.
-    """
-    if not config.root and not config.server_root:
-        raise FederationError(
-            "Say where the server may write: set root (with sites/ and server/ inside) or server-root."
-        )
-    return Path(config.server_root or Path(config.root) / "server").expanduser().resolve()
-
-
-def resolve_sites(config: Config) -> Config:
-    """The configuration with the sites' names filled in from ROOT/sites where none are given.
-
-    Raises:
-        FederationError: no names and no such folder, or quorum and reference do not fit the names.
-    """
-    if config.site_names:
-        return replace(config, sites=",".join(config.site_names))
-    if not config.root:
-        raise FederationError("Name the expected sites, for example sites='A,B,C'.")
-    return replace(config, sites=",".join(site_folders(Path(config.root).expanduser())))
 
 
 def run_server(grid: Grid, config: FederateConfig) -> Path:

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from nnunet_fedharm.federation.client_app import app
-from nnunet_fedharm.federation.measure_config import SiteReportConfig
+from nnunet_fedharm.federation.report.config import SiteReportConfig
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.sites.features import extraction
 from nnunet_fedharm.sites.features.table import Failure, FeatureTable, Row

@@ -13,7 +13,7 @@ from nnunet_fedharm.commands import federate as command
 from nnunet_fedharm.errors import FederationError, PlanError
 from nnunet_fedharm.federation.config import FederateConfig, key_of, warnings_of
 from nnunet_fedharm.federation.launch import app_folder, run_arguments, write_run_config
-from nnunet_fedharm.federation.measure_config import SiteReportConfig, training_keys
+from nnunet_fedharm.federation.report.config import SiteReportConfig, training_keys
 
 
 def shipped_app() -> dict[str, Any]:

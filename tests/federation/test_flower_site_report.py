@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_fedharm.federation.measure_config import SiteReportConfig
-from nnunet_fedharm.federation.site_report import federated_findings
+from nnunet_fedharm.federation.report.config import SiteReportConfig
+from nnunet_fedharm.federation.report.launch import federated_findings
 
 pytestmark = pytest.mark.slow
 

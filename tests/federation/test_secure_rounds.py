@@ -11,14 +11,15 @@ import pytest
 from flwr.app import Message
 
 from nnunet_fedharm.errors import FederationError, PrivacyError
-from nnunet_fedharm.federation import client_app, messages, secure_home
+from nnunet_fedharm.federation import client_app, messages
 from nnunet_fedharm.federation.codec import Weights, decode
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.messages import error_reply, unpack
 from nnunet_fedharm.federation.ownership import Ownership
-from nnunet_fedharm.federation.secure_checks import check_secure_sites
-from nnunet_fedharm.federation.secure_rounds import SECURE_SUM, Trained, train_for_sum
-from nnunet_fedharm.federation.secure_update import mean_update, site_arrays, update_layout
+from nnunet_fedharm.federation.secure import home as secure_home
+from nnunet_fedharm.federation.secure.checks import check_secure_sites
+from nnunet_fedharm.federation.secure.rounds import SECURE_SUM, Trained, train_for_sum
+from nnunet_fedharm.federation.secure.update import mean_update, site_arrays, update_layout
 from nnunet_fedharm.federation.site import Site, describe_error
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.facts import SiteFacts

@@ -10,11 +10,12 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from nnunet_fedharm.errors import DataError, PrivacyError
-from nnunet_fedharm.federation import secure_home, secure_messages
 from nnunet_fedharm.federation.events import EventLog, read_events
 from nnunet_fedharm.federation.messages import error_reply, pack, unpack
-from nnunet_fedharm.federation.secure_home import ONE, SECRET_FILE, Offer, offer, offered
-from nnunet_fedharm.federation.secure_sum import SecureSum
+from nnunet_fedharm.federation.secure import home as secure_home
+from nnunet_fedharm.federation.secure import messages as secure_messages
+from nnunet_fedharm.federation.secure.home import ONE, SECRET_FILE, Offer, offer, offered
+from nnunet_fedharm.federation.secure.sum import SecureSum
 from nnunet_fedharm.federation.site import Site, describe_error
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.privacy.fixed_point import Field, Layout

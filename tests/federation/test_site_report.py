@@ -17,8 +17,8 @@ from nnunet_fedharm.differences.options import StatisticsOptions
 from nnunet_fedharm.differences.statistics import find_differences
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.events import read_events
-from nnunet_fedharm.federation.measure_config import SiteReportConfig
-from nnunet_fedharm.federation.measure_server import run_site_report
+from nnunet_fedharm.federation.report.config import SiteReportConfig
+from nnunet_fedharm.federation.report.server import run_site_report
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.sites.features.table import FeatureTable
 from tests.federation.local_grid import Client, LocalGrid
@@ -223,8 +223,8 @@ def test_every_release_is_in_the_sites_ledger(root: Path, tables: dict[str, Feat
 def test_sites_that_measure_differently_are_refused_by_name(
     root: Path, tables: dict[str, FeatureTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nnunet_fedharm.federation import measure_home
-    from nnunet_fedharm.federation.measure_home import own_table
+    from nnunet_fedharm.federation.report import home as measure_home
+    from nnunet_fedharm.federation.report.home import own_table
 
     def other(site: Any, *args: Any) -> Any:
         home = own_table(site, *args)
@@ -232,7 +232,7 @@ def test_sites_that_measure_differently_are_refused_by_name(
             home.settings["bin_count"] = 64
         return home
 
-    monkeypatch.setattr("nnunet_fedharm.federation.measure_site.own_table", other)
+    monkeypatch.setattr("nnunet_fedharm.federation.report.site.own_table", other)
     assert measure_home.own_table is own_table
     with pytest.raises(Exception, match="Site C disagrees on how features are measured: it has bin_count = 64"):
         report(report_config(root))

@@ -9,13 +9,13 @@ import pytest
 
 from nnunet_fedharm.differences.sketch import LOCATE_CELLS
 from nnunet_fedharm.errors import FederationError, ShapeError, SiteMismatchError
-from nnunet_fedharm.federation import measure_messages as messages
 from nnunet_fedharm.federation.codec import payload_bytes
-from nnunet_fedharm.federation.measure_config import SiteReportConfig, task_of, training_keys
-from nnunet_fedharm.federation.measure_exchange import disagreement
-from nnunet_fedharm.federation.measure_messages import MOST_FEATURES, MOST_PARTS, Part
-from nnunet_fedharm.federation.measure_noise import Protection
 from nnunet_fedharm.federation.messages import pack, reply, unpack
+from nnunet_fedharm.federation.report import messages
+from nnunet_fedharm.federation.report.config import SiteReportConfig, task_of, training_keys
+from nnunet_fedharm.federation.report.exchange import disagreement
+from nnunet_fedharm.federation.report.messages import MOST_FEATURES, MOST_PARTS, Part
+from nnunet_fedharm.federation.report.noise import Protection
 
 RUN = "0123456789ab-cdef01"
 PARTS = [Part("MR", "foreground", scale, ("a", "b", "c")) for scale in ("z-score", "raw")]

@@ -20,12 +20,12 @@ from nnunet_fedharm.differences.findings_file import from_json
 from nnunet_fedharm.differences.sketch_statistics import kruskal_wallis, noisy_rank_test
 from nnunet_fedharm.differences.summary import describe
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.federation.measure_config import SiteReportConfig
-from nnunet_fedharm.federation.measure_home import load_records
-from nnunet_fedharm.federation.measure_messages import COUNTS, Part, parts_to_dict, send
-from nnunet_fedharm.federation.measure_noise import SHARES, Noiser, Protection, cut_norm, sensitivity_of
-from nnunet_fedharm.federation.measure_server import run_site_report
 from nnunet_fedharm.federation.messages import pack
+from nnunet_fedharm.federation.report.config import SiteReportConfig
+from nnunet_fedharm.federation.report.home import load_records
+from nnunet_fedharm.federation.report.messages import COUNTS, Part, parts_to_dict, send
+from nnunet_fedharm.federation.report.noise import SHARES, Noiser, Protection, cut_norm, sensitivity_of
+from nnunet_fedharm.federation.report.server import run_site_report
 from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
 from nnunet_fedharm.privacy.gaussian import gaussian_sigma
 from nnunet_fedharm.privacy.ledger import Ledger

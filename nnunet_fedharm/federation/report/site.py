@@ -19,8 +19,9 @@ from nnunet_fedharm.differences import sketch
 from nnunet_fedharm.differences.sketch_classifier import predicted_sites
 from nnunet_fedharm.differences.sketch_statistics import site_rank_sums
 from nnunet_fedharm.errors import DataError
-from nnunet_fedharm.federation import measure_messages as messages
-from nnunet_fedharm.federation.measure_home import (
+from nnunet_fedharm.federation.messages import Unpacked, reply
+from nnunet_fedharm.federation.report import messages
+from nnunet_fedharm.federation.report.home import (
     Records,
     enough_patients,
     load_records,
@@ -30,11 +31,10 @@ from nnunet_fedharm.federation.measure_home import (
     scanner_of,
     table_of_run,
 )
-from nnunet_fedharm.federation.measure_messages import Part, array_name, arrays_of, parts_from_dict
-from nnunet_fedharm.federation.measure_noise import cut_norm
-from nnunet_fedharm.federation.measure_own import keep_comparison, own_report
-from nnunet_fedharm.federation.measure_release import Outgoing
-from nnunet_fedharm.federation.messages import Unpacked, reply
+from nnunet_fedharm.federation.report.messages import Part, array_name, arrays_of, parts_from_dict
+from nnunet_fedharm.federation.report.noise import cut_norm
+from nnunet_fedharm.federation.report.own import keep_comparison, own_report
+from nnunet_fedharm.federation.report.release import Outgoing
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.sites.files import read_dataset_json, unlabelled_cases
 

@@ -14,10 +14,10 @@ from nnunet_fedharm.differences.discriminant import Moments
 from nnunet_fedharm.differences.panel import judged
 from nnunet_fedharm.differences.sketch_classifier import Axes, fold_models, moments_from_sums
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.federation import measure_messages as messages
-from nnunet_fedharm.federation.measure_messages import Part, array_name, parts_from_dict
-from nnunet_fedharm.federation.measure_noise import reach_of
 from nnunet_fedharm.federation.messages import Unpacked
+from nnunet_fedharm.federation.report import messages
+from nnunet_fedharm.federation.report.messages import Part, array_name, parts_from_dict
+from nnunet_fedharm.federation.report.noise import reach_of
 
 Array = npt.NDArray[np.float64]
 Key = tuple[str, str, str]

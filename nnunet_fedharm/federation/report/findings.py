@@ -46,10 +46,10 @@ from nnunet_fedharm.differences.sketch_statistics import (
     tie_correction,
     wasserstein,
 )
-from nnunet_fedharm.federation.measure_noise import sensitivity_of
-from nnunet_fedharm.federation.measure_parts import PartState
-from nnunet_fedharm.federation.measure_settings import PartBounds, card_of, notes_of, settings_of, shared_of
-from nnunet_fedharm.federation.measure_steps import Steps
+from nnunet_fedharm.federation.report.noise import sensitivity_of
+from nnunet_fedharm.federation.report.parts import PartState
+from nnunet_fedharm.federation.report.settings import PartBounds, card_of, notes_of, settings_of, shared_of
+from nnunet_fedharm.federation.report.steps import Steps
 from nnunet_fedharm.sites.features.table import family_of
 
 Array = npt.NDArray[np.float64]

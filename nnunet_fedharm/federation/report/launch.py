@@ -9,7 +9,7 @@ from pathlib import Path
 from nnunet_fedharm.differences.findings import Findings
 from nnunet_fedharm.differences.findings_file import from_json
 from nnunet_fedharm.federation.launch import launch
-from nnunet_fedharm.federation.measure_config import SiteReportConfig
+from nnunet_fedharm.federation.report.config import SiteReportConfig
 
 
 def federated_findings(config: SiteReportConfig, *, show: Callable[[str], None] | None = None) -> Findings:

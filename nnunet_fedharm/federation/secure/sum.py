@@ -19,13 +19,13 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from nnunet_fedharm.errors import FederationError, PrivacyError
-from nnunet_fedharm.federation import secure_messages as messages
 from nnunet_fedharm.federation.asking import join_reasons
 from nnunet_fedharm.federation.codec import decode, payload_bytes
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.exchange import exchange
 from nnunet_fedharm.federation.messages import Schema, Unpacked, pack, unpack_reply
-from nnunet_fedharm.federation.secure_home import ONE
+from nnunet_fedharm.federation.secure import messages
+from nnunet_fedharm.federation.secure.home import ONE
 from nnunet_fedharm.privacy.fixed_point import Layout, Sum
 from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, make_terms
 from nnunet_fedharm.privacy.secure_server import ServerSession

@@ -15,7 +15,6 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from nnunet_fedharm.errors import DataError, FederationError, PrivacyError
-from nnunet_fedharm.federation import secure_messages as messages
 from nnunet_fedharm.federation.aggregation import SiteUpdate
 from nnunet_fedharm.federation.asking import join_reasons
 from nnunet_fedharm.federation.codec import Weights, decode, encode, payload_bytes
@@ -26,9 +25,10 @@ from nnunet_fedharm.federation.exchange import Answers, exchange
 from nnunet_fedharm.federation.messages import Unpacked, json_hash, reply, unpack_reply
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.roster import Roster
-from nnunet_fedharm.federation.secure_home import Offer, offer, offered
-from nnunet_fedharm.federation.secure_sum import SecureSum
-from nnunet_fedharm.federation.secure_update import mean_update, site_arrays, update_layout
+from nnunet_fedharm.federation.secure import messages
+from nnunet_fedharm.federation.secure.home import Offer, offer, offered
+from nnunet_fedharm.federation.secure.sum import SecureSum
+from nnunet_fedharm.federation.secure.update import mean_update, site_arrays, update_layout
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.planning.facts import SiteFacts
 from nnunet_fedharm.privacy.releases import NONE, Release

@@ -25,14 +25,14 @@ from flwr.serverapp import Grid
 
 from nnunet_fedharm.differences.findings import Findings, to_json
 from nnunet_fedharm.errors import FederationError, FedHarmError
-from nnunet_fedharm.federation import measure_messages as messages
 from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
-from nnunet_fedharm.federation.measure_config import SiteReportConfig
-from nnunet_fedharm.federation.measure_exchange import Sites
-from nnunet_fedharm.federation.measure_findings import findings_of
-from nnunet_fedharm.federation.measure_steps import Steps
-from nnunet_fedharm.federation.server_app import LOCK_WAIT_S, resolve_sites, server_folder
+from nnunet_fedharm.federation.report import messages
+from nnunet_fedharm.federation.report.config import SiteReportConfig
+from nnunet_fedharm.federation.report.exchange import Sites
+from nnunet_fedharm.federation.report.findings import findings_of
+from nnunet_fedharm.federation.report.steps import Steps
+from nnunet_fedharm.federation.server_root import LOCK_WAIT_S, resolve_sites, server_folder
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.sites.files import write_text
 

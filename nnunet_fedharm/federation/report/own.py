@@ -14,8 +14,8 @@ from nnunet_fedharm.differences.findings import to_json
 from nnunet_fedharm.differences.panel import panel_of
 from nnunet_fedharm.differences.sketch import quantile
 from nnunet_fedharm.differences.sketch_statistics import cut_of, ks_bounds, wasserstein
-from nnunet_fedharm.federation.measure_home import FAILURES_FILE, table_of_run
-from nnunet_fedharm.federation.measure_messages import Part
+from nnunet_fedharm.federation.report.home import FAILURES_FILE, table_of_run
+from nnunet_fedharm.federation.report.messages import Part
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.sites.features.table import FeatureTable
 from nnunet_fedharm.sites.files import write_json

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_fedharm.differences.findings import SiteCard
-from nnunet_fedharm.federation.measure_noise import SHARES, sensitivity_of
-from nnunet_fedharm.federation.measure_parts import PartState
-from nnunet_fedharm.federation.measure_steps import Steps
+from nnunet_fedharm.federation.report.noise import SHARES, sensitivity_of
+from nnunet_fedharm.federation.report.parts import PartState
+from nnunet_fedharm.federation.report.steps import Steps
 
 Array = npt.NDArray[np.float64]
 

@@ -15,11 +15,11 @@ from safetensors.numpy import load, save
 from nnunet_fedharm.errors import DataError, FederationError
 from nnunet_fedharm.federation.durable import read_json, write_bytes, write_json
 from nnunet_fedharm.federation.entries import digest_of
-from nnunet_fedharm.federation.measure_home import report_folder
-from nnunet_fedharm.federation.measure_messages import send
-from nnunet_fedharm.federation.measure_noise import SHARES, Noiser, Protection, sensitivity_of
 from nnunet_fedharm.federation.messages import Schema, Unpacked, json_hash, reply
-from nnunet_fedharm.federation.secure_home import ONE, Offer, offer
+from nnunet_fedharm.federation.report.home import report_folder
+from nnunet_fedharm.federation.report.messages import send
+from nnunet_fedharm.federation.report.noise import SHARES, Noiser, Protection, sensitivity_of
+from nnunet_fedharm.federation.secure.home import ONE, Offer, offer
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, Budget, Release

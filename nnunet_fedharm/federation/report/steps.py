@@ -14,13 +14,14 @@ from nnunet_fedharm.differences.discriminant import Moments, merge_moments
 from nnunet_fedharm.differences.findings import ALL_SITES
 from nnunet_fedharm.differences.sketch_classifier import principal_axes
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.federation import measure_messages as messages
 from nnunet_fedharm.federation.codec import Weights
-from nnunet_fedharm.federation.measure_config import SiteReportConfig
-from nnunet_fedharm.federation.measure_exchange import Sites, disagreement
-from nnunet_fedharm.federation.measure_messages import arrays_of, parts_to_dict
-from nnunet_fedharm.federation.measure_noise import Protection, reach_of, sensitivity_of
-from nnunet_fedharm.federation.measure_parts import (
+from nnunet_fedharm.federation.messages import Unpacked
+from nnunet_fedharm.federation.report import messages
+from nnunet_fedharm.federation.report.config import SiteReportConfig
+from nnunet_fedharm.federation.report.exchange import Sites, disagreement
+from nnunet_fedharm.federation.report.messages import arrays_of, parts_to_dict
+from nnunet_fedharm.federation.report.noise import Protection, reach_of, sensitivity_of
+from nnunet_fedharm.federation.report.parts import (
     PartState,
     axes_arrays,
     choose_joint,
@@ -32,8 +33,7 @@ from nnunet_fedharm.federation.measure_parts import (
     read_measured,
     standard_arrays,
 )
-from nnunet_fedharm.federation.measure_release import sum_key
-from nnunet_fedharm.federation.messages import Unpacked
+from nnunet_fedharm.federation.report.release import sum_key
 
 Array = npt.NDArray[np.float64]
 ZOOMS = 3

@@ -22,10 +22,10 @@ from flwr.app import RecordDict
 from safetensors.numpy import load, save
 
 from nnunet_fedharm.errors import DataError, PrivacyError
-from nnunet_fedharm.federation import secure_messages as messages
 from nnunet_fedharm.federation.codec import encode
 from nnunet_fedharm.federation.durable import read_json, write_bytes, write_json
 from nnunet_fedharm.federation.messages import Unpacked, reply
+from nnunet_fedharm.federation.secure import messages
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.releases import Release

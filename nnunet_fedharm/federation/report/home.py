@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_fedharm.differences.findings import to_json
 from nnunet_fedharm.differences.panel import by_patient, panel_of
 from nnunet_fedharm.errors import DataError
-from nnunet_fedharm.federation.measure_messages import MOST_FEATURES, MOST_PARTS, Part
+from nnunet_fedharm.federation.report.messages import MOST_FEATURES, MOST_PARTS, Part
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.sites.features.table import Failure, FeatureTable, Values, family_of
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases, write_json

@@ -20,10 +20,10 @@ from nnunet_fedharm.errors import FederationError, SiteMismatchError
 from nnunet_fedharm.federation.codec import Weights, payload_bytes
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.exchange import exchange
-from nnunet_fedharm.federation.measure_config import SiteReportConfig
-from nnunet_fedharm.federation.measure_messages import HELLO, HELLO_REPLY
 from nnunet_fedharm.federation.messages import Schema, Unpacked, pack, unpack_reply
-from nnunet_fedharm.federation.secure_sum import SecureSum
+from nnunet_fedharm.federation.report.config import SiteReportConfig
+from nnunet_fedharm.federation.report.messages import HELLO, HELLO_REPLY
+from nnunet_fedharm.federation.secure.sum import SecureSum
 from nnunet_fedharm.privacy.fixed_point import Field, Layout
 
 T = TypeVar("T")

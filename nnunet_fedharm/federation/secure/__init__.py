@@ -1,0 +1,1 @@
+"""Secure sums of a federation: the Flower messages around the protocol of the privacy room."""
