@@ -32,6 +32,7 @@ from nnunet_fedharm.planning.section import read_section, with_section
 from nnunet_fedharm.trainers.names import trainer_name_for
 from nnunet_fedharm.trainers.results import make_trainer, write_results_folder
 from nnunet_fedharm.trainers.seeds import seed_everything
+from nnunet_fedharm.trainers.weights import export_weights
 
 PHASES = ("frozen", "alternate", "finetune")
 KINDS = ("diffusion",)
@@ -53,10 +54,8 @@ def run(bench: Bench, kind: str, phases: str, seed: int) -> dict[str, Any]:
         seed_everything(seed, name)
         trainer = make_trainer(trainer_name, plans, configuration, "all", bench.description())
         trainer.run_training()
-        folder = Path(trainer.output_folder)
     seconds = time.process_time() - began
-    state = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)["network_weights"]
-    weights = {key: value.numpy() for key, value in state.items()}
+    weights = export_weights(trainer.network)
     dice = {}
     for site in SITES:
         fold = write_results_folder(
