@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the dataset, print one line per site."""
     # Imported here: scikit-learn and nibabel take a while that --help need not wait for.
-    from nnunet_fedharm.commands.sites import find_raw_dataset
+    from nnunet_fedharm.commands.datasets import find_raw_dataset
     from nnunet_fedharm.datasets.simulate import TRAVELLING, simulate_sites
     from nnunet_fedharm.datasets.simulate_config import load_simulation, preset
 

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 from nnunet_fedharm.commands import sites_report
-from nnunet_fedharm.nnunet_root import environment_paths
-from nnunet_fedharm.planning.central import find_dataset
+from nnunet_fedharm.commands.datasets import find_raw_dataset
 from nnunet_fedharm.sites.checks import N_FOLDS, check_raw_dataset
 from nnunet_fedharm.sites.split import SplitOptions, split_dataset
 
@@ -67,16 +66,3 @@ def run(args: argparse.Namespace) -> int:
         if 0 < share.n_labelled < N_FOLDS:
             print(f"Site {share.site} has too few labelled cases for nnU-Net's {N_FOLDS} folds: use fold all.")
     return 0
-
-
-def find_raw_dataset(dataset: str) -> Path:
-    """A folder as given, or the dataset of that number or name in nnUNet_raw.
-
-    Raises:
-        DataError: there is no such dataset.
-        SetupError: no such folder, and nnUNet_raw is not set.
-    """
-    if Path(dataset).is_dir():
-        return Path(dataset)
-    raw, _, _ = environment_paths()
-    return raw / find_dataset(raw, Path(dataset).name)

@@ -17,7 +17,7 @@ from nnunet_fedharm.sites.files import read_dataset_json
 if TYPE_CHECKING:
     from nnunet_fedharm.differences.findings import Findings
     from nnunet_fedharm.differences.options import Progress, StatisticsOptions
-    from nnunet_fedharm.evaluation.site_report import ReportOptions
+    from nnunet_fedharm.evaluation.site_report.build import ReportOptions
 
 HELP = "measure how different the sites are, and write a page, JSON and CSV about it"
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write the report, print what it says and where it is."""
     # Imported here: scikit-learn, torch and nnU-Net take seconds that --help need not wait for.
     from nnunet_fedharm.differences.summary import describe
-    from nnunet_fedharm.evaluation.site_report_files import write_report
+    from nnunet_fedharm.evaluation.site_report.files import write_report
 
     if args.findings:
         findings, page = _from_findings(args, write_report)
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pooled(args: argparse.Namespace, write: Callable[..., Path]) -> tuple[Findings, Path]:
-    from nnunet_fedharm.commands.sites import find_raw_dataset
-    from nnunet_fedharm.evaluation.site_report import build_report
+    from nnunet_fedharm.commands.datasets import find_raw_dataset
+    from nnunet_fedharm.evaluation.site_report.build import build_report
 
     dataset = find_raw_dataset(args.dataset)
     output = args.output or default_output(dataset)
@@ -123,7 +123,7 @@ def report_options(args: argparse.Namespace, dataset: Path) -> ReportOptions:
         DataError: a channel that dataset.json does not name, or a number that cannot be used.
     """
     from nnunet_fedharm.commands.device import torch_device
-    from nnunet_fedharm.evaluation.site_report import ReportOptions
+    from nnunet_fedharm.evaluation.site_report.build import ReportOptions
     from nnunet_fedharm.sites.features.options import FeatureOptions
 
     if args.num_processes < 1:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nnunet_fedharm.errors import DataError
-from nnunet_fedharm.evaluation.site_report_models import HarmonizedCases, harmonize_cases, model_folders
+from nnunet_fedharm.evaluation.site_report.models import HarmonizedCases, harmonize_cases, model_folders
 from nnunet_fedharm.sites.files import CaseFiles
 from tests.evaluation.conftest import write_case
 

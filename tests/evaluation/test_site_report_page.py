@@ -17,11 +17,11 @@ import pytest
 from nnunet_fedharm.differences.findings import Findings, SiteCard, VariantFinding
 from nnunet_fedharm.differences.findings_file import from_json
 from nnunet_fedharm.evaluation.charts import Point
-from nnunet_fedharm.evaluation.site_charts import marker, matrix_chart, ridge_chart, scatter_chart, track
-from nnunet_fedharm.evaluation.site_report_files import differences_csv, write_report
-from nnunet_fedharm.evaluation.site_report_page import render_site_report
-from nnunet_fedharm.evaluation.site_report_parts import anchor_of
-from nnunet_fedharm.evaluation.site_report_slices import CentralSlice, TypicalSlices, typical_slices
+from nnunet_fedharm.evaluation.site_report.charts import marker, matrix_chart, ridge_chart, scatter_chart, track
+from nnunet_fedharm.evaluation.site_report.files import differences_csv, write_report
+from nnunet_fedharm.evaluation.site_report.page import render_site_report
+from nnunet_fedharm.evaluation.site_report.parts import anchor_of
+from nnunet_fedharm.evaluation.site_report.slices import CentralSlice, TypicalSlices, typical_slices
 from tests.evaluation.site_findings import NAMES, SITES, make_findings
 
 BEFORE_AND_AFTER = ("as scanned", "harmonized by curve to A")

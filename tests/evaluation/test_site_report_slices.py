@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from nnunet_fedharm.evaluation.site_report_slices import (
+from nnunet_fedharm.evaluation.site_report.slices import (
     CLASSIFIED_SIZE,
     CentralSlice,
     central_slices,

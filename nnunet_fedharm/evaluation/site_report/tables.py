@@ -7,8 +7,8 @@ from typing import Any
 
 from nnunet_fedharm.differences.findings import AgreementFinding, ClassifierFinding, Findings, PartFinding
 from nnunet_fedharm.differences.notes import joined
-from nnunet_fedharm.evaluation.site_charts import marker_icon, matrix_chart
-from nnunet_fedharm.evaluation.site_report_html import (
+from nnunet_fedharm.evaluation.site_report.charts import marker_icon, matrix_chart
+from nnunet_fedharm.evaluation.site_report.html import (
     Html,
     block,
     feature_name,
@@ -18,7 +18,7 @@ from nnunet_fedharm.evaluation.site_report_html import (
     table,
     text,
 )
-from nnunet_fedharm.evaluation.site_report_words import (
+from nnunet_fedharm.evaluation.site_report.words import (
     DASH,
     classifier_sentence,
     count,

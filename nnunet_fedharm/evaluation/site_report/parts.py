@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from nnunet_fedharm.differences.findings import Estimate, FeatureFinding, PairFinding, PartFinding
 from nnunet_fedharm.differences.options import SIGNIFICANT
 from nnunet_fedharm.evaluation.charts import Point
-from nnunet_fedharm.evaluation.site_charts import marker_icon, matrix_chart, ridge_chart, scatter_chart, track
-from nnunet_fedharm.evaluation.site_report_html import Html, block, feature_name, figure, figures, folded, key, text
-from nnunet_fedharm.evaluation.site_report_tables import (
+from nnunet_fedharm.evaluation.site_report.charts import marker_icon, matrix_chart, ridge_chart, scatter_chart, track
+from nnunet_fedharm.evaluation.site_report.html import Html, block, feature_name, figure, figures, folded, key, text
+from nnunet_fedharm.evaluation.site_report.tables import (
     agreement_table,
     classifier_blocks,
     combat_table,
@@ -17,7 +17,7 @@ from nnunet_fedharm.evaluation.site_report_tables import (
     outlier_table,
     pair_table,
 )
-from nnunet_fedharm.evaluation.site_report_words import (
+from nnunet_fedharm.evaluation.site_report.words import (
     FAMILIES,
     Key,
     count,

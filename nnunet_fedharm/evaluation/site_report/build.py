@@ -16,8 +16,8 @@ from nnunet_fedharm import __version__
 from nnunet_fedharm.differences.findings import Failure, Findings, PartFinding, SiteCard, VariantFinding
 from nnunet_fedharm.differences.options import Progress, StatisticsOptions
 from nnunet_fedharm.differences.statistics import find_differences
-from nnunet_fedharm.evaluation.site_report_models import harmonize_cases, model_folders
-from nnunet_fedharm.evaluation.site_report_slices import (
+from nnunet_fedharm.evaluation.site_report.models import harmonize_cases, model_folders
+from nnunet_fedharm.evaluation.site_report.slices import (
     CentralSlice,
     TypicalSlices,
     central_slices,
@@ -25,7 +25,7 @@ from nnunet_fedharm.evaluation.site_report_slices import (
     typical_cases,
     typical_slices,
 )
-from nnunet_fedharm.evaluation.site_report_words import keys
+from nnunet_fedharm.evaluation.site_report.words import keys
 from nnunet_fedharm.sites.features.cases import ListedCase, list_cases
 from nnunet_fedharm.sites.features.extraction import measure_dataset
 from nnunet_fedharm.sites.features.options import FeatureOptions

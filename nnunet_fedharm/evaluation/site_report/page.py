@@ -11,9 +11,9 @@ from string import Template
 
 from nnunet_fedharm.differences.findings import Estimate, Findings
 from nnunet_fedharm.differences.notes import joined
-from nnunet_fedharm.evaluation.site_charts import marker_icon
-from nnunet_fedharm.evaluation.site_report_html import Html, feature_name, figure, figures, paragraphs, table, text
-from nnunet_fedharm.evaluation.site_report_parts import (
+from nnunet_fedharm.evaluation.site_report.charts import marker_icon
+from nnunet_fedharm.evaluation.site_report.html import Html, feature_name, figure, figures, paragraphs, table, text
+from nnunet_fedharm.evaluation.site_report.parts import (
     Variants,
     anchor_of,
     distance_matrix,
@@ -22,10 +22,10 @@ from nnunet_fedharm.evaluation.site_report_parts import (
     largest_pair,
     part_section,
 )
-from nnunet_fedharm.evaluation.site_report_slices import TypicalSlices
-from nnunet_fedharm.evaluation.site_report_style import SITE_STYLE
-from nnunet_fedharm.evaluation.site_report_tables import failure_table, scanner_table, settings_table, shared_table
-from nnunet_fedharm.evaluation.site_report_words import (
+from nnunet_fedharm.evaluation.site_report.slices import TypicalSlices
+from nnunet_fedharm.evaluation.site_report.style import SITE_STYLE
+from nnunet_fedharm.evaluation.site_report.tables import failure_table, scanner_table, settings_table, shared_table
+from nnunet_fedharm.evaluation.site_report.words import (
     DASH,
     FAMILIES,
     chance_sentence,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from nnunet_fedharm.differences.findings import EmbeddingFinding, Findings, PartFinding, to_json
 from nnunet_fedharm.differences.summary import describe
-from nnunet_fedharm.evaluation.site_report_page import render_site_report
-from nnunet_fedharm.evaluation.site_report_slices import TypicalSlices
+from nnunet_fedharm.evaluation.site_report.page import render_site_report
+from nnunet_fedharm.evaluation.site_report.slices import TypicalSlices
 from nnunet_fedharm.sites.features.table import FeatureTable
 from nnunet_fedharm.sites.features.table_files import write_table
 from nnunet_fedharm.sites.files import write_text

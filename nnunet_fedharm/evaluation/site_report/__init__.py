@@ -1,0 +1,1 @@
+"""The site report: measure, find differences, draw slices and charts, write one page."""
