@@ -29,6 +29,10 @@ WHEEL_TESTS = ("__init__.py", "conftest.py", "packaging", "test_cli.py", "test_d
 """What is run a second time against the installed wheel, from outside the repository; see tests/packaging."""
 
 
+TEST_WORKERS = 4
+"""Most tests at the same time: some start a federation of several processes, so more would crowd a small machine."""
+
+
 class Refused(Exception):
     """One sentence for the user; no traceback."""
 
@@ -174,7 +178,7 @@ def run_tests(venv: Path, extra: list[str]) -> int:
         "ruff format": call(python, "-m", "ruff", "format", "--check", "."),
         "mypy": call(python, "-m", "mypy"),
         "import-linter": call(lint_imports),
-        "pytest": call(python, "-m", "pytest", *extra),
+        "pytest": call(python, "-m", "pytest", "-n", min(TEST_WORKERS, os.cpu_count() or 1), *extra),
         "wheel": check_wheel(venv),
     }
     for name, status in results.items():
