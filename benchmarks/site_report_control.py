@@ -23,7 +23,7 @@ from nnunet_fedharm.sites.features.table import FOREGROUND, SCALES, FeatureTable
 from nnunet_fedharm.sites.features.table_files import read_table
 
 PERMUTATIONS = 99
-FORESTS = 10
+FORESTS = 4
 """Splits whose random forest gets a null too, of 19 permutations: it is the slow one."""
 
 
