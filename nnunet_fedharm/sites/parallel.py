@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
@@ -27,5 +28,11 @@ def map_cases(
         yield from tqdm(map(function, items), total=len(items), desc=description, leave=False)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_processes, len(items)), mp_context=context) as pool:
+    workers = min(num_processes, len(items))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_itk_thread) as pool:
         yield from tqdm(pool.map(function, items), total=len(items), desc=description, leave=False)
+
+
+def _one_itk_thread() -> None:
+    """Processes that each start as many ITK threads as there are cores stand in each other's way."""
+    os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
