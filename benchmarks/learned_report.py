@@ -200,22 +200,38 @@ def triples_of(
 
 
 def left_out_table(results: Results, metric: str, digits: int) -> None:
+    """Rows of the seeds that every row has at a site; a row that lacks one of them shows nothing there."""
     kinds = {(row.kind, row.mode, row.title) for row in results.rows([f"not-{site}" for site in SITES], "3d")}
     order = ["none", "augment", "nyul", "curve", "polarity", "cyclegan", "diffusion"]
     with_gap = metric == "dice"
+    shared = {
+        site: results.seeds(Row(f"not-{site}", "none", "3d", "", True), site)
+        & results.seeds(Row(f"not-{site}", "diffusion", "3d", "central", True), site)
+        for site in SITES
+    }
     print(f"| harmonizer | {' | '.join(SITES)}{' | worst | gap recovered at D' if with_gap else ''} |")
     print("|---|" + "---|" * (4 + 2 * with_gap))
     for kind, mode, title in sorted(kinds, key=lambda item: (order.index(item[0]), item[1])):
-        found = {site: results.scores(Row(f"not-{site}", kind, "3d", mode, True), site, metric) for site in SITES}
+        rows = {site: Row(f"not-{site}", kind, "3d", mode, True) for site in SITES}
+        found = {
+            site: results.scores(row, site, metric, shared[site])
+            if shared[site] and shared[site] <= results.seeds(row, site)
+            else None
+            for site, row in rows.items()
+        }
+        if all(scores is None for scores in found.values()):
+            continue
         cells = [mean_cell(found[site], digits) for site in SITES]
         if with_gap:
             means = [float(scores.mean()) for scores in found.values() if scores is not None]
             none = Row("not-D", "none", "3d", "", True)
-            triples = triples_of(results, Row("not-D", kind, "3d", mode, True), none, "D", "3d")
+            triples = triples_of(results, rows["D"], none, "D", "3d")
             cells += [f"{min(means):.3f}", "0" if kind == "none" else gap_cell(triples)]
         print(f"| {title} | {' | '.join(cells)} |")
     cells = [mean_cell(results.oracle(site, "3d", metric), digits) for site in SITES]
     print(f"| oracle: the site's own labels alone | {' | '.join(cells)}{' | | 1' if with_gap else ''} |")
+    counts = ", ".join(f"{site} {len(seeds)}" for site, seeds in shared.items())
+    print(f"\nSeeds: {counts}.")
 
 
 def polarity_table(results: Results) -> None:
