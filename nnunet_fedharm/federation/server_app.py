@@ -9,18 +9,17 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from nnunet_fedharm.errors import FederationError, FedHarmError
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig, warnings_of
-from nnunet_fedharm.federation.durable import file_lock, write_bytes
-from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
+from nnunet_fedharm.federation.durable import write_bytes
+from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.messages import PHASES
 from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.preparation import Preparation
 from nnunet_fedharm.federation.report.config import SiteReportConfig, task_of, training_keys
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.rounds import RoundLoop
-from nnunet_fedharm.federation.server_root import LOCK_WAIT_S, resolve_sites, server_folder
+from nnunet_fedharm.federation.server_root import locked_server, resolve_sites
 from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state, unfinished_runs
 from nnunet_fedharm.federation.strategy import final_weights
 from nnunet_fedharm.nnunet_root import NnunetRoot
@@ -51,23 +50,8 @@ def run_server(grid: Grid, config: FederateConfig) -> Path:
     Raises:
         FedHarmError: the run cannot start or go on; the sentence is in the event log too.
     """
-    root = NnunetRoot(server_folder(config)).create()
-    log = EventLog(root.path / "fedharm" / EVENTS_FILE)
-    try:
-        # The wait: the process of a killed SuperLink ends a few seconds later.
-        with file_lock(root.path / "fedharm" / "server.lock", wait_s=LOCK_WAIT_S) as held:
-            if not held:
-                raise FederationError(
-                    f"Another run is using {root.path}. Wait for its end, or give this one a server-root."
-                )
-            return _run(grid, resolve_sites(config), root, log)
-    except FedHarmError as error:
-        log.write("failed", error=str(error))
-        raise
-    except Exception as error:
-        # Unforeseen: the text may hold anything, so the event names the kind only; Flower's log has the traceback.
-        log.write("failed", error=f"The server stopped with {type(error).__name__}; the traceback is in Flower's log.")
-        raise
+    with locked_server(config) as (root, log):
+        return _run(grid, resolve_sites(config), root, log)
 
 
 def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) -> Path:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.errors import FederationError, FedHarmError
 from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.durable import file_lock
+from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
 from nnunet_fedharm.federation.report.config import SiteReportConfig
 from nnunet_fedharm.federation.site import site_folders
+from nnunet_fedharm.nnunet_root import NnunetRoot
 
 LOCK_WAIT_S = 30.0
 """The process of a killed SuperLink ends a few seconds later."""
@@ -41,3 +46,28 @@ def resolve_sites(config: Config) -> Config:
     if not config.root:
         raise FederationError("Name the expected sites, for example sites='A,B,C'.")
     return replace(config, sites=",".join(site_folders(Path(config.root).expanduser())))
+
+
+@contextmanager
+def locked_server(config: FederateConfig | SiteReportConfig) -> Iterator[tuple[NnunetRoot, EventLog]]:
+    """The server's root for one run alone, and its event log, where the reason of a failure is written too.
+
+    Raises:
+        FederationError: another run is using the root, or there is none.
+    """
+    root = NnunetRoot(server_folder(config)).create()
+    log = EventLog(root.path / "fedharm" / EVENTS_FILE)
+    try:
+        with file_lock(root.path / "fedharm" / "server.lock", wait_s=LOCK_WAIT_S) as held:
+            if not held:
+                raise FederationError(
+                    f"Another run is using {root.path}. Wait for its end, or give this one a server-root."
+                )
+            yield root, log
+    except FedHarmError as error:
+        log.write("failed", error=str(error))
+        raise
+    except Exception as error:
+        # Unforeseen: the text may hold anything, so the event names the kind only; Flower's log has the traceback.
+        log.write("failed", error=f"The server stopped with {type(error).__name__}; the traceback is in Flower's log.")
+        raise

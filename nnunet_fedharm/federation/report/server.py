@@ -24,15 +24,14 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from nnunet_fedharm.differences.findings import Findings, to_json
-from nnunet_fedharm.errors import FederationError, FedHarmError
-from nnunet_fedharm.federation.durable import file_lock
-from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
+from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.report import messages
 from nnunet_fedharm.federation.report.config import SiteReportConfig
 from nnunet_fedharm.federation.report.exchange import Sites
 from nnunet_fedharm.federation.report.findings import findings_of
 from nnunet_fedharm.federation.report.steps import Steps
-from nnunet_fedharm.federation.server_root import LOCK_WAIT_S, resolve_sites, server_folder
+from nnunet_fedharm.federation.server_root import locked_server, resolve_sites
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.sites.files import write_text
 
@@ -48,22 +47,8 @@ def run_site_report(grid: Grid, config: SiteReportConfig) -> Path:
     Raises:
         FedHarmError: the report cannot start or go on; the sentence is in the event log too.
     """
-    root = NnunetRoot(server_folder(config)).create()
-    log = EventLog(root.path / "fedharm" / EVENTS_FILE)
-    try:
-        with file_lock(root.path / "fedharm" / "server.lock", wait_s=LOCK_WAIT_S) as held:
-            if not held:
-                raise FederationError(
-                    f"Another run is using {root.path}. Wait for its end, or give this one a server-root."
-                )
-            return _run(grid, resolve_sites(config), root, log)
-    except FedHarmError as error:
-        log.write("failed", error=str(error))
-        raise
-    except Exception as error:
-        # Unforeseen: the text may hold anything, so the event names the kind only; Flower's log has the traceback.
-        log.write("failed", error=f"The server stopped with {type(error).__name__}; the traceback is in Flower's log.")
-        raise
+    with locked_server(config) as (root, log):
+        return _run(grid, resolve_sites(config), root, log)
 
 
 def _run(grid: Grid, config: SiteReportConfig, root: NnunetRoot, log: EventLog) -> Path:
