@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from nnunet_fedharm.errors import FederationError, PrivacyError
-from nnunet_fedharm.federation import client_app, messages
+from nnunet_fedharm.federation import answers, messages
 from nnunet_fedharm.federation.codec import Weights, decode
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.messages import error_reply, unpack
@@ -183,7 +183,7 @@ def test_a_private_training_has_entered_its_steps_itself(tmp_path: Path) -> None
 def test_a_site_that_sends_secure_sums_only_refuses_a_plain_round(tmp_path: Path) -> None:
     site = replace(sites(tmp_path)[0].site, secure_only=True)
     with pytest.raises(FederationError, match="Site A sends its updates in secure sums only"):
-        client_app._train(site, messages.Unpacked({}))
+        answers._train(site, messages.Unpacked({}))
 
 
 @pytest.mark.parametrize(

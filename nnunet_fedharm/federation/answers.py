@@ -1,0 +1,255 @@
+"""What a site answers to each message: unpack, check, call planning or trainers inside the site's own nnU-Net root, pack.
+
+Nothing raises: Flower's error replies carry tracebacks, which may name cases. A failure is a reply with one sentence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flwr.app import RecordDict
+
+from nnunet_fedharm.errors import CheckpointError, FederationError, FedHarmError
+from nnunet_fedharm.federation import messages
+from nnunet_fedharm.federation.aggregation import finite
+from nnunet_fedharm.federation.codec import Weights, decode
+from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
+from nnunet_fedharm.federation.entries import enter_release
+from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
+from nnunet_fedharm.federation.ownership import ownership_of
+from nnunet_fedharm.federation.report import site as report_site
+from nnunet_fedharm.federation.secure import home as secure_home
+from nnunet_fedharm.federation.secure.rounds import Trained, train_for_sum
+from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
+from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
+from nnunet_fedharm.privacy.ledger import Ledger
+
+Work = Callable[[Site, Unpacked], RecordDict]
+
+PLANS_FILE = "federation.json"
+"""Final plans, dataset.json and fingerprint of a run, in the site's folder of that run."""
+
+
+def answer(kind: str, content: RecordDict, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> RecordDict:
+    """The reply to one message.
+
+    Args:
+        kind: Flower's message type, a key of `HANDLERS`.
+        content: of the message.
+        node_config, run_config: of Flower's context.
+    """
+    schema, work = HANDLERS[kind]
+    try:
+        site = locate_site(node_config, run_config)
+    except FedHarmError as error:
+        return error_reply(type(error).__name__, str(error))
+    try:
+        return _answer(site, content, schema, work)
+    except Exception as error:  # noqa: BLE001 - the one place where a failure becomes a reply; it is logged at the site
+        return error_reply(*describe_error(site, error))
+
+
+def _answer(site: Site, content: RecordDict, schema: messages.Schema, work: Work) -> RecordDict:
+    request = unpack(schema, content, source="the server")
+    # The lock, because after a server crash this site may still be busy with the former round.
+    with file_lock(site.folder / "site.lock"), site.root.create().activate():
+        answered = work(site, request)
+        if schema not in (messages.PREPARE, messages.TRAIN):  # which enter what they release, with its noise
+            enter_release(site.folder, schema.name, request.values, answered)
+    return answered
+
+
+def _preflight(site: Site, request: Unpacked) -> RecordDict:
+    from nnunet_fedharm.planning.facts import collect_facts
+    from nnunet_fedharm.sites.checks import check_raw_dataset
+
+    raw_dataset = site.raw_dataset(request.values["dataset"])
+    if request.values["check_data"]:
+        check_raw_dataset(raw_dataset, site=site.name, num_processes=site.num_processes)
+    facts = collect_facts(raw_dataset, site=site.name)
+    try:
+        held = json_hash(_federation(site, request.values["run_id"])["plans"])
+    except CheckpointError:
+        held = ""  # not there yet, or damaged: the server sends the plans (again)
+    return reply(messages.PREFLIGHT_REPLY, {"site": site.name, "facts": facts.to_dict(), "plans_hash": held})
+
+
+def _summarize(site: Site, request: Unpacked) -> RecordDict:
+    from nnunet_fedharm.planning.summary import summarize_site
+
+    raw_dataset = site.raw_dataset(request.values["dataset_name"])
+    summary = summarize_site(raw_dataset, site=site.name, num_processes=site.num_processes)
+    return reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": summary.to_dict()})
+
+
+def _prepare(site: Site, request: Unpacked) -> RecordDict:
+    from nnunet_fedharm.planning.preprocess import preprocess_site
+    from nnunet_fedharm.planning.private_style import style_release
+    from nnunet_fedharm.planning.style import site_style
+
+    start = time.monotonic()
+    values = request.values
+    name, configuration = values["dataset_name"], values["configuration"]
+    preprocess_site(
+        site.root,
+        name,
+        values["plans"],
+        configuration,
+        num_processes=site.num_processes,
+        dataset_json=values["dataset_json"],
+        fingerprint=values["fingerprint"],
+    )
+    _own_every_case(site, name)
+    noise = values["style_noise"]
+    style = site_style(site.root, name, values["plans"], configuration, noise_multiplier=noise)
+    seconds = round(time.monotonic() - start, 3)
+    content = reply(messages.PREPARE_REPLY, {"site": site.name, "style": style.to_dict(), "seconds": seconds})
+    if noise > 0:
+        Ledger(site.folder).record(style_release(site.name, noise))
+    else:
+        enter_release(site.folder, messages.PREPARE.name, values, content)
+    return content
+
+
+def _store_plans(site: Site, request: Unpacked) -> RecordDict:
+    from nnunet_fedharm.planning.preprocess import write_descriptions
+
+    values = request.values
+    content = {key: values[key] for key in ("plans", "dataset_json", "fingerprint")}
+    descriptions = {key: values[key] for key in ("dataset_json", "fingerprint")}
+    write_descriptions(site.root, values["dataset_name"], values["plans"], **descriptions)
+    _own_every_case(site, values["dataset_name"])
+    write_json(site.folder / values["run_id"] / PLANS_FILE, content)
+    return reply(messages.STORE_PLANS_REPLY, {"site": site.name, "plans_hash": json_hash(content["plans"])})
+
+
+def _train(site: Site, request: Unpacked) -> RecordDict:
+    if site.secure_only:
+        raise FederationError(
+            f"Site {site.name} sends its updates in secure sums only (secure-only in its node config), and this round has none. "
+            "Start the run with --secure-aggregation."
+        )
+    start = time.monotonic()
+    values = request.values
+    trained, control = _local_round(site, request)
+    answer = {
+        "site": site.name,
+        **{key: values[key] for key in ("phase", "round", "plans_hash")},
+        "n_steps": trained.n_steps,
+        "n_cases": trained.n_cases,
+        "metrics": dict(trained.metrics),
+        "seconds": round(time.monotonic() - start, 3),
+    }
+    content = reply(messages.TRAIN_REPLY, answer, encode_with_control(trained.weights, control, fp16=values["fp16"]))
+    if not trained.private:  # else the trainer has entered its steps
+        enter_release(site.folder, messages.TRAIN.name, values, content)
+    return content
+
+
+def _train_for_sum(site: Site, request: Unpacked) -> RecordDict:
+    return train_for_sum(site, request, lambda: _local_round(site, request)[0])
+
+
+def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
+    """Train one round; what the site may send of it, and the change of its control variate."""
+    from nnunet_fedharm.trainers.local_objectives import Objective
+
+    values = request.values
+    received, control = split_control(decode(request.weights, source="the server"))
+    objective = Objective(
+        proximal_mu=values["proximal_mu"],
+        control=control if values["scaffold"] else None,
+        counted=values["counted"].get(site.name),
+    )
+    with training_environment(site.device):
+        training, federation = _local_training(site, values)
+        result = training.run(
+            phase=values["phase"],
+            round_index=values["round"],
+            first_epoch=values["first_epoch"],
+            epochs=values["epochs"],
+            weights=_whole(received, federation, values),
+            objective=objective,
+        )
+    ownership = ownership_of(federation["plans"], values["configuration"], values["phase"])
+    changed = ownership.contribution(site.name, travelling(values["phase"], result.weights))
+    steps, cases = int(result.n_steps), int(result.n_cases)
+    trained = Trained(received, changed, ownership, steps, cases, finite(result.metrics), result.private)
+    return trained, result.control
+
+
+def _finish(site: Site, request: Unpacked) -> RecordDict:
+    with training_environment(site.device):
+        training, federation = _local_training(site, request.values)
+        weights = decode(request.weights, source="the server")
+        training.finish(weights, federation["fingerprint"], epoch=request.values["epoch"])
+    return reply(messages.FINISH_REPLY, {"site": site.name})
+
+
+def _own_every_case(site: Site, dataset_name: str) -> None:
+    """Tell the trainers that all cases here are this site's, whatever name an own sites.json uses for it."""
+    from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases
+    from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
+
+    raw = site.root.raw / dataset_name
+    description = read_dataset_json(raw, site=site.name)
+    cases = [files.case for files in [*labelled_cases(raw, description), *unlabelled_cases(raw, description)]]
+    known = SitesFile.load(raw / SITES_FILE).patients if (raw / SITES_FILE).is_file() else {}
+    patients = {case: patient for case, patient in known.items() if case in set(cases)}
+    owned = SitesFile({site.name: SiteInfo()}, dict.fromkeys(cases, site.name), patients)
+    owned.save(site.root.preprocessed / dataset_name / SITES_FILE)
+
+
+def _federation(site: Site, run_id: str) -> dict[str, Any]:
+    return read_json(site.folder / run_id / PLANS_FILE)
+
+
+def _local_training(site: Site, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """This site's LocalTraining and the plans that it stored for the run."""
+    from nnunet_fedharm.trainers.local_training import LocalTraining
+
+    federation = _federation(site, values["run_id"])
+    if json_hash(federation["plans"]) != values["plans_hash"]:
+        raise FederationError(f"Site {site.name} holds other plans than the server. Start its SuperNode again.")
+    training = LocalTraining(
+        root=site.root,
+        dataset_name=values["dataset_name"],
+        plans=federation["plans"],
+        dataset_json=federation["dataset_json"],
+        configuration=values["configuration"],
+        fold=int(values["fold"]) if values["fold"].isdigit() else values["fold"],
+        site=site.name,
+        trainer_name=values["trainer_name"],
+        state_folder=site.folder / values["run_id"],
+        seed=values["seed"],
+        device=site.device,
+        local_groups=[group for group in values["local_groups"].split(",") if group],
+    )
+    return training, federation
+
+
+def _whole(received: Weights, federation: dict[str, Any], values: dict[str, Any]) -> Weights:
+    """All tensors of the network: what does not travel (a resting segmenter, local groups) begins at the run's seeded start."""
+    if values["phase"] == "segmenter" and not values["local_groups"]:
+        return received
+    from nnunet_fedharm.trainers.results import initial_weights
+
+    start = initial_weights(
+        federation["plans"], federation["dataset_json"], values["configuration"], values["trainer_name"], values["seed"]
+    )
+    return {**start, **received}
+
+
+HANDLERS: dict[str, tuple[messages.Schema, Work]] = {
+    "train": (messages.TRAIN, _train),
+    "train.secure": (messages.TRAIN, _train_for_sum),
+    "query.preflight": (messages.PREFLIGHT, _preflight),
+    "query.summarize": (messages.SUMMARIZE, _summarize),
+    "query.prepare": (messages.PREPARE, _prepare),
+    "query.plans": (messages.STORE_PLANS, _store_plans),
+    "query.finish": (messages.FINISH, _finish),
+    **{f"query.{action}": handler for action, handler in (report_site.ACTIONS | secure_home.ACTIONS).items()},
+}
+"""Flower's message type -> schema of the request and what answers it."""
