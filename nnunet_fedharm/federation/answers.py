@@ -19,6 +19,7 @@ from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
 from nnunet_fedharm.federation.entries import enter_release
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
 from nnunet_fedharm.federation.ownership import ownership_of
+from nnunet_fedharm.federation.policy_checks import enforce
 from nnunet_fedharm.federation.report import site as report_site
 from nnunet_fedharm.federation.secure import home as secure_home
 from nnunet_fedharm.federation.secure.rounds import Trained, train_for_sum
@@ -46,15 +47,19 @@ def answer(kind: str, content: RecordDict, node_config: Mapping[str, Any], run_c
     except FedHarmError as error:
         return error_reply(type(error).__name__, str(error))
     try:
-        return _answer(site, content, schema, work)
+        return _answer(site, content, schema, work, run_config)
     except Exception as error:  # noqa: BLE001 - the one place where a failure becomes a reply; it is logged at the site
         return error_reply(*describe_error(site, error))
 
 
-def _answer(site: Site, content: RecordDict, schema: messages.Schema, work: Work) -> RecordDict:
+def _answer(
+    site: Site, content: RecordDict, schema: messages.Schema, work: Work, run_config: Mapping[str, Any]
+) -> RecordDict:
     request = unpack(schema, content, source="the server")
     # The lock, because after a server crash this site may still be busy with the former round.
     with file_lock(site.folder / "site.lock"), site.root.create().activate():
+        plans = site.folder / request.values.get("run_id", "-") / PLANS_FILE
+        enforce(site, schema.name, request.values, run_config, plans)
         answered = work(site, request)
         if schema not in (messages.PREPARE, messages.TRAIN):  # which enter what they release, with its noise
             enter_release(site.folder, schema.name, request.values, answered)
@@ -128,8 +133,8 @@ def _store_plans(site: Site, request: Unpacked) -> RecordDict:
 def _train(site: Site, request: Unpacked) -> RecordDict:
     if site.secure_only:
         raise FederationError(
-            f"Site {site.name} sends its updates in secure sums only (secure-only in its node config), and this round has none. "
-            "Start the run with --secure-aggregation."
+            f"Site {site.name} sends its updates in secure sums only (secure-only in its node config or policy), and this "
+            "round has none. Start the run with --secure-aggregation."
         )
     start = time.monotonic()
     values = request.values
@@ -176,7 +181,8 @@ def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
     ownership = ownership_of(federation["plans"], values["configuration"], values["phase"])
     changed = ownership.contribution(site.name, travelling(values["phase"], result.weights))
     steps, cases = int(result.n_steps), int(result.n_cases)
-    trained = Trained(received, changed, ownership, steps, cases, finite(result.metrics), result.private)
+    metrics = site.policy.allowed_metrics(finite(result.metrics))
+    trained = Trained(received, changed, ownership, steps, cases, metrics, result.private)
     return trained, result.control
 
 

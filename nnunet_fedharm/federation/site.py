@@ -7,12 +7,13 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from nnunet_fedharm.errors import DataError, FederationError, FedHarmError
+from nnunet_fedharm.federation.policy import POLICY_FILE, Policy, load_policy
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
 SITE_LOG = "site.log"
@@ -32,6 +33,8 @@ class Site:
         max_epsilon: the site report sends nothing without noise, nor beyond this together with all noised releases in the
             ledger; 0 for no such limit.
         secure_only: updates leave this site inside secure sums or not at all.
+        policy: rules of the site's own file. Where the node config has the same rule, the stricter one counts, and stands in the
+            three attributes above.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Site:
     min_patients: int = 5
     max_epsilon: float = 0.0
     secure_only: bool = False
+    policy: Policy = field(default_factory=Policy)
 
     @property
     def folder(self) -> Path:
@@ -103,14 +107,18 @@ def locate_site(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -
         )
     if not path.is_dir():
         raise FederationError(f"Site {name}: the folder {path} does not exist. Correct site-root or make the folder.")
+    policy = load_policy(path.resolve() / "fedharm" / POLICY_FILE, site=name)
+    least = int(node_config.get("min-patients", run_config.get("report-min-patients", Site.min_patients)))
+    limits = [limit for limit in (float(node_config.get("max-epsilon", 0.0)), policy.max_epsilon) if limit]
     return Site(
         name=name,
         root=NnunetRoot(path.resolve()),
         device=device,
         num_processes=processes,
-        min_patients=int(node_config.get("min-patients", run_config.get("report-min-patients", Site.min_patients))),
-        max_epsilon=float(node_config.get("max-epsilon", 0.0)),
-        secure_only=bool(node_config.get("secure-only", False)),
+        min_patients=max(least, policy.min_patients),
+        max_epsilon=min(limits, default=0.0),
+        secure_only=bool(node_config.get("secure-only", False)) or policy.secure_only,
+        policy=policy,
     )
 
 

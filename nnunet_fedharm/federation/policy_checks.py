@@ -1,0 +1,247 @@
+"""The site's own rules held against each request before any work; `policy.py` has the rules.
+
+The run config tells early what a run means to do, so that it is refused at preflight. It is only what the server says: plans and
+requests are checked again when they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import CheckpointError, FederationError
+from nnunet_fedharm.federation import messages
+from nnunet_fedharm.federation.durable import read_json, write_json
+from nnunet_fedharm.federation.policy import Policy, load_policy
+from nnunet_fedharm.federation.report import site as report_site
+from nnunet_fedharm.federation.site import Site
+from nnunet_fedharm.planning.section import SECTION, FedHarmSection, read_section
+from nnunet_fedharm.privacy.accounting import epsilon_of
+from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.privacy.options import PrivacyOptions
+from nnunet_fedharm.trainers.names import TRAINER_SUFFIX, trainer_name_for
+
+USE_FILE = "policy-use.json"
+"""What each run has had of this site: rounds, epochs, and the epsilon that it may cost."""
+
+_TRAINING = {
+    schema.name
+    for schema in (
+        messages.PREFLIGHT,
+        messages.SUMMARIZE,
+        messages.PREPARE,
+        messages.STORE_PLANS,
+        messages.TRAIN,
+        messages.FINISH,
+    )
+}
+_REPORT = {schema.name for schema, _ in report_site.ACTIONS.values()}
+Values = Mapping[str, Any]
+
+
+def enforce(site: Site, request: str, values: Values, run_config: Values, plans: Path) -> None:
+    """Refuse a request that the site's policy does not allow; count what it uses. Call it under the site's lock.
+
+    Args:
+        request: name of the request's schema.
+        values: of the request.
+        run_config: of the run, as the server sent it.
+        plans: file with the plans that the site holds for the run; may be missing.
+
+    Raises:
+        FederationError: the rule, what it allows and what was asked, in one sentence that names the site.
+    """
+    policy = site.policy
+    if request in _REPORT and not policy.site_report:
+        _refuse(site, "work.site_report", "it takes no part in site reports")
+    if request not in _TRAINING:
+        return
+    if not policy.training:
+        _refuse(site, "work.training", "it takes no part in trainings")
+    _check_dataset(site, values)
+    if request == messages.PREFLIGHT.name:
+        _check_run(site, run_config)
+    elif request == messages.STORE_PLANS.name:
+        for section in _sections(values["plans"]):
+            _check_section(site, section, values["run_id"])
+    elif request == messages.TRAIN.name:
+        _check_trainer(site, values["trainer_name"])
+        held = _section(plans, values["configuration"])
+        if held is not None:
+            _check_section(site, held, values["run_id"])
+        _check_patients(site, values["dataset_name"], labelled_only=values["phase"] == "segmenter")
+        _count(site, values, 0.0 if held is None or held.privacy is None else held.privacy.epsilon)
+
+
+def _refuse(site: Site, rule: str, why: str) -> None:
+    raise FederationError(f"Site {site.name} refuses by the rule {rule} of its own policy: {why}.")
+
+
+def _one_of(site: Site, rule: str, allowed: Collection[str], asked: str) -> None:
+    if allowed and asked not in allowed:
+        _refuse(site, rule, f"{asked} is not among {', '.join(allowed)}")
+
+
+def _at_most(site: Site, rule: str, limit: float, asked: float, what: str) -> None:
+    if limit and asked > limit:
+        _refuse(site, rule, f"{asked:g} {what}, at most {limit:g} are allowed")
+
+
+def _check_dataset(site: Site, values: Values) -> None:
+    asked = values.get("dataset_name") or values.get("dataset")
+    if asked and (site.policy.datasets or site.policy.min_patients):
+        name = site.raw_dataset(asked).name
+        _one_of(site, "work.datasets", site.policy.datasets, name)
+        _check_patients(site, name, labelled_only=False)
+
+
+def _check_patients(site: Site, dataset: str, *, labelled_only: bool) -> None:
+    from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases
+    from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
+
+    least = site.policy.min_patients
+    if not least:
+        return
+    raw = site.raw_dataset(dataset)
+    description = read_dataset_json(raw, site=site.name)
+    files = [*labelled_cases(raw, description), *([] if labelled_only else unlabelled_cases(raw, description))]
+    registry = SitesFile.load(raw / SITES_FILE) if (raw / SITES_FILE).is_file() else SitesFile()
+    if len({registry.patient_of(item.case) for item in files}) < least:  # the number itself does not leave the site
+        _refuse(
+            site, "patients.min_patients", f"it sends nothing about fewer than {least} patients, and here are fewer"
+        )
+
+
+def _check_run(site: Site, run_config: Values) -> None:
+    """What the run config says about a training; keys that are missing are checked when the plans come."""
+    known = {key: run_config[key] for key in _RUN_KEYS if key in run_config}
+    kind = known.get("harmonizer")
+    if kind is not None:
+        _one_of(site, "work.harmonizers", site.policy.harmonizers, str(kind))
+        _check_trainer(site, trainer_name_for(str(kind)))
+    if "epsilon" in known:
+        _check_privacy(site, _privacy_of(known), run_id="")
+    rounds = float(known.get("harmonizer-rounds", 0)) + float(known.get("segmenter-rounds", 0))
+    _at_most(site, "work.max_rounds", site.policy.max_rounds, rounds, "rounds are planned")
+    epochs = rounds * float(known.get("local-epochs", 1))
+    _at_most(site, "work.max_epochs", site.policy.max_epochs, epochs, "epochs are planned")
+    steps = float(known.get("iterations-per-epoch", 0))
+    _at_most(site, "work.max_iterations_per_epoch", site.policy.max_iterations_per_epoch, steps, "steps an epoch")
+    if site.secure_only and str(known.get("secure-aggregation", "segmenter")) == "off":
+        _refuse(
+            site,
+            "patients.secure_only",
+            "its updates leave in secure sums only; start the run with --secure-aggregation",
+        )
+
+
+_RUN_KEYS = (
+    *(
+        "harmonizer",
+        "harmonizer-rounds",
+        "segmenter-rounds",
+        "local-epochs",
+        "iterations-per-epoch",
+        "secure-aggregation",
+    ),
+    *(item.name.replace("_", "-") for item in fields(PrivacyOptions)),
+)
+
+
+def _privacy_of(known: Values) -> PrivacyOptions | None:
+    if not known["epsilon"]:
+        return None
+    values = {key.replace("-", "_"): value for key, value in known.items()}
+    return PrivacyOptions(**{item.name: values[item.name] for item in fields(PrivacyOptions) if item.name in values})
+
+
+def _check_trainer(site: Site, name: str) -> None:
+    _one_of(site, "work.trainers", site.policy.trainers, name)
+
+
+def _sections(plans: Values) -> Iterator[FedHarmSection]:
+    for name, configuration in dict(plans.get("configurations", {})).items():
+        if SECTION in configuration:
+            yield read_section(configuration, configuration_name=name)
+
+
+def _section(plans: Path, configuration: str) -> FedHarmSection | None:
+    try:
+        held = read_json(plans)["plans"]["configurations"][configuration]
+    except (CheckpointError, KeyError):
+        return None  # nothing is trained then: the site has no plans, and says so
+    return read_section(held, configuration_name=configuration)
+
+
+def _check_section(site: Site, section: FedHarmSection, run_id: str) -> None:
+    policy, schedule = site.policy, section.schedule
+    _one_of(site, "work.harmonizers", policy.harmonizers, section.kind)
+    steps = max(schedule.iterations_per_epoch, schedule.val_iterations_per_epoch)
+    _at_most(site, "work.max_iterations_per_epoch", policy.max_iterations_per_epoch, steps, "steps an epoch")
+    _check_privacy(site, section.privacy, run_id)
+
+
+def _check_privacy(site: Site, privacy: PrivacyOptions | None, run_id: str) -> None:
+    policy = site.policy
+    if privacy is None:
+        if policy.require_privacy:
+            _refuse(site, "patients.require_privacy", "it trains under differential privacy only; give --epsilon")
+        return
+    if not policy.max_epsilon:
+        return
+    if privacy.delta > policy.delta:
+        _refuse(site, "patients.delta", f"delta {privacy.delta:g} is above {policy.delta:g}")
+    before = _promised(site, run_id)
+    if before + privacy.epsilon > policy.max_epsilon * (1 + 1e-9):
+        _refuse(
+            site,
+            "patients.max_epsilon",
+            f"epsilon {privacy.epsilon:g} with what earlier runs may cost is above {policy.max_epsilon:g}",
+        )
+
+
+def _promised(site: Site, run_id: str) -> float:
+    """Epsilon of everything but this run: what runs that began here may cost, and other releases with noise."""
+    runs = {name: float(run["epsilon"]) for name, run in _use(site).items() if run["epsilon"] and name != run_id}
+    releases = [item for item in Ledger(site.folder).releases() if item.bounded and item.run_id not in (*runs, run_id)]
+    styles = [item for item in releases if item.what.startswith("style of ")]
+    # A private run's epsilon has its style in it; the style's entry names no run.
+    counted = [item for item in releases if item not in styles] + styles[len(runs) + 1 :]
+    return sum(runs.values()) + (epsilon_of([item.noise for item in counted], site.policy.delta) if counted else 0.0)
+
+
+def _use(site: Site) -> dict[str, dict[str, Any]]:
+    path = site.folder / USE_FILE
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _count(site: Site, values: Values, epsilon: float) -> None:
+    """Count a round before it is trained: a crash in it counts too."""
+    policy, use = site.policy, _use(site)
+    run = use.get(values["run_id"], {"rounds": 0, "epochs": 0, "epsilon": 0.0})
+    run = {"rounds": run["rounds"] + 1, "epochs": run["epochs"] + int(values["epochs"]), "epsilon": epsilon}
+    use[values["run_id"]] = run
+    _at_most(site, "work.max_rounds", policy.max_rounds, run["rounds"], "rounds of this run")
+    total = sum(int(one["rounds"]) for one in use.values())
+    _at_most(site, "work.max_rounds_of_all_runs", policy.max_rounds_of_all_runs, total, "rounds of all runs")
+    _at_most(site, "work.max_epochs", policy.max_epochs, run["epochs"], "epochs of this run")
+    write_json(site.folder / USE_FILE, use)
+
+
+def checked_policy(path: Path, *, site: str) -> Policy:
+    """Rules of a file, for commands; a file that is missing is an error here.
+
+    Raises:
+        FederationError: there is none, or it is damaged, or names a trainer or harmonizer that does not exist.
+    """
+    if not path.is_file():
+        raise FederationError(f"{path} does not exist. `nnunet-fedharm site policy` prints one to start from.")
+    policy = load_policy(path, site=site)
+    trainers = [trainer_name_for(kind) for kind in TRAINER_SUFFIX]
+    for rule, known in (("harmonizers", list(TRAINER_SUFFIX)), ("trainers", trainers)):
+        odd = sorted(set(getattr(policy, rule)) - set(known))
+        if odd:
+            raise FederationError(f"{path} names {odd[0]!r} in work.{rule}; known are {', '.join(known)}.")
+    return policy
