@@ -24,7 +24,7 @@ References:
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -165,6 +165,19 @@ def summarize_site(raw_dataset: Path, *, site: str, num_processes: int = 1) -> S
     Raises:
         DataError: no dataset, no case, a file that cannot be read, NaN.
     """
+    description, cases = read_cases(raw_dataset, site=site, num_processes=num_processes)
+    summaries = (summary for _, summary in cases)
+    return combine_cases(summaries, site=site, n_channels=len(description["channel_names"]))
+
+
+def read_cases(
+    raw_dataset: Path, *, site: str, num_processes: int = 1
+) -> tuple[dict[str, Any], Iterator[tuple[str, CaseSummary]]]:
+    """The dataset's description, and each case's identifier with its summary, read one after the other.
+
+    Raises:
+        DataError: no dataset or no case; while reading: a file that cannot be read, NaN.
+    """
     dataset_json = read_dataset_json(raw_dataset, site=site)
     cases = labelled_cases(raw_dataset, dataset_json) + unlabelled_cases(raw_dataset, dataset_json)
     if not cases:
@@ -172,7 +185,7 @@ def summarize_site(raw_dataset: Path, *, site: str, num_processes: int = 1) -> S
     reader = reader_class(dataset_json, cases[0].images[0], site=site)
     work = partial(summarize_case, reader=reader, site=site)
     summaries = map_cases(work, cases, num_processes=num_processes, description=f"Summarizing site {site}")
-    return combine_cases(summaries, site=site, n_channels=len(dataset_json["channel_names"]))
+    return dataset_json, zip((files.case for files in cases), summaries, strict=True)
 
 
 def summarize_case(files: CaseFiles, *, reader: type[Any], site: str) -> CaseSummary:

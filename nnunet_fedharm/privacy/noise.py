@@ -47,6 +47,12 @@ class SecureNoise:
             values[start:stop] = self._normal(stop - start)
         return torch.from_numpy(values).reshape(shape).to(device)
 
+    def wide(self, count: int) -> npt.NDArray[np.float64]:
+        """The same numbers in double precision, where values finer than float32 have to be hidden to their last digit."""
+        return np.concatenate(
+            [self._normal(min(_BLOCK, count - start)) for start in range(0, count, _BLOCK)] or [np.empty(0)]
+        )
+
     def _normal(self, count: int) -> npt.NDArray[np.float64]:
         pairs = -(-count * PARTS // 2)
         self._calls += 1
