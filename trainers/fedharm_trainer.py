@@ -58,6 +58,7 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
         self.num_iterations_per_epoch = schedule.iterations_per_epoch
         self.num_val_iterations_per_epoch = schedule.val_iterations_per_epoch
         self.initial_lr = schedule.initial_lr
+        self.augmented = schedule.augmentation
         self.site_of_case: dict[str, str] = {}
         self.bank = list(self.section.styles)
         self.harmonizer_phase = HarmonizerPhase(self)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
 from nnunet_fedharm.trainers.patient_loader import PatientDraw, PatientLoader, from_stock_loader
+from nnunet_fedharm.trainers.plain_patches import PlainPatches
 from nnunet_fedharm.trainers.private_training import SEGMENTER, PrivateTraining
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ WITHHELD = 0.0
 """Stands for every loss and Dice in nnU-Net's log, which each checkpoint carries."""
 
 
-class PrivateHooks(nnUNetTrainer):
+class PrivateHooks(PlainPatches):
     """Between nnU-Net's trainer and ours. `private` is None without differential privacy."""
 
     private: PrivateTraining | None = None

@@ -186,6 +186,8 @@ def _schedule_rules(situation: Situation, values: Mapping[str, Any]) -> Iterator
     blocks = max(1, values["segmenter_epochs"] // 20)
     yield "alternate_every", Choice(blocks, "20 blocks; read only where phases alternate")
     yield "finetune_lr_factor", Choice(0.1, "small steps for a trained harmonizer; read only with phases finetune")
+    yield "augmentation", Choice(True, "nnU-Net's own")
+    yield "trained_groups", Choice("", "all of them, as nnU-Net does")
     yield "seed", Choice(None, "nnU-Net's own: every training is another draw")
 
 

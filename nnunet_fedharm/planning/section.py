@@ -20,6 +20,8 @@ SECTION_VERSION = 1
 CONSENSUS = "consensus"
 CONFIGURATIONS = ("2d", "3d_fullres")
 PHASES = ("frozen", "alternate", "finetune")
+TRAINABLE = ("norm", "encoder", "decoder", "heads")
+"""Groups of the segmenter's tensors, as `trainers.groups` tells them apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,11 @@ class Schedule:
     """Segmenter epochs in one block of `alternate`; the harmonizer epochs are spread evenly before the blocks."""
     finetune_lr_factor: float = 0.1
     """Learning rate of the harmonizer in `finetune`, as a share of the segmenter's."""
+    augmentation: bool = True
+    """nnU-Net's augmentation of the segmenter's patches; without it a study sees what it gives. Mirroring at prediction goes with it."""
+    trained_groups: str = ""
+    """Groups of the segmenter's tensors that are trained, comma separated: norm, encoder, decoder, heads; empty: all. The others
+    stay as they start, without gradient and without noise: for a training from the weights of another one."""
     seed: int | None = None
     """Seed of the first weights and of every draw; with nnUNet_n_proc_DA=0 on a CPU a training then repeats exactly. None:
     nnU-Net's own behaviour, no seed."""
@@ -69,6 +76,9 @@ class Schedule:
                 "schedule.phases is 'alternate', but harmonizer_epochs is 0: there is nothing to alternate with. "
                 "Give harmonizer_epochs, or choose 'frozen'."
             )
+        for name in self.groups:
+            if name not in TRAINABLE:
+                raise PlanError(f"schedule.trained_groups names {name!r}; choose among {', '.join(TRAINABLE)}.")
         if self.seed is not None and self.seed < 0:
             raise PlanError(f"schedule.seed must be >= 0 or null, got {self.seed}.")
         for name in ("initial_lr", "harmonizer_lr", "finetune_lr_factor"):
@@ -76,6 +86,11 @@ class Schedule:
                 raise PlanError(f"schedule.{name} must be > 0, got {getattr(self, name)}.")
         if not 0 < self.momentum < 1:
             raise PlanError(f"schedule.momentum must lie between 0 and 1, got {self.momentum}.")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """`trained_groups` as names; empty for all."""
+        return tuple(name.strip() for name in self.trained_groups.split(",") if name.strip())
 
     def harmonizer_epochs_before(self, segmenter_epoch: int) -> int:
         """Harmonizer epochs that are done when a segmenter epoch (from 0) starts; all of them unless phases alternate."""
@@ -97,6 +112,7 @@ class FedHarmSection:
         styles: site -> style, in the order of the style bank; may be empty before the bank is made.
         schedule: lengths and learning rates of the phases.
         privacy: differential privacy of the training; None trains without.
+        start_from: checkpoint file that a training on this machine starts from; "" starts at random.
     """
 
     kind: str
@@ -105,6 +121,7 @@ class FedHarmSection:
     styles: dict[str, Style] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule)
     privacy: PrivacyOptions | None = None
+    start_from: str = ""
 
     @property
     def reference_style(self) -> Style | None:
@@ -133,6 +150,7 @@ class FedHarmSection:
             "styles": {site: style.to_dict() for site, style in self.styles.items()},
             "schedule": asdict(self.schedule),
             **({} if self.privacy is None else {"privacy": self.privacy.to_dict()}),
+            **({"start_from": self.start_from} if self.start_from else {}),
         }
 
     @classmethod
@@ -147,7 +165,7 @@ class FedHarmSection:
                 f"The fedharm section has version {data.get('version')!r}; this release reads version {SECTION_VERSION}. "
                 "Make the plans again with `nnunet-fedharm plan`."
             )
-        known = {"version", "kind", "harmonizer", "reference", "styles", "schedule", "privacy"}
+        known = {"version", "kind", "harmonizer", "reference", "styles", "schedule", "privacy", "start_from"}
         _refuse_unknown(set(data) - known, known, "fedharm section")
         if "kind" not in data:
             raise PlanError(
@@ -172,6 +190,7 @@ class FedHarmSection:
             styles={site: Style.from_dict(style) for site, style in dict(data.get("styles", {})).items()},
             schedule=Schedule(**schedule),
             privacy=None if private is None else PrivacyOptions(**private),
+            start_from=str(data.get("start_from", "")),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
 
 from nnunet_fedharm.errors import CheckpointError, PlanError
 from nnunet_fedharm.nnunet_root import NnunetRoot
@@ -68,6 +70,21 @@ def test_losses_equal_the_stock_trainers_while_the_harmonizer_is_the_identity(
     ours = first_losses(our_trainer(active, kind, configuration))
     assert ours == first_losses(stock_trainer(active, configuration))
     assert len(set(ours)) == len(ours)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_without_augmentation_losses_equal_those_of_nnunets_own_variant(active: Planned, configuration: str) -> None:
+    plans = deepcopy(active.plans["none"])
+    plans["configurations"][configuration]["fedharm"]["schedule"]["augmentation"] = False
+    ours = make_trainer(TRAINERS["none"], plans, configuration, "all", active.dataset_json)
+    stock = {**active.plans["none"], "continue_training": False}
+    theirs = nnUNetTrainerNoDA(stock, configuration, "all", active.dataset_json, torch.device("cpu"))
+    assert first_losses(ours) == first_losses(theirs)
+    assert ours.inference_allowed_mirroring_axes is None
+    for name in ("get_training_transforms", "configure_rotation_dummyDA_mirroring_and_inital_patch_size"):
+        assert set(inspect.signature(getattr(ours, name)).parameters) == set(
+            inspect.signature(getattr(theirs, name)).parameters
+        )
 
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
