@@ -12,10 +12,10 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from learned_training import SITES, Bench, Harmonizer
 
-from nnunet_fedharm.commands.harmonize import harmonize_folder
-from nnunet_fedharm.commands.quality import quality_report
 from nnunet_fedharm.evaluation.fidelity import foreground_mask, zscore_inside
+from nnunet_fedharm.evaluation.harmonize_folder import harmonize_folder
 from nnunet_fedharm.evaluation.quality import Folders
+from nnunet_fedharm.evaluation.quality_report import quality_report
 
 SEEDS = (0, 1, 2)
 SHOWN = (

@@ -235,7 +235,7 @@ def predictions(root: Path, site: str, kind: str) -> Path:
 def _harmonize_all(root: Path) -> None:
     from tqdm import tqdm
 
-    from nnunet_fedharm.commands.harmonize import harmonize_folder
+    from nnunet_fedharm.evaluation.harmonize_folder import harmonize_folder
 
     for site in tqdm(HOSPITALS, "hospitals"):
         site_root = NnunetRoot(root / "sites" / site)

@@ -17,6 +17,7 @@ from nnunet_fedharm.commands import quality as command
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.evaluation.paired_files import Pair, find_pairs, images_in, read_volume
 from nnunet_fedharm.evaluation.quality import FIXED_BY_ZSCORE, METRICS, Folders, measure_pairs
+from nnunet_fedharm.evaluation.quality_report import quality_report, reference_site
 from nnunet_fedharm.evaluation.quality_summary import summarize_lesions, summarize_metrics
 
 SHAPE = (12, 14, 10)
@@ -68,7 +69,7 @@ def pairs_of(folders: Folders) -> list[Pair]:
 def report(folders: Folders, **options: Any) -> dict[str, Any]:
     pairs_file = folders.before.parent / "pairs.json"
     settings = {"permutations": 4, "trees": 5, "progress": False, "pairs_file": pairs_file}
-    return command.quality_report(folders, **{**settings, **options})
+    return quality_report(folders, **{**settings, **options})
 
 
 def test_a_perfect_harmonizer_reaches_the_best_value_of_every_number(folders: Folders) -> None:
@@ -279,9 +280,9 @@ def test_too_few_patients_skip_the_classifier_with_the_reason(folders: Folders, 
 
 
 def test_the_reference_site_is_named_by_the_sites_file() -> None:
-    assert command.reference_site({"A_1": "A", "A_2": "A"}, ["A_1", "A_2"]) == "A"
-    assert command.reference_site({"A_1": "A"}, ["A_1", "A_2"]) == "reference"
-    assert command.reference_site(None, ["A_1"]) == "reference"
+    assert reference_site({"A_1": "A", "A_2": "A"}, ["A_1", "A_2"]) == "A"
+    assert reference_site({"A_1": "A"}, ["A_1", "A_2"]) == "reference"
+    assert reference_site(None, ["A_1"]) == "reference"
 
 
 def test_the_command_prints_the_table_and_writes_strict_json(
