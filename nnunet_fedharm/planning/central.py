@@ -93,6 +93,7 @@ class CentralOptions:
         num_processes: for checking and preprocessing.
         check: read and check every image first, where no fingerprint exists yet.
         privacy: differential privacy of the training; None trains without.
+        base_plans: name of plans whose networks and preprocessed cases are taken as they are, `plan`'s sizes unread; "" plans.
     """
 
     configurations: tuple[str, ...]
@@ -105,6 +106,7 @@ class CentralOptions:
     num_processes: int = 1
     check: bool = True
     privacy: PrivacyOptions | None = None
+    base_plans: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
@@ -143,7 +145,10 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
             f"choose one of {', '.join(registry.sites)} or {CONSENSUS}."
         )
     fingerprint = _stock_fingerprint(root, name, options)
-    plans = _base_plans(root, name, dataset_json, fingerprint, options.plan)
+    if options.base_plans:
+        plans = _renamed(existing_plans(root, name, options.base_plans), options.plan.plans_name)
+    else:
+        plans = _base_plans(root, name, dataset_json, fingerprint, options.plan)
     sections = _known_sections(preprocessed / f"{options.plan.plans_name}.json", plans)
     for configuration in options.configurations:
         require_configuration(plans, configuration)
@@ -178,7 +183,7 @@ def existing_plans(root: NnunetRoot, dataset: str, plans_name: str) -> dict[str,
     """
     file = root.preprocessed / find_dataset(root.raw, dataset) / f"{plans_name}.json"
     if not file.is_file():
-        raise PlanError(f"There are no plans {file}. Run the same command without --explain first, or give -p.")
+        raise PlanError(f"There are no plans {file}. Make them with `nnunet-fedharm plan`, or give the right name.")
     return read_json(file, what="The plans")
 
 
@@ -288,9 +293,16 @@ def _base_plans(
             read_json(root.raw / name / "dataset.json", what="The dataset description"),
             root.preprocessed / name / "dataset.json",
         )
-    plans = deepcopy(plans)
-    plans["plans_name"] = options.plans_name
-    return plans
+    return _renamed(plans, options.plans_name)
+
+
+def _renamed(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Plans of another name without a `fedharm` section, on the same preprocessed cases."""
+    renamed = deepcopy(dict(plans))
+    renamed["plans_name"] = name
+    for configuration in renamed["configurations"].values():
+        configuration.pop(SECTION, None)
+    return renamed
 
 
 def _read_if_there(path: Path) -> dict[str, Any] | None:

@@ -42,6 +42,8 @@ class SplitOptions:
     """Seed of the choice; each site draws with its own generator, so adding a site changes no other site's cases."""
     link: bool = True
     """Hard links (or symbolic links across file systems) instead of copies."""
+    held_out_cases: tuple[str, ...] = ()
+    """Cases that are held out whatever is drawn, and do not count for the share: subjects that travelled."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_fraction < 1:
@@ -130,7 +132,8 @@ def _share_out(
     unlabelled: Sequence[CaseFiles],
     options: SplitOptions,
 ) -> _Plan:
-    own = [case for case in labelled if registry.cases[case.case] == site]
+    everything = [case for case in labelled if registry.cases[case.case] == site]
+    own = [case for case in everything if case.case not in options.held_out_cases]
     without = [case for case in unlabelled if registry.cases[case.case] == site]
     if not own and not without:
         raise DataError(
@@ -140,7 +143,8 @@ def _share_out(
     n_held_out = round(options.held_out_fraction * len(own))
     if own and options.held_out_fraction > 0:
         n_held_out = max(n_held_out, 1)
-    held_out = sorted((own[index] for index in order[:n_held_out]), key=lambda case: case.case)
+    chosen = [*(own[index] for index in order[:n_held_out]), *(case for case in everything if case not in own)]
+    held_out = sorted(chosen, key=lambda case: case.case)
     train = sorted((own[index] for index in order[n_held_out:]), key=lambda case: case.case)
     keeps_labels = options.labelled_sites is None or site in options.labelled_sites
     if own and keeps_labels and len(train) < 2:

@@ -126,7 +126,7 @@ def test_unknown_dataset_and_reference_are_refused(folders: Path) -> None:
         run("-d", "18")
     with pytest.raises(PlanError, match=r"'Z' is not in sites.json; choose one of A, B or consensus"):
         run("--reference", "Z")
-    with pytest.raises(PlanError, match=r"There are no plans .*without --explain first"):
+    with pytest.raises(PlanError, match=r"There are no plans .*nnunet-fedharm plan"):
         run("--explain")
 
 

@@ -75,6 +75,17 @@ def test_held_out_cases_follow_the_seed_and_not_the_other_sites(dataset: Path, t
     assert any(held_out(f"seed{seed}", seed=seed) != first for seed in range(4, 8))
 
 
+def test_cases_that_must_be_held_out_are_beside_those_that_are_drawn(dataset: Path, tmp_path: Path) -> None:
+    drawn, forced = (
+        split_dataset(dataset, tmp_path / name, SplitOptions(held_out_cases=cases))[0]
+        for name, cases in (("a", ()), ("b", ("A_000", "A_001")))
+    )
+    assert {"A_000", "A_001"} < {
+        name.removesuffix(f"_0000{ENDING}") for name in names(forced.root.raw / NAME / "imagesTs")
+    }
+    assert forced.n_held_out == 2 + max(1, round(0.2 * (drawn.n_labelled + drawn.n_held_out - 2)))
+
+
 @pytest.mark.parametrize("link", [True, False])
 def test_files_are_linked_or_copied_as_asked(dataset: Path, tmp_path: Path, link: bool) -> None:
     split_dataset(dataset, tmp_path / "out", SplitOptions(held_out_fraction=0.0, link=link))
