@@ -6,8 +6,8 @@
 | a site's votes on its polarity, once, with the last harmonizer epoch | Gaussian noise on the mean of its patients' votes |
 
 Gates are not judged by images, no validation runs, and no loss or Dice is written into a checkpoint or sent: each would be a
-release of its own. Styles are measured before the training, with noise of their own (`planning.private_style`), which the noise
-of the training takes into account. The fingerprint has none; the ledger names it.
+release of its own. Styles and a federated site's fingerprint are measured before the training, with noise of their own
+(`planning.private_style`, `planning.private_summary`), which the noise of the training takes into account.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class PrivateTraining:
     def noise_multiplier(self) -> float:
         """sigma of both phases."""
         parts = tuple((phase.sample_rate, phase.steps_per_epoch * phase.epochs) for phase in self.phases.values())
-        settled = (*self.options.style_part, *map(self._vote_noise, self._voters))
+        settled = (*self.options.statistics_part, *map(self._vote_noise, self._voters))
         return common_noise(self.options.epsilon, self.options.delta, parts, settled)
 
     def check_budget(self, *, harmonizer_epochs: int, segmenter_epochs: int) -> None:

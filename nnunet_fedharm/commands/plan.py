@@ -32,6 +32,7 @@ from nnunet_fedharm.planning.situation import Device, find_device
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
 from nnunet_fedharm.trainers.names import trainer_name_for
+from nnunet_fedharm.trainers.start_weights import find_checkpoint
 
 HELP = (
     "Plan a harmonized segmenter for a dataset in nnUNet_raw (all sites' data in one place) and print how to train it."
@@ -74,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain", action="store_true", help="only print why the values of existing plans are what they are"
     )
+    parser.add_argument(
+        "--start-from",
+        default="",
+        metavar="MODEL",
+        help="results folder, fold or checkpoint whose weights the training starts from, for example of public data",
+    )
     parser.add_argument("--skip-check", action="store_true", help="do not read and check every image first")
     schedule = parser.add_argument_group("schedule", "what is not given is chosen for the data and the device")
     add_dataclass_options(schedule, Schedule, show_defaults=False)
@@ -81,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     private = parser.add_argument_group(
         "differential privacy", "of the training, by patient; off unless --epsilon is given"
     )
-    add_dataclass_options(private, PrivacyOptions)
+    add_dataclass_options(private, PrivacyOptions, skip={"fingerprint_noise"})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         num_processes=args.num_processes,
         check=not args.skip_check,
         privacy=read_privacy(args),
+        start_from=str(find_checkpoint(args.start_from)) if args.start_from else "",
     )
     plans = plan_central(root, args.dataset, options)
     raw = root.raw / plans["dataset_name"]
@@ -128,7 +136,8 @@ def read_privacy(args: argparse.Namespace) -> PrivacyOptions | None:
     given = given_options(args, PrivacyOptions)
     if given and "epsilon" not in given:
         raise PlanError(f"--{sorted(given)[0].replace('_', '-')} belongs to differential privacy: give --epsilon too.")
-    return PrivacyOptions(**given) if given else None
+    # Planned from all data in one place: nnU-Net's own fingerprint, without noise.
+    return PrivacyOptions(**given, fingerprint_noise=0.0) if given else None
 
 
 def read_harmonizer_options(kind: str, text: str) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _show_site(root: Path, delta: float, *, every: bool) -> None:
     from nnunet_fedharm.privacy.ledger import Ledger
+    from nnunet_fedharm.privacy.releases import ANNOUNCED
 
     ledger = Ledger(root / "fedharm")
     releases = ledger.releases()
@@ -91,6 +92,9 @@ def _show_site(root: Path, delta: float, *, every: bool) -> None:
         rate = f"{row.sample_rate:.3g}" if row.bounded else "-"
         note = f" ({row.note})" if row.note else ""
         print(f"  {row.time[:19]:<20} {row.mechanism:<20} {noise:>7} {rate:>6} {row.steps:>6}  {row.what}{note}")
+    public = dict.fromkeys(release.what for release in releases if release.mechanism == ANNOUNCED)
+    if public:
+        print(f"Public by agreement, not hidden by any noise: {', '.join(public)}.")
     total = ledger.spent(delta)
     if any(release.bounded for release in releases):
         print(f"Releases with noise: epsilon {total.epsilon:.3g} at delta {delta:g}, unit patient.")

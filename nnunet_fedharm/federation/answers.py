@@ -24,8 +24,8 @@ from nnunet_fedharm.federation.report import site as report_site
 from nnunet_fedharm.federation.secure import home as secure_home
 from nnunet_fedharm.federation.secure.rounds import Trained, train_for_sum
 from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
+from nnunet_fedharm.federation.statistics import answer_once
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
-from nnunet_fedharm.privacy.ledger import Ledger
 
 Work = Callable[[Site, Unpacked], RecordDict]
 
@@ -61,7 +61,11 @@ def _answer(
         plans = site.folder / request.values.get("run_id", "-") / PLANS_FILE
         enforce(site, schema.name, request.values, run_config, plans)
         answered = work(site, request)
-        if schema not in (messages.PREPARE, messages.TRAIN):  # which enter what they release, with its noise
+        if schema not in (
+            messages.SUMMARIZE,
+            messages.PREPARE,
+            messages.TRAIN,
+        ):  # which enter what they release, with its noise
             enter_release(site.folder, schema.name, request.values, answered)
     return answered
 
@@ -82,11 +86,24 @@ def _preflight(site: Site, request: Unpacked) -> RecordDict:
 
 
 def _summarize(site: Site, request: Unpacked) -> RecordDict:
+    from nnunet_fedharm.planning.private_summary import fingerprint_release, summarize_private
     from nnunet_fedharm.planning.summary import summarize_site
 
-    raw_dataset = site.raw_dataset(request.values["dataset_name"])
-    summary = summarize_site(raw_dataset, site=site.name, num_processes=site.num_processes)
-    return reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": summary.to_dict()})
+    values = request.values
+    where: dict[str, Any] = {"site": site.name, "num_processes": site.num_processes}
+    raw_dataset, noise = site.raw_dataset(values["dataset_name"]), values["noise"]
+    if noise > 0:
+        summary = answer_once(
+            site,
+            request,
+            fingerprint_release(noise),
+            lambda: summarize_private(raw_dataset, noise_multiplier=noise, **where).to_dict(),
+        )
+        return reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": summary})
+    exact = summarize_site(raw_dataset, **where).to_dict()
+    content = reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": exact})
+    enter_release(site.folder, messages.SUMMARIZE.name, values, content)
+    return content
 
 
 def _prepare(site: Site, request: Unpacked) -> RecordDict:
@@ -107,14 +124,18 @@ def _prepare(site: Site, request: Unpacked) -> RecordDict:
         fingerprint=values["fingerprint"],
     )
     _own_every_case(site, name)
-    noise = values["style_noise"]
-    style = site_style(site.root, name, values["plans"], configuration, noise_multiplier=noise)
-    seconds = round(time.monotonic() - start, 3)
-    content = reply(messages.PREPARE_REPLY, {"site": site.name, "style": style.to_dict(), "seconds": seconds})
+    noise = values["noise"]
+
+    def measure() -> dict[str, Any]:
+        return site_style(site.root, name, values["plans"], configuration, noise_multiplier=noise).to_dict()
+
     if noise > 0:
-        Ledger(site.folder).record(style_release(site.name, noise))
-    else:
-        enter_release(site.folder, messages.PREPARE.name, values, content)
+        style = answer_once(site, request, style_release(site.name, noise), measure)
+        # How long it took would tell something about the images.
+        return reply(messages.PREPARE_REPLY, {"site": site.name, "style": style, "seconds": 0.0})
+    exact = {"site": site.name, "style": measure(), "seconds": round(time.monotonic() - start, 3)}
+    content = reply(messages.PREPARE_REPLY, exact)
+    enter_release(site.folder, messages.PREPARE.name, values, content)
     return content
 
 
@@ -145,7 +166,8 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
         "n_steps": trained.n_steps,
         "n_cases": trained.n_cases,
         "metrics": dict(trained.metrics),
-        "seconds": round(time.monotonic() - start, 3),
+        # Under differential privacy the time would tell how many patients were drawn.
+        "seconds": 0.0 if trained.private else round(time.monotonic() - start, 3),
     }
     content = reply(messages.TRAIN_REPLY, answer, encode_with_control(trained.weights, control, fp16=values["fp16"]))
     if not trained.private:  # else the trainer has entered its steps
@@ -182,6 +204,8 @@ def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
     changed = ownership.contribution(site.name, travelling(values["phase"], result.weights))
     steps, cases = int(result.n_steps), int(result.n_cases)
     metrics = site.policy.allowed_metrics(finite(result.metrics))
+    if result.private:
+        metrics.pop("seconds", None)
     trained = Trained(received, changed, ownership, steps, cases, metrics, result.private)
     return trained, result.control
 

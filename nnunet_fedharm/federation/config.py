@@ -65,6 +65,11 @@ class FederateConfig:
     finetune_lr_factor: float = _option(
         0.1, "learning rate of the harmonizer in finetune, as a share of the segmenter's"
     )
+    trained_groups: str = _option(
+        "", "groups of the segmenter's tensors that are trained, comma separated, of: norm, encoder, decoder, heads; empty = all"
+    )
+    augmentation: bool = _option(True, "nnU-Net's augmentation of the segmenter's patches")
+    start_from: str = _option("", "results folder or checkpoint, at the server, whose weights the run starts from")
     fold: str = _option("all", "fold of each site's own split: all, 0, 1, 2, 3 or 4")
     plans_name: str = _option("nnUNetFedHarmPlans", "name of the plans; stock nnUNetPlans are never overwritten")
     gpu_memory_gb: float = _option(8.0, "GPU memory that the planner plans for")
@@ -105,6 +110,9 @@ class FederateConfig:
     style_noise: float = _option(
         5.0, "noise multiplier of a site's style under differential privacy; 0 sends it as it is"
     )
+    fingerprint_noise: float = _option(
+        -1.0, "noise multiplier of a site's fingerprint under differential privacy; -1 = a tenth of the budget, 0 = none"
+    )
     fp16: bool = _option(False, "send float32 weights as float16: half the bytes")
     seed: int = _option(0, "seed of the run")
     device: str = _option("cpu", "device of the sites: cpu, cuda or mps", identity=False)
@@ -127,7 +135,7 @@ class FederateConfig:
         _check_names(self)
         check_strategy(self)
         check_secure(self)
-        _ = self.privacy  # refuses values out of range
+        _ = self.privacy, self.schedule  # refuse values out of range
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -162,6 +170,8 @@ class FederateConfig:
             harmonizer_lr=self.harmonizer_lr,
             phases=self.phases,
             finetune_lr_factor=self.finetune_lr_factor,
+            trained_groups=self.trained_groups,
+            augmentation=self.augmentation,
         )
 
     @property

@@ -12,13 +12,16 @@ from flwr.app import ArrayRecord, RecordDict
 
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.privacy.ledger import Ledger
-from nnunet_fedharm.privacy.releases import NONE, Release
+from nnunet_fedharm.privacy.releases import ANNOUNCED, NONE, Release
 
 _NOT_CONTENT = ("seconds", "status", "plans_hash", "run_id")
 """Keys of replies that say nothing about patients and change from one sending to the next."""
 
+FACTS = "facts: numbers of cases, labels, versions"
+"""Public by agreement: every epsilon here is of data sets with the same numbers, one patient's data replaced by nothing."""
+
 RELEASES: dict[str, Callable[[Mapping[str, Any]], str] | None] = {
-    messages.PREFLIGHT.name: lambda request: "facts: numbers of cases, labels, versions",
+    messages.PREFLIGHT.name: lambda request: FACTS,
     messages.SUMMARIZE.name: lambda request: "fingerprint summary",
     messages.PREPARE.name: lambda request: "style",
     messages.TRAIN.name: lambda request: (
@@ -47,7 +50,9 @@ def enter_release(folder: Path, request: str, values: Mapping[str, Any], content
     name = RELEASES.get(request)
     if name is None:
         return
-    release = Release(what=name(values), mechanism=NONE, run_id=values.get("run_id", ""), digest=digest_of(content))
+    what = name(values)
+    mechanism = ANNOUNCED if what == FACTS else NONE
+    release = Release(what=what, mechanism=mechanism, run_id=values.get("run_id", ""), digest=digest_of(content))
     Ledger(folder).record(release)
 
 

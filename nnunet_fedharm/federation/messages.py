@@ -97,17 +97,24 @@ _TRAINING = {
 
 PREFLIGHT = Schema("preflight request", {"run_id": RUN_ID, "dataset": DATASET, "check_data": FLAG})
 PREFLIGHT_REPLY = Schema("preflight reply", {"site": SITE, "facts": Item(dict, 256 * _KIB), "plans_hash": HASH})
-SUMMARIZE = Schema("summarize request", {"dataset_name": DATASET_NAME})
+_STATISTICS = {
+    "run_id": RUN_ID,
+    "dataset_name": DATASET_NAME,
+    "noise": Item(float, 10**6),
+    "epsilon": Item(float, 10**6),
+    "delta": Item(float, 1),
+}
+"""Noise multiplier of what is asked for, and the budget of the run; zeros without differential privacy."""
+SUMMARIZE = Schema("summarize request", _STATISTICS)
 SUMMARIZE_REPLY = Schema("summarize reply", {"site": SITE, "summary": Item(dict, 4 * _MIB)})
 PREPARE = Schema(
     "prepare request",
     {
-        "dataset_name": DATASET_NAME,
+        **_STATISTICS,
         "configuration": CONFIGURATION,
         "plans": PLANS,
         "dataset_json": DATASET_JSON,
         "fingerprint": FINGERPRINT,
-        "style_noise": Item(float, 10**6),
     },
 )
 PREPARE_REPLY = Schema("prepare reply", {"site": SITE, "style": Item(dict, 256 * _KIB), "seconds": SECONDS})

@@ -104,14 +104,13 @@ class Preparation:
         )
 
     def _plan(self, state: ServerState) -> ServerState:
-        from nnunet_fedharm.planning.merge import merge_summaries
         from nnunet_fedharm.planning.planner import PlanOptions, plan_federation, require_configuration
 
-        request = pack(SUMMARIZE, {"dataset_name": state.dataset_name})
-        replies = self._from_all("summarize", request, SUMMARIZE_REPLY, lambda values: values["summary"])
-        summaries = [SiteSummary.from_dict(replies[site]) for site in self.roster.expected]
-        fingerprint = _plain_json(merge_summaries(summaries))
         config = self.config
+        noise = config.privacy.fingerprint_multiplier if config.privacy else 0.0
+        request = pack(SUMMARIZE, self._statistics(state, noise))
+        replies = self._from_all("summarize", request, SUMMARIZE_REPLY, lambda values: values["summary"])
+        fingerprint = _plain_json(self._merged([replies[site] for site in self.roster.expected], state, noise))
         options = PlanOptions(
             gpu_memory_gb=config.gpu_memory_gb,
             base_features=config.base_features,
@@ -144,12 +143,11 @@ class Preparation:
 
         config = self.config
         values = {
-            "dataset_name": state.dataset_name,
+            **self._statistics(state, config.privacy.style_noise if config.privacy else 0.0),
             "configuration": config.configuration,
             "plans": state.planned,
             "dataset_json": state.dataset_json,
             "fingerprint": state.fingerprint,
-            "style_noise": config.privacy.style_noise if config.privacy else 0.0,
         }
         replies = self._from_all("prepare", pack(PREPARE, values), PREPARE_REPLY, lambda values: values["style"])
         styles = {site: Style.from_dict(replies[site]) for site in self.roster.expected}
@@ -173,6 +171,24 @@ class Preparation:
         write_explanation(self.root, plans, device)
         self.log.write("style_bank", sites=list(self.roster.expected), reference=config.reference)
         return replace(state, plans=plans)
+
+    def _statistics(self, state: ServerState, noise: float) -> dict[str, Any]:
+        """What every request for statistics says."""
+        privacy = self.config.privacy
+        budget = {"epsilon": privacy.epsilon, "delta": privacy.delta} if privacy else {"epsilon": 0.0, "delta": 0.0}
+        return {"run_id": state.run_id, "dataset_name": state.dataset_name, "noise": noise, **budget}
+
+    def _merged(self, replies: list[dict[str, Any]], state: ServerState, noise: float) -> dict[str, Any]:
+        """The fingerprint of all sites."""
+        from nnunet_fedharm.planning.merge import merge_summaries
+        from nnunet_fedharm.planning.private_merge import expected_error, merge_private
+        from nnunet_fedharm.planning.private_summary import PrivateSummary
+
+        if not noise:
+            return merge_summaries([SiteSummary.from_dict(reply) for reply in replies])
+        noisy = [PrivateSummary.from_dict(reply) for reply in replies]
+        self.log.write("fingerprint_noise", noise_multiplier=noise, **expected_error(noisy).to_dict())
+        return merge_private(noisy, n_channels=len(state.dataset_json["channel_names"]))
 
     def _from_all(
         self, action: str, request: RecordDict, schema: Schema, read: Callable[[dict[str, Any]], T]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ _SMALLEST_WINDOW = 1.0
 USUAL_SPREAD = 1.5
 """Octaves: how far spacings and extents of MR volumes lie around 1 mm and USUAL_EXTENT_MM; noisy means are drawn there."""
 DROWNED = 1 / 3
-"""Noise of a bin, over all patients, above which even a spacing that all share is not seen; the mean stands alone then."""
+"""Noise of a bin, over all patients, above which histograms are not looked at."""
 UNREAD = {
     "mean": 0.0,
     "median": 0.0,
@@ -99,23 +100,44 @@ def nearest_histogram(counts: Vector, total: float) -> Vector:
     return nearest
 
 
-def expected_error(summaries: Sequence[PrivateSummary]) -> tuple[float, float]:
-    """Standard deviation of the noise on a mean logarithm (octaves), and on a bin of a histogram over all patients."""
+@dataclass(frozen=True)
+class ExpectedError:
+    """Standard deviations of the noise.
+
+    Attributes:
+        octaves: on the mean logarithm of an axis's spacing or extent.
+        bin: on a bin of an axis's histogram of spacings, over all patients.
+    """
+
+    octaves: float
+    bin: float
+
+    @property
+    def drowned(self) -> bool:
+        """Whether even a spacing that all patients share is not seen; the mean stands alone then."""
+        return self.bin > DROWNED
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"octaves": self.octaves, "bin": self.bin, "drowned": self.drowned}
+
+
+def expected_error(summaries: Sequence[PrivateSummary]) -> ExpectedError:
+    """What noise does to the fingerprint of these sites."""
     patients = sum(summary.n_patients for summary in summaries)
     noise = math.sqrt(sum(summary.noise_multiplier**2 for summary in summaries))
     entry = noise * sensitivity(len(summaries[0].measured)) / patients
-    return REACH * entry, entry / BIN_WEIGHT
+    return ExpectedError(REACH * entry, entry / BIN_WEIGHT)
 
 
 def _geometry(summaries: Sequence[PrivateSummary], logs: Vector, bins: Vector) -> tuple[Vector, Vector]:
     """Spacings and shapes, (cases, 3) each, out of the sums of logarithms and the counts of each axis."""
     patients = sum(summary.n_patients for summary in summaries)
     cases = sum(summary.n_cases for summary in summaries)
-    error, bin_error = expected_error(summaries)
+    error = expected_error(summaries)
     # The linear estimate that is best where the true values are USUAL_SPREAD around the usual ones.
-    means = np.clip(REACH * logs / patients * USUAL_SPREAD**2 / (USUAL_SPREAD**2 + error**2), -10, 10)
-    window = max(_SMALLEST_WINDOW, 2 * error)
-    if bin_error > DROWNED:
+    means = np.clip(REACH * logs / patients * USUAL_SPREAD**2 / (USUAL_SPREAD**2 + error.octaves**2), -10, 10)
+    window = max(_SMALLEST_WINDOW, 2 * error.octaves)
+    if error.drowned:
         spacings = np.clip(np.tile(2.0 ** means[:AXES], (cases, 1)), SPACINGS[0], SPACINGS[-1])
     else:
         rows = [_spacings(row, at, window, patients, cases) for row, at in zip(bins, means[:AXES], strict=True)]

@@ -10,10 +10,15 @@ from typing import Any
 
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.privacy.accounting import Noise, epsilon_of, rdp_epsilon
+from nnunet_fedharm.privacy.gaussian import gaussian_sigma
 from nnunet_fedharm.privacy.releases import Budget
 
 RESERVE = 0.05
 """Share of further steps that the noise is calibrated for: an epoch that a crash repeats is charged again."""
+
+FINGERPRINT_PART = 0.1
+"""Share of the budget, in 1 / squared noise, that the fingerprint summary takes by itself."""
+AUTOMATIC = -1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,10 @@ class PrivacyOptions:
     style_noise: float = 5.0
     """Noise multiplier of a site's style, which costs an epsilon of about 0.7 at delta 1e-5; 0 sends it as it is."""
 
+    fingerprint_noise: float = -1.0
+    """Noise multiplier of a federated site's fingerprint summary; -1 takes what costs a tenth of the budget (in squared noise), 0
+    sends it as it is."""
+
     def __post_init__(self) -> None:
         Budget(self.epsilon, self.delta)
         for name in ("clip", "patients_per_step"):
@@ -40,6 +49,8 @@ class PrivacyOptions:
                 raise PrivacyError(f"privacy.{name} must be a positive number, got {getattr(self, name)}.")
         if not 0 <= self.style_noise < math.inf:
             raise PrivacyError(f"privacy.style_noise must not be negative, got {self.style_noise}.")
+        if self.fingerprint_noise != AUTOMATIC and not 0 <= self.fingerprint_noise < math.inf:
+            raise PrivacyError(f"privacy.fingerprint_noise must be -1 or not negative, got {self.fingerprint_noise}.")
         if self.patches_per_patient < 1:
             raise PrivacyError(f"privacy.patches_per_patient must be at least 1, got {self.patches_per_patient}.")
 
@@ -53,9 +64,16 @@ class PrivacyOptions:
         return min(1.0, self.patients_per_step / patients)
 
     @property
-    def style_part(self) -> tuple[Noise, ...]:
-        """The style's release, if it has noise."""
-        return (Noise(self.style_noise),) if self.style_noise else ()
+    def fingerprint_multiplier(self) -> float:
+        """Noise multiplier of the fingerprint summary; 0 for none."""
+        if self.fingerprint_noise != AUTOMATIC:
+            return self.fingerprint_noise
+        return gaussian_sigma(self.epsilon, self.delta) / math.sqrt(FINGERPRINT_PART)
+
+    @property
+    def statistics_part(self) -> tuple[Noise, ...]:
+        """The releases of style and fingerprint, where they have noise."""
+        return tuple(Noise(noise) for noise in (self.style_noise, self.fingerprint_multiplier) if noise)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,7 +10,9 @@ from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
 
 GAUSSIAN, SUBSAMPLED, NONE = "gaussian", "subsampled gaussian", "none"
-MECHANISMS = (GAUSSIAN, SUBSAMPLED, NONE)
+ANNOUNCED = "announced"
+"""What is public by agreement and the same for neighbouring data sets: numbers of cases and patients, names, versions."""
+MECHANISMS = (GAUSSIAN, SUBSAMPLED, NONE, ANNOUNCED)
 PATIENT = "patient"
 
 
@@ -20,8 +22,8 @@ class Release:
 
     Attributes:
         what: name of the release, "segmenter round 3" for instance; no case identifier.
-        mechanism: "gaussian", "subsampled gaussian", or "none" where no noise is added.
-        noise_multiplier: sigma / L2 sensitivity to one patient; 0 with "none".
+        mechanism: "gaussian", "subsampled gaussian", "none" where no noise is added, or "announced" where nothing is hidden.
+        noise_multiplier: sigma / L2 sensitivity to one patient; 0 with "none" and "announced".
         sample_rate: probability of a patient to be drawn in a step; below 1 with "subsampled gaussian" only.
         steps: how many equal releases this entry stands for.
         run_id: the run that it belongs to; empty outside of one.
@@ -47,17 +49,22 @@ class Release:
             raise PrivacyError(f"{self.what}: mechanism is {self.mechanism!r}; choose one of {', '.join(MECHANISMS)}.")
         if self.unit != PATIENT:
             raise PrivacyError(f"{self.what}: the unit is {self.unit!r}; a site's ledger counts by {PATIENT}.")
-        if self.mechanism == NONE and (self.noise_multiplier != 0 or self.sample_rate != 1):
+        if not self.bounded and (self.noise_multiplier != 0 or self.sample_rate != 1):
             raise PrivacyError(f"{self.what}: without a mechanism there is neither noise nor sampling to enter.")
         if self.mechanism == GAUSSIAN and self.sample_rate != 1:
             raise PrivacyError(f"{self.what}: sampling at rate {self.sample_rate} is the mechanism {SUBSAMPLED!r}.")
-        if self.mechanism != NONE:
+        if self.bounded:
             Noise(self.noise_multiplier, self.sample_rate, self.steps)
 
     @property
     def bounded(self) -> bool:
-        """Whether it has a finite epsilon."""
-        return self.mechanism != NONE
+        """Whether it has noise, and so a finite epsilon."""
+        return self.mechanism in (GAUSSIAN, SUBSAMPLED)
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether it tells about patients without any bound."""
+        return self.mechanism == NONE
 
     @property
     def noise(self) -> Noise:
@@ -117,5 +124,5 @@ def spent(releases: Sequence[Release], delta: float) -> Spent:
         PrivacyError: delta is out of range.
     """
     epsilon = epsilon_of([release.noise for release in releases if release.bounded], delta)
-    names = dict.fromkeys(release.what for release in releases if not release.bounded)
+    names = dict.fromkeys(release.what for release in releases if release.unbounded)
     return Spent(epsilon, delta, tuple(names))
