@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from nnunet_fedharm.differences.findings import ClassifierFinding, Estimate, PairFinding, PartFinding
 from nnunet_fedharm.differences.options import SIGNIFICANT
 from nnunet_fedharm.differences.panel import CONTROL
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def evidence_of(part: PartFinding, large: Sequence[str]) -> Evidence:
         large: sites with enough patients to be judged; pairs with others are left out.
     """
     pairs = [pair for pair in part.pairs if pair.first in large and pair.second in large]
-    adjusted = _holm({(pair.first, pair.second): pair.mmd_p for pair in pairs if pair.mmd_p is not None})
+    adjusted = holm({(pair.first, pair.second): pair.mmd_p for pair in pairs if pair.mmd_p is not None})
     counted = [item.q for item in part.features if item.family != CONTROL and item.q is not None]
     judged = judged_classifiers(part)
     recognition = [corrected_p(item, judged) for item in judged]
@@ -58,12 +61,12 @@ def evidence_of(part: PartFinding, large: Sequence[str]) -> Evidence:
     )
 
 
-def _holm(p: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
-    """p adjusted for the number of pairs (Holm 1979)."""
+def holm(p: Mapping[K, float]) -> dict[K, float]:
+    """p adjusted for the number of tests (Holm 1979); equal p stay equal."""
     adjusted, reached = {}, 0.0
-    for rank, (pair, value) in enumerate(sorted(p.items(), key=lambda item: (item[1], item[0]))):
+    for rank, (test, value) in enumerate(sorted(p.items(), key=lambda item: item[1])):
         reached = max(reached, min(1.0, value * (len(p) - rank)))
-        adjusted[pair] = reached
+        adjusted[test] = reached
     return adjusted
 
 

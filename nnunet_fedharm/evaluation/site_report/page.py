@@ -11,8 +11,9 @@ from string import Template
 
 from nnunet_fedharm.differences.findings import Estimate, Findings
 from nnunet_fedharm.differences.notes import joined
+from nnunet_fedharm.evaluation.html import Html, feature_name, figure, figures, paragraphs, table, text
+from nnunet_fedharm.evaluation.report_style import REPORT_STYLE
 from nnunet_fedharm.evaluation.site_report.charts import marker_icon
-from nnunet_fedharm.evaluation.site_report.html import Html, feature_name, figure, figures, paragraphs, table, text
 from nnunet_fedharm.evaluation.site_report.parts import (
     Variants,
     anchor_of,
@@ -23,24 +24,19 @@ from nnunet_fedharm.evaluation.site_report.parts import (
     part_section,
 )
 from nnunet_fedharm.evaluation.site_report.slices import TypicalSlices
-from nnunet_fedharm.evaluation.site_report.style import SITE_STYLE
 from nnunet_fedharm.evaluation.site_report.tables import failure_table, scanner_table, settings_table, shared_table
 from nnunet_fedharm.evaluation.site_report.words import (
-    DASH,
     FAMILIES,
     chance_sentence,
     classifier_sentence,
-    count,
-    day,
     headline,
     is_chance,
     keys,
-    number,
     parts_of,
-    percent,
     scanner,
     short_part_name,
 )
+from nnunet_fedharm.evaluation.words import DASH, count, day, number, percent
 
 
 def render_site_report(findings: Findings, *, sentences: Sequence[str], slices: Sequence[TypicalSlices] = ()) -> str:
@@ -56,7 +52,7 @@ def render_site_report(findings: Findings, *, sentences: Sequence[str], slices: 
     variants = headline(findings)
     parts = "".join(part_section(key, parts_of(findings, key), sites, opened=key == first) for key in keys(findings))
     return Template(_PAGE).substitute(
-        style=SITE_STYLE,
+        style=REPORT_STYLE,
         title=escape(f"How different are the sites of {findings.dataset}?"),
         heading=Html(f"How different are the sites of {feature_name(findings.dataset)}?"),
         lead=escape(_lead(findings)),

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from nnunet_fedharm.differences.findings import Estimate, FeatureFinding, PairFinding, PartFinding
 from nnunet_fedharm.differences.options import SIGNIFICANT
 from nnunet_fedharm.evaluation.charts import Point
+from nnunet_fedharm.evaluation.html import Html, block, feature_name, figure, figures, folded, key, text
 from nnunet_fedharm.evaluation.site_report.charts import marker_icon, matrix_chart, ridge_chart, scatter_chart, track
-from nnunet_fedharm.evaluation.site_report.html import Html, block, feature_name, figure, figures, folded, key, text
 from nnunet_fedharm.evaluation.site_report.tables import (
     agreement_table,
     classifier_blocks,
@@ -17,15 +17,8 @@ from nnunet_fedharm.evaluation.site_report.tables import (
     outlier_table,
     pair_table,
 )
-from nnunet_fedharm.evaluation.site_report.words import (
-    FAMILIES,
-    Key,
-    count,
-    interval,
-    number,
-    part_name,
-    percent,
-)
+from nnunet_fedharm.evaluation.site_report.words import FAMILIES, Key, part_name
+from nnunet_fedharm.evaluation.words import count, interval, number, percent
 
 RANKED, SHOWN_HISTOGRAMS = 12, 6
 """Features in the ranking, and those of them with histograms; all are in differences.csv."""

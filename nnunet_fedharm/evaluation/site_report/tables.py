@@ -7,8 +7,7 @@ from typing import Any
 
 from nnunet_fedharm.differences.findings import AgreementFinding, ClassifierFinding, Findings, PartFinding
 from nnunet_fedharm.differences.notes import joined
-from nnunet_fedharm.evaluation.site_report.charts import marker_icon, matrix_chart
-from nnunet_fedharm.evaluation.site_report.html import (
+from nnunet_fedharm.evaluation.html import (
     Html,
     block,
     feature_name,
@@ -18,9 +17,10 @@ from nnunet_fedharm.evaluation.site_report.html import (
     table,
     text,
 )
-from nnunet_fedharm.evaluation.site_report.words import (
+from nnunet_fedharm.evaluation.site_report.charts import marker_icon, matrix_chart
+from nnunet_fedharm.evaluation.site_report.words import classifier_sentence
+from nnunet_fedharm.evaluation.words import (
     DASH,
-    classifier_sentence,
     count,
     interval,
     number,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime
 
-from nnunet_fedharm.differences.findings import ClassifierFinding, Estimate, Findings, PartFinding, SiteCard
+from nnunet_fedharm.differences.findings import ClassifierFinding, Findings, PartFinding, SiteCard
 from nnunet_fedharm.differences.options import SIGNIFICANT
 from nnunet_fedharm.differences.summary import main_part
+from nnunet_fedharm.evaluation.words import percent, percent_interval, probability
 from nnunet_fedharm.sites.features.table import FOREGROUND, IMAGE, SCALES
 
 Key = tuple[str, str, str]
@@ -24,7 +24,6 @@ FAMILIES = {
 _REGIONS = {FOREGROUND: "all labels together", IMAGE: "the whole body in the image"}
 _SHORT = {FOREGROUND: "all labels", IMAGE: "whole body"}
 _SCALES = {SCALES[0]: "after z-score (what nnU-Net sees)", SCALES[1]: "raw values of the files"}
-DASH = "-"
 
 
 def region_name(region: str) -> str:
@@ -90,64 +89,10 @@ def parts_of(findings: Findings, key: Key) -> list[tuple[str, PartFinding]]:
     ]
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """A number, or a dash."""
-    if value is None:
-        return DASH
-    shown = f"{value:.{digits}f}"
-    return shown.removeprefix("-") if not float(shown) else shown
-
-
-def significant_digits(value: float | None) -> str:
-    """A number of any size in four digits, or a dash."""
-    return DASH if value is None else f"{value:.4g}"
-
-
-def probability(value: float | None) -> str:
-    """A p value."""
-    if value is None:
-        return DASH
-    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
-
-
-def percent(value: float | None) -> str:
-    """A share in percent."""
-    return DASH if value is None else f"{100 * value:.0f}%"
-
-
-def interval(estimate: Estimate, digits: int = 2) -> str:
-    """ "0.50 (0.41 to 0.60)"; the value alone without an interval."""
-    if estimate.value is None:
-        return DASH
-    if estimate.low is None or estimate.high is None:
-        return number(estimate.value, digits)
-    return f"{number(estimate.value, digits)} ({number(estimate.low, digits)} to {number(estimate.high, digits)})"
-
-
-def percent_interval(estimate: Estimate) -> str:
-    """The same in percent."""
-    if estimate.value is None or estimate.low is None or estimate.high is None:
-        return percent(estimate.value)
-    return f"{percent(estimate.value)} ({percent(estimate.low)} to {percent(estimate.high)})"
-
-
 def scanner(card: SiteCard) -> str:
     """ "Siemens, 3 T, T1w MPRAGE"."""
     words = [card.vendor, None if card.field is None else f"{card.field:g} T", card.sequence]
     return ", ".join(str(word) for word in words if word) or "scanner not stated in sites.json"
-
-
-def day(created: str) -> str:
-    """ "24 November 2026" of an ISO time; other text as it is."""
-    try:
-        return f"{datetime.fromisoformat(created):%d %B %Y}".lstrip("0")
-    except ValueError:
-        return created
-
-
-def count(size: int, one: str, many: str | None = None) -> str:
-    """ "1 volume", "2 volumes"."""
-    return f"{size} {one if size == 1 else many or one + 's'}"
 
 
 def is_chance(finding: ClassifierFinding) -> bool:

@@ -1,4 +1,4 @@
-"""Pieces of HTML that the sections of the site report share; all text is escaped here."""
+"""Pieces of HTML that the reports share; all text is escaped here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Style sheet of the site report, on top of the other pages': light and dark, from a telephone's width upwards."""
+"""Style sheet of the reports about sites and studies, on top of the other pages': light and dark, for telephones too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SITES = "".join(
     for n in range(1, 9)
 )
 
-SITE_STYLE = (
+REPORT_STYLE = (
     STYLE
     + ".cell{fill:var(--ink)}"
     + f":root{{{_LIGHT};--c3:#b3450a;--c4:#7a4fc0}}"
