@@ -12,7 +12,7 @@ from html import escape
 
 from nnunet_fedharm.evaluation.charts import Point, scale, svg, ticks
 
-REPORT_STYLES = 8
+SITE_STYLES = 8
 """Colours of the style sheet; further sites take them again, with other markers."""
 
 _MIDDLE, _STRONG = 0.55, 0.85
@@ -23,12 +23,12 @@ Ellipse = tuple[float, float, float, float, float]
 
 def site_class(index: int) -> str:
     """CSS class of the site at this place."""
-    return f"site-{index % REPORT_STYLES + 1}"
+    return f"site-{index % SITE_STYLES + 1}"
 
 
 def marker(index: int, x: float, y: float, radius: float = 5.0) -> str:
     """The mark of the site at this place: disc, square, triangle, diamond, ..."""
-    shape = _SHAPES[(index + index // REPORT_STYLES) % len(_SHAPES)]
+    shape = _SHAPES[(index + index // SITE_STYLES) % len(_SHAPES)]
     if not shape:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="mark {site_class(index)}"/>'
     points = " ".join(f"{x + radius * dx:.1f},{y + radius * dy:.1f}" for dx, dy in shape)
