@@ -22,6 +22,7 @@ from nnunet_fedharm.planning.section import CONFIGURATIONS, FedHarmSection, read
 from nnunet_fedharm.sites.registry import SitesFile
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_gain
+from nnunet_fedharm.trainers.groups import train_only
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
 from nnunet_fedharm.trainers.names import trainer_name_for
 from nnunet_fedharm.trainers.patches import PatchSampler, list_cases
@@ -29,6 +30,7 @@ from nnunet_fedharm.trainers.patient_loader import PatientDraw
 from nnunet_fedharm.trainers.phases import GroupedPolyLRScheduler, HarmonizerPhase, give_own_group
 from nnunet_fedharm.trainers.private_hooks import PrivateHooks
 from nnunet_fedharm.trainers.seeds import seed_everything
+from nnunet_fedharm.trainers.start_weights import refuse_foreign_styles, start_from
 from nnunet_fedharm.trainers.weights import bare_module
 
 
@@ -113,9 +115,12 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
         return cast(Harmonizer, bare_module(self.network).harmonizer)
 
     def initialize(self) -> None:
-        """As the base class, from seeded weights; then the case -> site map, which needs the preprocessed folder."""
+        """As the base class, from seeded weights or those of `start_from`; then the case -> site map of the folder."""
         self._seed("weights")
         super().initialize()
+        if self.section.start_from and not self.continued:
+            start = start_from(self.network, self.section.start_from)
+            self.print_to_log_file(f"Started from {self.section.start_from}: {start}.")
         self.site_of_case = self._read_sites()
 
     def assemble(self) -> None:
@@ -160,6 +165,7 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
         optimizer, scheduler = super().configure_optimizers()
         for group in optimizer.param_groups:  # the base class has no parameter for it
             group["momentum"] = schedule.momentum
+        train_only(self.network, optimizer, schedule.groups)
         mapping = list(self.harmonizer.mapping_parameters())
         if schedule.phases != "finetune" or not mapping:
             return optimizer, scheduler
@@ -172,6 +178,7 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
         """Harmonizer phase (if any is left to do), then the base class's training."""
         if not self.was_initialized:
             self.initialize()
+        refuse_foreign_styles(self.harmonizer, self.section)
         self.start_private()
         if self.private is not None:
             done = int(self.harmonizer.trained_epochs)

@@ -10,14 +10,14 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from nnunet_fedharm.errors import FederationError, PlanError
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
-from nnunet_fedharm.trainers.results import build_network
 from nnunet_fedharm.trainers.weights import Weights, bare_module, export_weights, load_weights, unique_tensors
 
 GROUPS = ("harmonizer", "norm", "encoder", "decoder", "heads")
@@ -64,7 +64,7 @@ def tensors_of(network: nn.Module, groups: Iterable[str]) -> frozenset[str]:
     for group in groups:
         if not found.get(group):
             raise PlanError(
-                f"The planned network has no tensor in the group {group!r}. Take it out of local-groups; this network has "
+                f"The planned network has no tensor in the group {group!r}. Take it out of the groups; this network has "
                 f"{', '.join(name for name in GROUPS if found[name])}."
             )
         chosen |= found[group]
@@ -79,10 +79,33 @@ def planned_tensors_of(
     groups: Iterable[str],
 ) -> frozenset[str]:
     """`tensors_of` of the network that the plans describe; nothing is built where no group is asked for."""
+    from nnunet_fedharm.trainers.results import build_network  # makes trainers, which read groups themselves
+
     wanted = tuple(groups)
     return (
         tensors_of(build_network(plans, dataset_json, configuration, trainer_name), wanted) if wanted else frozenset()
     )
+
+
+def train_only(network: nn.Module, optimizer: torch.optim.Optimizer, groups: Sequence[str]) -> None:
+    """Freeze all of the segmenter but some groups, and let the optimizer forget what does not train.
+
+    Args:
+        network: a harmonized segmenter, compiled or not.
+        optimizer: new, with one group of all parameters.
+        groups: empty leaves everything as it is.
+
+    Raises:
+        PlanError: the network has no tensor in one of them.
+    """
+    if not groups:
+        return
+    chosen = tensors_of(network, groups)
+    for name, tensor in unique_tensors(network).items():
+        if isinstance(tensor, nn.Parameter) and name not in chosen:
+            tensor.requires_grad_(False)
+    (only,) = optimizer.param_groups
+    only["params"] = [parameter for parameter in only["params"] if parameter.requires_grad]
 
 
 def load_with_own(

@@ -53,7 +53,9 @@ class PrivateHooks(PlainPatches):
         """As the base class; under DP without validation, whose every number would be a release."""
         super().on_train_start()
         if self.private is not None:
-            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            # nnU-Net's optimizer holds all parameters: noise must not move those that are frozen.
+            held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            parameters = [parameter for parameter in held if parameter.requires_grad]
             self._gradients = self.private.gradients(SEGMENTER, parameters)
             self.num_val_iterations_per_epoch = 0
             self.print_to_log_file(

@@ -17,6 +17,7 @@ from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
+from nnunet_fedharm.trainers.start_weights import start_from
 from nnunet_fedharm.trainers.weights import Weights, export_weights, load_weights
 
 Which = Literal["latest", "best", "final"]
@@ -56,12 +57,26 @@ def make_trainer(
 
 
 def initial_weights(
-    plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, trainer_name: str, seed: int
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+    configuration: str,
+    trainer_name: str,
+    seed: int,
+    start: str = "",
 ) -> Weights:
-    """Weights of round 0: nnU-Net's own initialisation under `seed`, harmonizer at the identity."""
+    """Weights of round 0: nnU-Net's own initialisation under `seed`, harmonizer at the identity; or those of a trained model.
+
+    Args:
+        start: results folder or checkpoint, see `start_weights`; "" for none.
+
+    Raises:
+        CheckpointError: it cannot be a start for these plans.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_network(plans, dataset_json, configuration, trainer_name)
+    if start:
+        start_from(network, start)
     return export_weights(network)
 
 

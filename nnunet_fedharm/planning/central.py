@@ -93,6 +93,7 @@ class CentralOptions:
         num_processes: for checking and preprocessing.
         check: read and check every image first, where no fingerprint exists yet.
         privacy: differential privacy of the training; None trains without.
+        start_from: checkpoint that the training starts from; "" starts at random.
         base_plans: name of plans whose networks and preprocessed cases are taken as they are, `plan`'s sizes unread; "" plans.
     """
 
@@ -106,6 +107,7 @@ class CentralOptions:
     num_processes: int = 1
     check: bool = True
     privacy: PrivacyOptions | None = None
+    start_from: str = ""
     base_plans: str = ""
 
     def __post_init__(self) -> None:
@@ -202,6 +204,7 @@ def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], opti
         styles=dict(styles),
         schedule=schedule,
         privacy=options.privacy,
+        start_from=options.start_from,
     )
 
 

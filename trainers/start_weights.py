@@ -1,0 +1,131 @@
+"""Where a training starts other than at random: the weights of a trained model, for example one of public data.
+
+A start costs no privacy as far as the patients of this training are concerned; those of the model's own training are another
+matter, so it should come from public or simulated images, or from a training with a budget of its own.
+
+nnU-Net's `-pretrained_weights` does not fit these trainers: it leaves out the output layers and copies every buffer, the style
+bank of the other model's sites among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnunet_fedharm.errors import CheckpointError, PlanError
+from nnunet_fedharm.harmonizers import Harmonizer
+from nnunet_fedharm.planning.section import FedHarmSection
+from nnunet_fedharm.trainers.weights import bare_module
+
+CHECKPOINT = "checkpoint_final.pth"
+SEGMENTER, HEADS = "segmenter.", ".seg_layers."
+
+
+@dataclass(frozen=True)
+class Start:
+    """What became of a start.
+
+    Attributes:
+        copied: tensors that were taken over.
+        fresh: tensors that begin as they would have without it: output layers for other labels, another harmonizer.
+    """
+
+    copied: int
+    fresh: tuple[str, ...]
+
+    def __str__(self) -> str:
+        kept = f"; {len(self.fresh)} begin at random: {', '.join(self.fresh[:3])}" if self.fresh else ""
+        return f"{self.copied} tensors{kept}"
+
+
+def find_checkpoint(model: str | Path) -> Path:
+    """The checkpoint file of a results folder, of one of its folds, or the file itself.
+
+    Raises:
+        CheckpointError: there is none, or several folds to choose from.
+    """
+    path = Path(model)
+    if path.is_file():
+        return path.resolve()
+    found = [path / CHECKPOINT] if (path / CHECKPOINT).is_file() else sorted(path.glob(f"fold_*/{CHECKPOINT}"))
+    if len(found) != 1:
+        there = f"folds {', '.join(file.parent.name for file in found)}" if found else f"no {CHECKPOINT}"
+        raise CheckpointError(f"{path} holds {there}. Give --start-from one fold's folder, or a checkpoint file.")
+    return found[0].resolve()
+
+
+def start_from(network: nn.Module, model: str | Path) -> Start:
+    """Copy a trained model's segmenter, and the trained tensors of a harmonizer of the same kind, into a network.
+
+    Styles, polarities and gates stay the network's own: they describe the sites of its plans. Output layers of another number
+    of labels begin at random, as in stock nnU-Net; everything else of the segmenter has to fit.
+
+    Args:
+        network: a harmonized segmenter, compiled or not.
+        model: as for `find_checkpoint`; of our trainers or of a stock nnU-Net trainer with the same architecture.
+
+    Raises:
+        CheckpointError: no readable checkpoint, another architecture, or values that are not finite.
+    """
+    file, bare = find_checkpoint(model), bare_module(network)
+    given = {_our_name(name): tensor for name, tensor in _read(file).items()}
+    own, parameters = bare.state_dict(), {name for name, _ in bare.named_parameters(remove_duplicate=False)}
+    taken, fresh = {}, []
+    for name in sorted(parameters):
+        fits = name in given and given[name].shape == own[name].shape
+        if fits:
+            taken[name] = given[name]
+        elif name.startswith(SEGMENTER) and HEADS not in name:
+            shape = "is missing there" if name not in given else f"is {tuple(given[name].shape)} there"
+            raise CheckpointError(
+                f"{file} cannot be a start for these plans: {name}, here {tuple(own[name].shape)}, {shape}. "
+                "Train it with plans of the same networks (sizes, patch and stages)."
+            )
+        else:
+            fresh.append(name)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in taken.values()):
+        raise CheckpointError(f"{file} holds NaN or infinity; nothing was loaded.")
+    bare.load_state_dict({**own, **taken})
+    return Start(len({bare.state_dict()[name].data_ptr() for name in taken}), tuple(fresh))
+
+
+def refuse_foreign_styles(harmonizer: Harmonizer, section: FedHarmSection) -> None:
+    """Refuse what `nnUNetv2_train -pretrained_weights` makes of a network: one that knows another model's sites.
+
+    Raises:
+        PlanError: the network's style bank is not the plans'.
+    """
+    planned = [style.quantiles for style in section.styles.values()]
+    held = harmonizer.bank_quantiles.cpu().numpy()
+    if planned and not np.allclose(held, np.asarray(planned), atol=1e-4):
+        raise PlanError(
+            "The network's styles are not those of the plans: -pretrained_weights brought another model's. "
+            "Plan with `nnunet-fedharm plan --start-from MODEL` instead, which leaves them alone."
+        )
+
+
+def _our_name(name: str) -> str:
+    """Stock nnU-Net's networks have no harmonizer in front."""
+    return name if name.startswith((SEGMENTER, "harmonizer.")) else SEGMENTER + name
+
+
+def _read(file: Path) -> Mapping[str, Tensor]:
+    """The weights, without running code that a checkpoint from elsewhere might hold."""
+    # What nnU-Net writes into its log; nothing else is unpickled.
+    numbers: list[Any] = [np.dtype, np.ndarray, np.float64().__reduce__()[0], np.zeros(1).__reduce__()[0]]
+    numbers += [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
+    try:
+        with torch.serialization.safe_globals(numbers):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        weights: dict[str, Tensor] = dict(content["network_weights"])
+    except Exception as error:  # a damaged or foreign pickle raises nearly anything
+        raise CheckpointError(
+            f"{file} cannot be read as an nnU-Net checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:120]})."
+        ) from error
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
