@@ -67,7 +67,9 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
     kept = weights
     state = Preparation(roster, config, log, root, save=lambda new: save_state(folder, new, kept)).run(state)
     if weights is None:
-        weights = initial_weights(state.plans, state.dataset_json, config.configuration, trainer_name, config.seed)
+        weights = initial_weights(
+            state.plans, state.dataset_json, config.configuration, trainer_name, config.seed, config.start_from
+        )
         save_state(folder, state, weights)
 
     def checkpoint(new: ServerState, mean: Weights, is_best: bool) -> None:
