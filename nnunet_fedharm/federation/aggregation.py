@@ -7,7 +7,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_fedharm.errors import FederationError, ShapeError
-from nnunet_fedharm.federation.codec import Weights
+from nnunet_fedharm.federation.codec import Tensors, Weights
 from nnunet_fedharm.federation.ownership import Ownership
 
 
@@ -31,14 +31,14 @@ class SiteUpdate:
         control: change of the site's control variate (SCAFFOLD), by the name of its tensor.
     """
 
-    weights: Weights
+    weights: Tensors
     n_steps: int
     n_cases: int
     metrics: dict[str, float]
-    control: Weights = field(default_factory=dict)
+    control: Tensors = field(default_factory=dict)
 
 
-Combine = Callable[[Mapping[str, Weights], Mapping[str, float]], Weights]
+Combine = Callable[[Mapping[str, Tensors], Mapping[str, float]], Weights]
 """From site -> tensors and site -> share to one set of tensors."""
 
 
@@ -113,14 +113,61 @@ def aggregate(
     return merged
 
 
-def select(updates: Mapping[str, SiteUpdate], sites: Iterable[str], names: Iterable[str]) -> dict[str, Weights]:
-    """site -> the named tensors of its reply.
+class Selected(Mapping[str, npt.NDArray[Any]]):
+    """Some of a reply's tensors, looked up when they are needed."""
+
+    def __init__(self, whole: Tensors, names: Sequence[str]) -> None:
+        self._whole = whole
+        self._names = dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._whole[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return shape_of(self._whole, name)
+
+    def piece(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Numbers `start` to `stop` of the flattened tensor."""
+        return piece(self._whole, name, start, stop)
+
+
+def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
+    """Shape of a tensor, read from disk no further than needed."""
+    own = getattr(tensors, "shape_of", None)
+    shape: tuple[int, ...] = own(name) if own is not None else tensors[name].shape
+    return shape
+
+
+def piece(tensors: Tensors, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+    """Numbers `start` to `stop` of a flattened tensor, read from disk no further than needed."""
+    own = getattr(tensors, "piece", None)
+    part: npt.NDArray[Any] = own(name, start, stop) if own is not None else tensors[name].ravel()[start:stop]
+    return part
+
+
+def select(updates: Mapping[str, SiteUpdate], sites: Iterable[str], names: Iterable[str]) -> dict[str, Tensors]:
+    """site -> the named tensors of its reply, not read yet.
 
     Raises:
         ShapeError: one is missing; the message names the site.
     """
-    chosen = sorted(names)
-    return {site: {name: _of(updates[site].weights, name, site) for name in chosen} for site in sorted(sites)}
+    chosen, wanted = sorted(names), sorted(sites)
+    for site in wanted:
+        for name in chosen:
+            _require(updates[site].weights, name, site)
+    return {site: Selected(updates[site].weights, chosen) for site in wanted}
 
 
 def _with_rows(
@@ -136,14 +183,18 @@ def _with_rows(
     return filled
 
 
-def _of(weights: Weights, name: str, site: str) -> npt.NDArray[Any]:
-    if name not in weights:
-        raise ShapeError(f"{site} sent no {name}.")
+def _of(weights: Tensors, name: str, site: str) -> npt.NDArray[Any]:
+    _require(weights, name, site)
     return weights[name]
 
 
-def weighted_mean(weights: Mapping[str, Weights], share: Mapping[str, float]) -> Weights:
-    """Mean of every tensor over sites, summed in float64 in the order of site names.
+def _require(weights: Tensors, name: str, site: str) -> None:
+    if name not in weights:
+        raise ShapeError(f"{site} sent no {name}.")
+
+
+def weighted_mean(weights: Mapping[str, Tensors], share: Mapping[str, float]) -> Weights:
+    """Mean of every tensor over sites, summed in float64 in the order of site names; one site's tensor is in memory at a time.
 
     Floating tensors are cast back to their dtype; integer tensors are rounded; of boolean ones the larger share wins.
 
@@ -159,18 +210,19 @@ def weighted_mean(weights: Mapping[str, Weights], share: Mapping[str, float]) ->
     for site in sites[1:]:
         if set(weights[site]) != set(first):
             raise ShapeError(f"{site} and {sites[0]} sent tensors of different names.")
-    return {name: _mean_tensor(name, {site: weights[site][name] for site in sites}, share) for name in sorted(first)}
+    return {name: _mean_tensor(name, weights, share) for name in sorted(first)}
 
 
-def _mean_tensor(name: str, tensors: Mapping[str, npt.NDArray[Any]], share: Mapping[str, float]) -> npt.NDArray[Any]:
-    sites = sorted(tensors)
-    like = tensors[sites[0]]
-    total = np.zeros(like.shape, dtype=np.float64)
+def _mean_tensor(name: str, weights: Mapping[str, Tensors], share: Mapping[str, float]) -> npt.NDArray[Any]:
+    sites = sorted(weights)
+    dtype, shape = weights[sites[0]][name].dtype, shape_of(weights[sites[0]], name)
+    total = np.zeros(shape, dtype=np.float64)
     for site in sites:
-        if tensors[site].shape != like.shape:
-            raise ShapeError(f"{name}: {site} sent {tensors[site].shape}, {sites[0]} sent {like.shape}.")
-        total += share[site] * tensors[site].astype(np.float64)
-    return as_dtype(total, like.dtype)
+        tensor = weights[site][name]
+        if tensor.shape != shape:
+            raise ShapeError(f"{name}: {site} sent {tensor.shape}, {sites[0]} sent {shape}.")
+        total += share[site] * tensor.astype(np.float64)
+    return as_dtype(total, dtype)
 
 
 def as_dtype(value: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -17,6 +17,8 @@ from flwr.app import Array, ArrayRecord
 from nnunet_fedharm.errors import FederationError, ShapeError
 
 Weights = dict[str, npt.NDArray[Any]]
+Tensors = Mapping[str, npt.NDArray[Any]]
+"""Weights that need not be in memory; see `spool`."""
 
 MEMORY_DTYPES = ("float32", "int64", "uint8", "bool")
 WIRE_DTYPES = (*MEMORY_DTYPES, "float16")

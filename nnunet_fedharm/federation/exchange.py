@@ -15,7 +15,8 @@ from nnunet_fedharm.errors import FedHarmError
 T = TypeVar("T")
 WAITING_EVERY_S = 15.0
 """How often a long wait is reported."""
-_POLL_S = (0.1, 1.0)
+_POLL_S = (0.1, 1.0, 0.05)
+"""Shortest and longest time between two looks, and what each open request adds to the longest."""
 
 _FLOWER_ERRORS = {
     0: "the site failed for an unknown reason",
@@ -72,17 +73,16 @@ def exchange(
     pause = _POLL_S[0]
     while open_requests:
         late = time.monotonic() - start >= deadline_s  # before the pull: what has arrived by now still counts
-        replies = list(grid.pull_messages(list(open_requests)))
-        for reply in replies:
-            key = open_requests.pop(reply.metadata.reply_to_message_id, None)
-            if key is not None:
-                _take(key, reply, accept, answers)
+        before = len(open_requests)
+        for identifier in list(open_requests):
+            _pull(grid, identifier, open_requests, accept, answers)
         if late or not open_requests or enough(answers):
             break
         if time.monotonic() - reported > WAITING_EVERY_S:
             reported = time.monotonic()
             waiting(set(open_requests.values()), reported - start)
-        pause = _POLL_S[0] if replies else min(1.5 * pause, _POLL_S[1])
+        longest = max(_POLL_S[1], _POLL_S[2] * len(open_requests))
+        pause = _POLL_S[0] if len(open_requests) < before else min(1.5 * pause, longest)
         time.sleep(pause)
     for key in open_requests.values():
         answers.undelivered.add(key)
@@ -104,6 +104,24 @@ def _push(grid: Grid, requests: Mapping[str, Message], answers: Answers[T]) -> d
             answers.undelivered.add(key)
             answers.failures[key] = _FLOWER_ERRORS[5]
     return taken
+
+
+def _pull(
+    grid: Grid,
+    identifier: str,
+    open_requests: dict[str, str],
+    accept: Callable[[str, RecordDict], T],
+    answers: Answers[T],
+) -> None:
+    """Take the reply to one message, if it is there.
+
+    One at a time: Flower hands over all replies that have arrived, and the server has memory for a few models, not for
+    one of every site.
+    """
+    for reply in grid.pull_messages([identifier]):
+        key = open_requests.pop(reply.metadata.reply_to_message_id, None)
+        if key is not None:
+            _take(key, reply, accept, answers)
 
 
 def _take(key: str, reply: Message, accept: Callable[[str, RecordDict], T], answers: Answers[T]) -> None:

@@ -34,6 +34,7 @@ from nnunet_fedharm.federation.requests import common_values, scaffolds, train_r
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.secure.checks import secures
 from nnunet_fedharm.federation.secure.rounds import SecureRound
+from nnunet_fedharm.federation.spool import SPOOL, Spool, spooled
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.federation.strategy import controlled, current_control, next_model, strategy_of, trains_together
 from nnunet_fedharm.federation.updates import (
@@ -87,20 +88,21 @@ class RoundLoop:
         start = time.monotonic()
         number = state.rounds_done[phase]
         self.log.write("round_start", phase=phase, round=number + 1, rounds=rounds)
-        updates, traffic = self._collect(phase, number, state, weights)
-        self._report_missing_reference(phase, number, updates)
         strategy = strategy_of(self.config)
-        made = next_model(
-            strategy,
-            self._part(phase, weights),
-            updates,
-            self.ownership[phase],
-            state.memory,
-            phase=phase,
-            number=number,
-            weighting=self.config.weighting,
-            batch_size=self.batch_size,
-        )
+        with spooled(self.log.path.parent / state.run_id / SPOOL) as spool:
+            updates, traffic = self._collect(phase, number, state, weights, spool)
+            self._report_missing_reference(phase, number, updates)
+            made = next_model(
+                strategy,
+                self._part(phase, weights),
+                updates,
+                self.ownership[phase],
+                state.memory,
+                phase=phase,
+                number=number,
+                weighting=self.config.weighting,
+                batch_size=self.batch_size,
+            )
         metrics = {name: strategy.metric(updates, made.share, name) for name in METRICS}
         dice = metrics["dice"]
         is_best = phase == "segmenter" and dice is not None and (state.best_dice is None or dice > state.best_dice)
@@ -130,7 +132,7 @@ class RoundLoop:
             self.log.write("reference_missing", phase=phase, round=number + 1, sites=sorted(ownership.reference_sites))
 
     def _collect(
-        self, phase: str, number: int, state: ServerState, weights: Weights
+        self, phase: str, number: int, state: ServerState, weights: Weights, spool: Spool
     ) -> tuple[dict[str, SiteUpdate], dict[str, int]]:
         """Updates of at least a quorum, and the bytes of all attempts."""
         wanted = self.sites_of(phase)
@@ -149,7 +151,7 @@ class RoundLoop:
         for attempt in range(self.config.max_retries + 1):
             there = self._wait_for(wanted, quorum, state)
             request = self._train_request(phase, number, state, record)
-            answers = self._train(there, request, phase, number, part, state, payload_bytes(record))
+            answers = self._train(there, request, phase, number, part, state, spool, payload_bytes(record))
             down += payload_bytes(record) * len(there)
             up += sum(size for _, size in answers.accepted.values())
             if len(answers.accepted) >= quorum:
@@ -210,6 +212,7 @@ class RoundLoop:
         number: int,
         like: Weights,
         state: ServerState,
+        spool: Spool,
         bytes_down: int,
     ) -> Answers[tuple[SiteUpdate, int]]:
         start = time.monotonic()
@@ -235,7 +238,7 @@ class RoundLoop:
                 n_steps=update.n_steps,
                 metrics=update.metrics,
             )
-            return update, size
+            return spool.keep(site, update), size
 
         answers = self._ask(
             sites, request, MessageType.TRAIN, self.config.deadline_s, accept, f"{phase} round {number + 1}"

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_fedharm.federation.aggregation import as_dtype
-from nnunet_fedharm.federation.codec import Weights
+from nnunet_fedharm.federation.codec import Tensors, Weights
 
 Wide = npt.NDArray[np.float64]
 
@@ -139,7 +139,7 @@ def mean_control(summed: Weights, amounts: Mapping[str, float], like: Weights, n
 
 
 def add_controls(
-    summed: Weights, changes: Mapping[str, Weights], amounts: Mapping[str, float], like: Weights
+    summed: Weights, changes: Mapping[str, Tensors], amounts: Mapping[str, float], like: Weights
 ) -> Weights:
     """Σ a_i c_i after the sites' changes of their control variates.
 

@@ -21,7 +21,7 @@ from nnunet_fedharm.federation.aggregation import (
     shares,
     weighted_mean,
 )
-from nnunet_fedharm.federation.codec import Weights
+from nnunet_fedharm.federation.codec import Tensors, Weights
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.robust import TRIMMED_LEAST, coordinate_median, krum_choice, krum_least, trimmed_mean
 from nnunet_fedharm.federation.server_steps import (
@@ -72,13 +72,13 @@ class Strategy:
             return TRIMMED_LEAST
         return krum_least(self.byzantine) if self.name in ("krum", "multi-krum") else 1
 
-    def keep(self, sent: Mapping[str, Weights]) -> tuple[str, ...]:
+    def keep(self, sent: Mapping[str, Tensors]) -> tuple[str, ...]:
         """Sites whose replies count: all of them, but with Krum the one, with multi-Krum the n - f, nearest to the others."""
         if self.name not in ("krum", "multi-krum"):
             return tuple(sorted(sent))
         return krum_choice(sent, self.byzantine, keep=1 if self.name == "krum" else len(sent) - self.byzantine)
 
-    def combine(self, sent: Mapping[str, Weights], share: Mapping[str, float]) -> Weights:
+    def combine(self, sent: Mapping[str, Tensors], share: Mapping[str, float]) -> Weights:
         """One set of tensors out of the sites' own; median and trimmed mean count all sites alike."""
         if self.name == "median":
             return coordinate_median(sent)
@@ -154,7 +154,7 @@ def next_model(
     kept = _kept(strategy, updates, share, common, trains_together(ownership, former))
     left_out = tuple(sorted(site for site in updates if share[site] > 0 and site not in kept))
 
-    def combine(sent: Mapping[str, Weights], part: Mapping[str, float]) -> Weights:
+    def combine(sent: Mapping[str, Tensors], part: Mapping[str, float]) -> Weights:
         total = sum(part[site] for site in kept)
         return strategy.combine({site: sent[site] for site in kept}, {site: part[site] / total for site in kept})
 

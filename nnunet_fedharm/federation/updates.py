@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import SiteUpdate
-from nnunet_fedharm.federation.codec import Weights, decode, encode, payload_bytes
+from nnunet_fedharm.federation.codec import Tensors, Weights, decode, encode, payload_bytes
 from nnunet_fedharm.federation.exchange import Answers
 from nnunet_fedharm.federation.messages import TRAIN_REPLY, unpack_reply
 from nnunet_fedharm.federation.robust import norm_outliers, update_norms
@@ -64,7 +64,7 @@ def encode_with_control(weights: Weights, control: Weights, *, fp16: bool) -> Ar
     return record
 
 
-def with_prefix(control: Weights) -> Weights:
+def with_prefix(control: Tensors) -> Weights:
     """Control variates under their names on the wire."""
     return {CONTROL + name: value for name, value in control.items()}
 

@@ -47,9 +47,9 @@ class Deployment:
         self._start("superlink", [*command, "--database", str(database)])
         wait_until_ready(self.processes["superlink"], self.port, self._home("superlink") / "process.log")
 
-    def start_site(self, site: str) -> None:
+    def start_site(self, site: str, *, also: str = "") -> None:
         """A SuperNode that knows its site by its node config; `flower-supernode` by hand takes the same words."""
-        node_config = f'site="{site}" site-root="{self.root / "sites" / site}"'
+        node_config = f'site="{site}" site-root="{self.root / "sites" / site}" {also}'.strip()
         command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
         command += ["--host", "127.0.0.1", "--port", str(free_port()), "--node-config", node_config]
         self._start(site, command)
