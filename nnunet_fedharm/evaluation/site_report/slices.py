@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_fedharm.evaluation.pictures import data_uri, grey_picture
+from nnunet_fedharm.evaluation.planes import plane_of, square_pixels
 from nnunet_fedharm.evaluation.volumes import read_images, read_segmentation, reader_for
 from nnunet_fedharm.sites.features.table import FeatureTable
 from nnunet_fedharm.sites.files import CaseFiles
@@ -159,60 +160,21 @@ def _cut(case: CaseFiles, dataset_json: dict[str, Any]) -> list[CentralSlice]:
     label = None
     if case.label is not None and case.label.is_file():
         label = read_segmentation(case.label, reader).array
-    spacing = [float(value) for value in properties["spacing"]]
-    # Thick slices are looked at in their plane.
-    axis = int(np.argmax(spacing)) if max(spacing) > 1.01 * min(spacing) else 0
-    index = volume.shape[axis + 1] // 2
+    plane = plane_of(properties)
+    index = volume.shape[plane.axis + 1] // 2
     if label is not None and (label > 0).any():
-        inside = np.flatnonzero((label > 0).any(axis=tuple(a for a in range(3) if a != axis)))
+        inside = np.flatnonzero((label > 0).any(axis=tuple(a for a in range(3) if a != plane.axis)))
         index = int(inside[len(inside) // 2])
-    rows, columns, turn = _upright(axis, _directions(properties))
     pieces = []
     for channel in volume:
         mask = channel != 0
         values = channel[mask] if mask.any() else channel
         z = (channel - values.mean()) / max(float(values.std()), 1e-8)
-        piece = np.moveaxis(z, (axis, rows, columns), (0, 1, 2))[index]
-        piece = piece[:: turn[0], :: turn[1]]
-        pieces.append(CentralSlice(np.ascontiguousarray(piece, np.float32), (spacing[rows], spacing[columns])))
+        pieces.append(CentralSlice(np.ascontiguousarray(plane.cut(z, index), np.float32), plane.spacing_mm))
     return pieces
-
-
-def _directions(properties: Mapping[str, Any]) -> npt.NDArray[np.float64]:
-    """(3, 3): row k is the direction in which array axis k runs, toward the patient's (left, back, head)."""
-    itk, nifti = properties.get("sitk_stuff"), properties.get("nibabel_stuff")
-    if itk and len(itk.get("direction", ())) == 9:
-        return np.reshape(itk["direction"], (3, 3)).T[::-1]
-    if (nifti and "reoriented_affine" in nifti) or (nifti and "original_affine" in nifti):
-        affine = np.asarray(nifti.get("reoriented_affine", nifti["original_affine"]))[:3, :3]
-        return (np.diag([-1.0, -1.0, 1.0]) @ affine).T[::-1]
-    return np.eye(3)[::-1]
-
-
-def _upright(axis: int, directions: npt.NDArray[np.float64]) -> tuple[int, int, tuple[int, int]]:
-    """Which array axes become rows and columns, and the step (1 or -1) along each.
-
-    Args:
-        axis: the array axis that is cut across.
-        directions: of the array axes.
-    """
-    rest = [other for other in range(3) if other != axis]
-    world = [int(np.argmax(np.abs(directions[other]))) for other in rest]
-    rows, columns = rest if world[0] > world[1] else rest[::-1]
-
-    def runs(array_axis: int) -> float:
-        return float(directions[array_axis][np.argmax(np.abs(directions[array_axis]))])
-
-    # Down the rows toward the back, or toward the feet; along the columns toward the left or the back.
-    upward = int(np.argmax(np.abs(directions[rows]))) == 2
-    return rows, columns, (-1 if (runs(rows) > 0) == upward else 1, 1 if runs(columns) > 0 else -1)
 
 
 def _picture(piece: CentralSlice, window: tuple[float, float]) -> str:
     """Square pixels, the longest side PICTURE_SIZE."""
-    from scipy.ndimage import zoom
-
-    size = np.array(piece.image.shape) * np.array(piece.spacing_mm)
-    target = np.maximum(np.rint(PICTURE_SIZE * size / size.max()), 1)
-    image = zoom(piece.image, target / np.array(piece.image.shape), order=1, grid_mode=True, mode="nearest")
+    image = square_pixels(piece.image, piece.spacing_mm, PICTURE_SIZE)
     return data_uri(grey_picture(image, np.ones(image.shape, dtype=bool), window), scale=1)
