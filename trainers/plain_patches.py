@@ -19,7 +19,7 @@ class PlainPatches(nnUNetTrainer):
         """Base loaders; without augmentation the validation transforms serve training too."""
         if not self.augmented:
             # An attribute, because the base class's method is static and cannot see the plans.
-            self.get_training_transforms = self._validation_transforms  # type: ignore[method-assign]
+            self.get_training_transforms = self._validation_transforms
         return super().get_dataloaders()
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:  # noqa: N802 - nnU-Net's name

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -196,3 +197,20 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_file: Path
         except (URLError, OSError):
             time.sleep(0.2)
     raise SetupError(f"Flower's SuperLink did not start; {log_file} says why. Run `nnunet-fedharm doctor`.")
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """A SIGTERM (batch systems send it) stops the daemon like Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python allows signal handlers in the main thread only
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +15,14 @@ from typing import Any
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.config import FederateConfig
-from nnunet_fedharm.federation.daemon import CONNECTION, flower_environment, local_superlink, program, stop_process
+from nnunet_fedharm.federation.daemon import (
+    CONNECTION,
+    flower_environment,
+    local_superlink,
+    program,
+    stop_process,
+    terminate_as_interrupt,
+)
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from nnunet_fedharm.federation.progress import describe
 from nnunet_fedharm.federation.report.config import SiteReportConfig
@@ -69,7 +74,7 @@ def launch(config: RunConfig, *, show: Callable[[str], None] | None = None) -> M
     offset = events.stat().st_size if events.exists() else 0
     logs = {site: _size(_site_log(config, site)) for site in config.site_names}
     with (
-        _terminate_as_interrupt(),
+        terminate_as_interrupt(),
         local_superlink(home, environment) as superlink,
         _flwr_run(config, home, environment) as process,
     ):
@@ -159,23 +164,6 @@ def _let_end(process: subprocess.Popen[bytes]) -> None:
         process.wait(_GRACE_S)
     except subprocess.TimeoutExpired:
         logging.getLogger(__name__).debug("flwr run did not end within %s s of the last event", _GRACE_S)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """A SIGTERM (batch systems send it) stops the daemon like Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python allows signal handlers in the main thread only
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 def _site_log(config: RunConfig, site: str) -> Path:

@@ -1,0 +1,194 @@
+"""`nnunet-fedharm study init|prepare|run|status|report`: the whole comparison of a multi-site dataset from one file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunet_fedharm.study.matrix import Cell
+    from nnunet_fedharm.study.study_file import StudyFile
+
+HELP = (
+    "Compare central, federated and local training, harmonizers, augmentation and epsilons on one dataset, and report."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="init|prepare|run|status|report")
+    init = actions.add_parser("init", help="write study.toml for a dataset, every value explained")
+    init.add_argument("folder", type=Path, help="new folder of the study")
+    init.add_argument("-d", "--dataset", type=Path, required=True, help="nnU-Net raw dataset with sites.json")
+    init.add_argument("--reference", help="site to harmonize to (default: the first one with labels)")
+    init.add_argument(
+        "--labelled-sites", nargs="+", default=[], metavar="SITE", help="sites whose labels are used (default: all)"
+    )
+    init.add_argument("--quick", action="store_true", help="lengths and sizes for two CPU cores and a small dataset")
+    prepare = actions.add_parser("prepare", help="hold out test cases, plan and preprocess")
+    run_ = actions.add_parser("run", help="run the cells that have no result yet")
+    run_.add_argument("--dry-run", action="store_true", help="only list the cells and what they will cost")
+    run_.add_argument("--cell", metavar="NAME", help="this one, in this process")
+    run_.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cells whose names begin so")
+    run_.add_argument("--parallel", type=int, default=1, metavar="N", help="cells at once (default: 1)")
+    run_.add_argument("--gpus", nargs="+", default=[], metavar="ID", help="GPUs that the parallel cells share out")
+    run_.add_argument("--device", help="cpu or cuda (default: the study's)")
+    run_.add_argument("--hours", type=float, metavar="H", help="start no cell that would end later, by the estimate")
+    status = actions.add_parser("status", help="what is finished, running, failed and waiting")
+    report = actions.add_parser("report", help="one page with the answers, figures, tables and methods")
+    report.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: report/ in the study's folder")
+    for action in (prepare, run_, status, report):
+        action.add_argument("folder", type=Path, help="folder with study.toml")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen action."""
+    return {"init": _init, "prepare": _prepare, "run": _run, "status": _status, "report": _report}[args.action](args)
+
+
+def _init(args: argparse.Namespace) -> int:
+    from nnunet_fedharm.study.template import write_template
+
+    path = write_template(
+        args.folder, args.dataset, reference=args.reference, labelled_sites=args.labelled_sites, quick=args.quick
+    )
+    print(f"Written: {path}. Read it, change what you like, then:")
+    print(f"  nnunet-fedharm study run {args.folder} --dry-run")
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from nnunet_fedharm.study.data import StudyData
+
+    study = _study(args.folder)
+    StudyData(study).prepare()
+    print(f"Data of the study: {StudyData(study).folder}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from nnunet_fedharm.study.runner import find_cell, missing_cells, run_here, run_missing
+
+    study = _study(args.folder)
+    device = _device(args.device or study.subject.device)
+    if args.cell:
+        mine = run_here(
+            study, find_cell(study, args.cell), device=device, show=lambda step: print(f"step: {step}", flush=True)
+        )
+        print("finished" if mine else "another process runs this cell")
+        return 0
+    cells = missing_cells(study, args.only)
+    if args.dry_run:
+        _print_estimate(study, cells, device, args.parallel)
+        return 0
+    if not cells:
+        print("Every cell has its result. Next: nnunet-fedharm study report " + str(args.folder))
+        return 0
+    if args.hours is not None:
+        cells = _within(study, cells, device, args.hours * args.parallel)
+    failed = run_missing(
+        study,
+        cells,
+        device=device,
+        devices=args.gpus,
+        parallel=max(1, args.parallel),
+        show=lambda line: print(line, flush=True),
+    )
+    for item in failed:
+        print(f"\n{item.cell.name} failed; the end of its log.txt:\n{item.reason}")
+    return 1 if failed else 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from nnunet_fedharm.study.matrix import cells_of
+    from nnunet_fedharm.study.results import is_finished, read_cell
+    from nnunet_fedharm.study.runner import current_step
+
+    study = _study(args.folder)
+    table = Table(title=f"{study.subject.name}: {study.folder}", title_justify="left")
+    for name in ("cell", "state", "Dice by site", "minutes"):
+        table.add_column(name)
+    cells = cells_of(study)
+    for cell in cells:
+        if not is_finished(study, cell):
+            table.add_row(cell.name, current_step(study, cell), "", "")
+            continue
+        result = read_cell(study, cell)
+        sites = {
+            site: entry["labels"]["mean"]["dice"]["mean"]
+            for site, entry in result.metrics["sites"].items()
+            if site != "all"
+        }
+        dice = " ".join(f"{site} {value:.3f}" for site, value in sites.items() if value is not None)
+        table.add_row(cell.name, "finished", dice, f"{result.cost.train_s / 60:.1f}")
+    Console().print(table)
+    print(f"{sum(is_finished(study, cell) for cell in cells)} of {len(cells)} cells are finished.")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from nnunet_fedharm.errors import DataError
+    from nnunet_fedharm.study.report.build import write_report
+    from nnunet_fedharm.study.results import read_results
+
+    study = _study(args.folder)
+    results = read_results(study)
+    if not results.finished:
+        raise DataError(
+            f"No cell of {study.folder} has a result yet. Run `nnunet-fedharm study run {args.folder}` first."
+        )
+    page = write_report(results, args.output or study.folder / "report")
+    print(f"The report: {page}\n            {page.resolve().as_uri()}")
+    return 0
+
+
+def _study(folder: Path) -> StudyFile:
+    from nnunet_fedharm.study.study_file import read_study
+
+    return read_study(folder.expanduser())
+
+
+def _device(asked: str) -> str:
+    from nnunet_fedharm.planning.situation import find_device
+
+    return find_device(asked).kind
+
+
+def _print_estimate(study: StudyFile, cells: Sequence[Cell], device: str, parallel: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from nnunet_fedharm.study.estimate import Estimator
+    from nnunet_fedharm.study.results import read_results
+
+    estimator, known = Estimator(study, read_results(study), device), 0.0
+    table = Table(title=f"{len(cells)} cells without a result, on {device}", title_justify="left")
+    for name in ("cell", "minutes", "from"):
+        table.add_column(name)
+    for cell in cells:
+        estimate = estimator.of(cell)
+        known += estimate.seconds or 0.0
+        table.add_row(cell.name, "?" if estimate.seconds is None else f"{estimate.seconds / 60:.1f}", estimate.basis)
+    Console().print(table)
+    print(
+        f"About {known / 3600 / max(1, parallel):.1f} hours with {max(1, parallel)} at once; prediction is not counted."
+    )
+
+
+def _within(study: StudyFile, cells: Sequence[Cell], device: str, hours: float) -> list[Cell]:
+    from nnunet_fedharm.study.estimate import Estimator
+    from nnunet_fedharm.study.results import read_results
+
+    estimator, left, chosen = Estimator(study, read_results(study), device), 3600 * hours, []
+    for cell in cells:
+        seconds = estimator.of(cell).seconds or 0.0
+        if seconds <= left:
+            chosen.append(cell)
+            left -= seconds
+    print(f"{len(chosen)} of {len(cells)} cells fit into {hours:g} hours of computing by the estimate.")
+    return chosen

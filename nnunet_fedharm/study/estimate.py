@@ -1,0 +1,112 @@
+"""What a study will cost, before it runs: from its own finished cells, else from timed steps of the planned network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from nnunet_fedharm.harmonizers import LEARNED
+from nnunet_fedharm.sites.files import read_dataset_json, read_json
+from nnunet_fedharm.study.data import BASE_PLANS, StudyData
+from nnunet_fedharm.study.matrix import Arm, Cell
+from nnunet_fedharm.study.results import StudyResults
+from nnunet_fedharm.study.study_file import StudyFile
+from nnunet_fedharm.trainers.names import trainer_name_for
+
+TIMED_STEPS = 3
+PRIVATE_FACTOR = 2.0
+"""A step under differential privacy takes about as many passes as patients; so many times longer than the plain one."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one cell.
+
+    Attributes:
+        seconds: None where nothing is known.
+        basis: where the number comes from, for people.
+    """
+
+    seconds: float | None
+    basis: str
+
+
+class Estimator:
+    """Estimates of a study's cells on one device."""
+
+    def __init__(self, study: StudyFile, results: StudyResults, device: str) -> None:
+        self.study = study
+        self.results = results
+        self.device = device
+        self._step: float | None = None
+
+    def of(self, cell: Cell) -> Estimate:
+        """Time of a cell that has not run."""
+        same = self._finished([arm for arm in self.results.by_arm if arm == cell.arm])
+        if same is not None:
+            return Estimate(same, "as its other seeds took")
+        like = [arm for arm in self.results.by_arm if _alike(arm, cell.arm)]
+        alike = self._finished(like)
+        if alike is not None:
+            return Estimate(alike, f"as {like[0].title} took")
+        step = self.seconds_of_step()
+        if step is None:
+            return Estimate(None, "not known before the data are prepared (`nnunet-fedharm study prepare`)")
+        return Estimate(
+            step * self._steps(cell.arm), f"{TIMED_STEPS} timed steps of the planned network, {step:.2g} s each"
+        )
+
+    def _finished(self, arms: Sequence[Arm]) -> float | None:
+        took = [result.cost.train_s for arm in arms for result in self.results.by_arm[arm]]
+        return median(took) if took else None
+
+    def _steps(self, arm: Arm) -> float:
+        training = self.study.training
+        harmonizer = training.harmonizer_epochs if arm.harmonizer in LEARNED else 0
+        sites = len(self.study.labelled_sites) if arm.mode == "federated" else 1
+        steps = (harmonizer + training.segmenter_epochs * sites) * training.iterations_per_epoch
+        return steps * (PRIVATE_FACTOR if arm.epsilon is not None else 1.0)
+
+    def seconds_of_step(self) -> float | None:
+        """Measured once on random patches; None before the data are prepared."""
+        if self._step is None:
+            data = StudyData(self.study)
+            plans = data.pooled.preprocessed / data.dataset_name / f"{BASE_PLANS}.json"
+            if not plans.is_file():
+                return None
+            self._step = _time_step(data, read_json(plans, what="The study's plans"), self.device)
+        return self._step
+
+
+def _alike(finished: Arm, asked: Arm) -> bool:
+    """Arms that take about the same time."""
+    return (finished.mode, finished.harmonizer, finished.epsilon is None) == (
+        asked.mode,
+        asked.harmonizer,
+        asked.epsilon is None,
+    )
+
+
+def _time_step(data: StudyData, plans: dict[str, Any], device: str) -> float:
+    import torch
+
+    from nnunet_fedharm.trainers.results import build_network
+
+    configuration = data.study.subject.configuration
+    planned = plans["configurations"][configuration]
+    description = read_dataset_json(data.study.raw_dataset, site="study")
+    network = build_network(plans, description, configuration, trainer_name_for("none")).to(device)
+    shape = (planned["batch_size"], len(description["channel_names"]), *planned["patch_size"])
+    image = torch.randn(shape, device=device)
+    seconds = []
+    for _ in range(TIMED_STEPS):
+        began = time.perf_counter()
+        outputs = network(image)
+        sum(output.square().mean() for output in outputs).backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

@@ -1,0 +1,258 @@
+"""`study.toml`: what a study compares, on which data, at which size."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.harmonizers import KINDS
+from nnunet_fedharm.planning.section import CONFIGURATIONS, Schedule
+from nnunet_fedharm.privacy.options import PrivacyOptions
+from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
+
+STUDY_FILE = "study.toml"
+MODES = ("central", "federated", "local")
+BASELINES = ("no-augmentation", "augment", "nyul")
+CONTROL = "none"
+"""Kind of the control: plain nnU-Net with its own augmentation."""
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """`[study]`: the data and the question."""
+
+    name: str
+    """Short name, for titles."""
+    dataset: str
+    """Folder of an nnU-Net raw dataset with sites.json; relative to the study's folder or absolute."""
+    configuration: str = "3d_fullres"
+    """nnU-Net configuration."""
+    reference: str
+    """Site whose appearance harmonizers map to."""
+    labelled_sites: tuple[str, ...] = ()
+    """Sites whose labels are used for training; empty: all. The others take part with their images."""
+    held_out_fraction: float = 0.2
+    """Share of each site's labelled cases that is kept for testing, chosen before any training."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One training of every arm for each."""
+    fold: str = "all"
+    """nnU-Net fold that trainings use."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arms:
+    """`[arms]`: what is compared with the control, which is plain nnU-Net with its own augmentation."""
+
+    harmonizers: tuple[str, ...] = ("polarity", "diffusion")
+    """Kinds of harmonizers."""
+    modes: tuple[str, ...] = ("central", "federated")
+    """Where control and harmonizers are trained: central (all data in one place) or federated. local adds each labelled
+    site alone."""
+    baselines: tuple[str, ...] = ("no-augmentation", "augment")
+    """Central arms without a network in front: no-augmentation (plain nnU-Net without its augmentation), augment (random
+    appearances), nyul."""
+    oracle: bool = True
+    """Train each site on its own labels too, also where the study withholds them: the upper end of the gap."""
+    epsilons: tuple[float, ...] = ()
+    """Differential privacy by patient: control and `private_harmonizers` once more at each, in each mode but local."""
+    private_harmonizers: tuple[str, ...] = ()
+    """Harmonizers that are trained at each epsilon too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """`[training]`: size and length, the same for every arm; a federated arm takes as many steps at each site."""
+
+    harmonizer_epochs: int = 40
+    """Epochs of the harmonizer phase."""
+    segmenter_epochs: int = 200
+    """Epochs of the segmenter phase."""
+    local_epochs: int = 1
+    """Epochs of a site between two averages."""
+    iterations_per_epoch: int = 250
+    """Optimizer steps of an epoch."""
+    val_iterations_per_epoch: int = 10
+    """Validation batches of an epoch."""
+    initial_lr: float = 1e-2
+    """Learning rate of the segmenter at the start."""
+    momentum: float = 0.99
+    """Momentum of the segmenter."""
+    harmonizer_lr: float = 1e-3
+    """Learning rate of the harmonizer."""
+    weighting: str = "cases"
+    """Weight of a site in the federated mean: steps, cases or sites."""
+    gpu_memory_gb: float = 8.0
+    """GPU memory that nnU-Net plans for."""
+    base_features: int = 32
+    """Features of the first stage."""
+    max_features: int = 0
+    """Most features of a stage; 0: nnU-Net's own."""
+    batch_size: int = 0
+    """0: nnU-Net's own."""
+    patch_size: tuple[int, ...] = ()
+    """Upper bound of the patch; empty: nnU-Net's own."""
+    mirroring: bool = True
+    """nnU-Net's mirroring at prediction, which multiplies its time by four (2d) or eight (3d)."""
+    num_processes: int = 2
+    """Processes for preprocessing."""
+
+    def schedule(self, seed: int, *, harmonizer_epochs: int, augmentation: bool = True) -> Schedule:
+        """Schedule of one training."""
+        return Schedule(
+            harmonizer_epochs=harmonizer_epochs,
+            segmenter_epochs=self.segmenter_epochs,
+            iterations_per_epoch=self.iterations_per_epoch,
+            val_iterations_per_epoch=self.val_iterations_per_epoch,
+            initial_lr=self.initial_lr,
+            momentum=self.momentum,
+            harmonizer_lr=self.harmonizer_lr,
+            augmentation=augmentation,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A checked study.
+
+    Attributes:
+        folder: where study.toml lies and everything is written.
+        privacy: options of private trainings but epsilon, as `PrivacyOptions` names them.
+    """
+
+    folder: Path
+    subject: Subject
+    arms: Arms = field(default_factory=Arms)
+    training: Training = field(default_factory=Training)
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def raw_dataset(self) -> Path:
+        """The dataset, absolute."""
+        return (self.folder / Path(self.subject.dataset).expanduser()).resolve()
+
+    @cached_property
+    def registry(self) -> SitesFile:
+        """sites.json of the dataset."""
+        return SitesFile.load(self.raw_dataset / SITES_FILE)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All sites, in the order of sites.json."""
+        return tuple(self.registry.sites)
+
+    @property
+    def labelled_sites(self) -> tuple[str, ...]:
+        """Sites whose labels are used."""
+        return self.subject.labelled_sites or self.sites
+
+    @property
+    def unlabelled_sites(self) -> tuple[str, ...]:
+        """Sites whose labels are withheld: where harmonization has to show what it is good for."""
+        return tuple(site for site in self.sites if site not in self.labelled_sites)
+
+    def private(self, epsilon: float) -> PrivacyOptions:
+        """Options of a private training."""
+        return PrivacyOptions(epsilon=epsilon, **self.privacy)
+
+
+def read_study(folder: Path) -> StudyFile:
+    """The study of a folder.
+
+    Raises:
+        DataError: no study.toml, unknown keys, values that contradict each other or the data; the message names the key.
+    """
+    path = folder / STUDY_FILE
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing. Write one with `nnunet-fedharm study init`.") from error
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}). Mend the file.") from error
+    known = ("study", "arms", "training", "privacy")
+    for key in content:
+        if key not in known:
+            raise DataError(f"{path} has the unknown table [{key}]. Known tables: {', '.join(known)}.")
+    study = StudyFile(
+        folder.resolve(),
+        _read(Subject, content.get("study", {}), "study", path),
+        _read(Arms, content.get("arms", {}), "arms", path),
+        _read(Training, content.get("training", {}), "training", path),
+        _checked_privacy(content.get("privacy", {}), path),
+    )
+    _check(study, path)
+    return study
+
+
+def _read(part: type[Part], values: Mapping[str, Any], table: str, path: Path) -> Part:
+    known = {item.name: item for item in fields(part)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise DataError(f"{path}: unknown key {unknown[0]!r} in [{table}]. Known keys: {', '.join(known)}.")
+    missing = [name for name, item in known.items() if item.default is MISSING and name not in values]
+    if missing:
+        raise DataError(f"{path}: [{table}] needs {missing[0]!r}.")
+    checked = {}
+    for name, value in values.items():
+        example = known[name].default
+        kind = str if example is MISSING else type(example)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if kind is tuple and isinstance(value, list):
+            value = tuple(float(item) if name == "epsilons" else item for item in value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise DataError(f"{path}: {name} in [{table}] must be a {_WORDS[kind]}, got {value!r}.")
+        checked[name] = value
+    return part(**checked)
+
+
+_WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", tuple: "list"}
+
+
+def _checked_privacy(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    known = [item.name for item in fields(PrivacyOptions) if item.name != "epsilon"]
+    for name in values:
+        if name not in known:
+            raise DataError(f"{path}: unknown key {name!r} in [privacy]. Known keys: {', '.join(known)}.")
+    PrivacyOptions(epsilon=1.0, **values)
+    return dict(values)
+
+
+def _check(study: StudyFile, path: Path) -> None:
+    subject, arms = study.subject, study.arms
+    _one_of(subject.configuration, CONFIGURATIONS, "configuration", path)
+    for site in (subject.reference, *subject.labelled_sites):
+        _one_of(site, study.sites, "site", path)
+    for kind in (*arms.harmonizers, *arms.private_harmonizers):
+        _one_of(kind, tuple(kind for kind in KINDS if kind not in (CONTROL, *BASELINES)), "harmonizer", path)
+    for mode in arms.modes:
+        _one_of(mode, MODES, "mode", path)
+    for name in arms.baselines:
+        _one_of(name, BASELINES, "baseline", path)
+    if not set(arms.modes) & {"central", "federated"}:
+        raise DataError(f"{path}: modes needs central or federated, or there is nothing to compare.")
+    if not subject.seeds or len(set(subject.seeds)) < len(subject.seeds):
+        raise DataError(f"{path}: seeds must be different whole numbers, got {list(subject.seeds)}.")
+    if not 0 < subject.held_out_fraction < 1:
+        raise DataError(f"{path}: held_out_fraction must lie between 0 and 1, got {subject.held_out_fraction}.")
+    if len(study.sites) < 2:
+        raise DataError(f"{study.raw_dataset / SITES_FILE} lists {len(study.sites)} site; a study needs two or more.")
+    for epsilon in arms.epsilons:
+        study.private(epsilon)
+    if arms.private_harmonizers and not arms.epsilons:
+        raise DataError(f"{path}: private_harmonizers without epsilons. Add epsilons = [8.0] or remove it.")
+    study.training.schedule(0, harmonizer_epochs=study.training.harmonizer_epochs)
+
+
+def _one_of(value: str, known: tuple[str, ...], what: str, path: Path) -> None:
+    if value not in known:
+        raise DataError(f"{path}: unknown {what} {value!r}. Known: {', '.join(known)}.")

@@ -1,0 +1,91 @@
+"""A study file to start from: every value with its meaning, as the dataclasses of `study_file` state it."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import DataError, SetupError
+from nnunet_fedharm.planning.explain import field_docstrings
+from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, write_text
+from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
+from nnunet_fedharm.study.study_file import STUDY_FILE, Arms, Subject, Training, read_study
+
+QUICK: Mapping[str, Any] = {
+    "harmonizer_epochs": 10,
+    "segmenter_epochs": 16,
+    "iterations_per_epoch": 40,
+    "val_iterations_per_epoch": 1,
+    "initial_lr": 0.1,
+    "momentum": 0.9,
+    "harmonizer_lr": 2e-3,
+    "base_features": 8,
+    "max_features": 64,
+    "batch_size": 2,
+    "patch_size": (32, 40, 32),
+    "mirroring": False,
+}
+"""For a small dataset on two cores: minutes a cell. nnU-Net's momentum of 0.99 does not get going in so few steps."""
+_TITLES = {
+    "study": "The data and the question.",
+    "arms": "What is compared with plain nnU-Net and its own augmentation, which is always there.",
+    "training": "Size and length, the same for every arm; a federated arm takes as many steps at each site.",
+}
+
+
+def write_template(
+    folder: Path, dataset: Path, *, reference: str | None, labelled_sites: Sequence[str], quick: bool
+) -> Path:
+    """Write study.toml and check it.
+
+    Raises:
+        DataError: no dataset, no sites.json, or no site with labels.
+        SetupError: there is a study.toml already, or the folder cannot be written.
+    """
+    path = folder.expanduser() / STUDY_FILE
+    if path.exists():
+        raise SetupError(f"{path} exists. Edit it, or choose a new folder.")
+    dataset = dataset.expanduser().resolve()
+    registry = SitesFile.load(dataset / SITES_FILE)
+    labelled = labelled_cases(dataset, read_dataset_json(dataset, site="study"))
+    with_labels = [site for site in registry.sites if any(registry.cases.get(case.case) == site for case in labelled)]
+    if not with_labels:
+        raise DataError(f"No site of {dataset} has a labelled case in imagesTr, so there is nothing to train or test.")
+    values: dict[str, dict[str, Any]] = {
+        "study": {
+            "name": dataset.name.split("_", 1)[-1],
+            "dataset": str(dataset),
+            "reference": reference or with_labels[0],
+            "labelled_sites": tuple(labelled_sites),
+        },
+        "arms": {},
+        "training": dict(QUICK) if quick else {},
+    }
+    write_text(_text(values), path)
+    read_study(path.parent)
+    return path
+
+
+def _text(values: Mapping[str, Mapping[str, Any]]) -> str:
+    parts = []
+    for table, part in (("study", Subject), ("arms", Arms), ("training", Training)):
+        lines = [f"# {_TITLES[table]}", f"[{table}]"]
+        meanings = field_docstrings(part)
+        for item in fields(part):
+            lines += textwrap.wrap(meanings[item.name], 110, initial_indent="# ", subsequent_indent="# ")
+            lines.append(f"{item.name} = {_toml(values[table].get(item.name, item.default))}")
+        parts.append("\n".join(lines))
+    parts.append(
+        "# Differential privacy of the arms at `epsilons`, as `nnunet-fedharm plan --help` explains the options.\n"
+        "[privacy]\n# delta = 1e-5\n# clip = 1.0\n# patients_per_step = 8.0"
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """Strings, numbers, truth values and lists read the same in JSON and TOML."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -1,0 +1,223 @@
+"""One cell's training: by nnU-Net's own training loop, or by a real Flower federation on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
+from nnunet_fedharm.federation.launch import federate
+from nnunet_fedharm.federation.server_root import server_folder
+from nnunet_fedharm.federation.site import training_environment
+from nnunet_fedharm.harmonizers import LEARNED
+from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.planning.central import DEFAULT_PLANS, CentralOptions, plan_central
+from nnunet_fedharm.planning.section import CONSENSUS
+from nnunet_fedharm.planning.situation import find_device
+from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.study.data import BASE_PLANS, StudyData, plan_options
+from nnunet_fedharm.study.matrix import Cell
+from nnunet_fedharm.study.study_file import CONTROL
+from nnunet_fedharm.trainers.names import trainer_name_for
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left.
+
+    Attributes:
+        models: test site -> results folder TRAINER__PLANS__CONFIGURATION that serves it.
+        styles: test site -> style for the prediction, "stored" or a site's; see `trainers.predictor`.
+        bytes_up, bytes_down: of weights.
+        epsilon: spent by each patient of the site that spent most; None without differential privacy.
+        without_noise: releases about patients that have no epsilon.
+    """
+
+    models: Mapping[str, str]
+    styles: Mapping[str, str]
+    bytes_up: int = 0
+    bytes_down: int = 0
+    epsilon: float | None = None
+    without_noise: tuple[str, ...] = ()
+
+
+def train(data: StudyData, cell: Cell, folder: Path, *, device: str) -> Trained:
+    """Train a cell in its folder; one that was stopped goes on from its last checkpoint.
+
+    Raises:
+        FedHarmError: a step failed; its sentence.
+    """
+    return (
+        _federated(data, cell, folder, device) if cell.arm.mode == "federated" else _central(data, cell, folder, device)
+    )
+
+
+def _central(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
+    """All data of a root through nnU-Net's own training loop."""
+    study, arm = data.study, cell.arm
+    source = data.own(arm.site) if arm.site else data.pooled
+    root = linked_root(source, folder, data.dataset_name)
+    schedule = study.training.schedule(
+        cell.seed, harmonizer_epochs=_harmonizer_epochs(data, cell), augmentation=arm.augmentation
+    )
+    options = CentralOptions(
+        configurations=(study.subject.configuration,),
+        kind=arm.harmonizer,
+        reference=study.subject.reference if arm.harmonizer != CONTROL else CONSENSUS,
+        schedule=asdict(schedule),  # a mapping: the harmonizer's sizes follow the same rules as in a federation
+        device=find_device(device),
+        plan=plan_options(study, DEFAULT_PLANS),
+        base_plans=BASE_PLANS,
+        num_processes=study.training.num_processes,
+        check=False,
+        privacy=None if arm.epsilon is None else study.private(arm.epsilon),
+    )
+    plan_central(root, data.dataset_name, options)
+    trainer_name = trainer_name_for(arm.harmonizer)
+    model = results_folder(root, data, trainer_name)
+    with root.activate(), training_environment(device):
+        _run_nnunet(data, trainer_name, model, device)
+    sites = (arm.site,) if arm.site else study.sites
+    spent = _spent([root.path / "fedharm"], cell, study.privacy)
+    # One model serves all sites: each is predicted with its own style, as at its own results folder.
+    styles = dict.fromkeys(sites, "stored") if arm.site else {site: site for site in sites}
+    return Trained(dict.fromkeys(sites, str(model)), styles, epsilon=spent[0], without_noise=spent[1])
+
+
+def _run_nnunet(data: StudyData, trainer_name: str, model: Path, device: str) -> None:
+    """`nnUNetv2_train`, resumed where it was stopped, without its final prediction of every training case."""
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+    subject = data.study.subject
+    fold: Any = subject.fold if subject.fold == "all" else int(subject.fold)
+    arguments = (data.dataset_name, subject.configuration, fold, trainer_name, DEFAULT_PLANS)
+    output = model / f"fold_{fold}"
+    if (output / "checkpoint_final.pth").is_file():
+        return
+    resumed = (output / "checkpoint_latest.pth").is_file()
+    trainer = get_trainer_from_args(*arguments, continue_training=resumed, device=torch.device(device))
+    maybe_load_checkpoint(trainer, resumed, validation_only=False)
+    trainer.run_training()
+
+
+def _federated(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
+    """Every site at home, through Flower."""
+    study = data.study
+    config = federate_config(data, cell, folder, device=device)
+    for site in study.sites:
+        root = NnunetRoot(folder / "sites" / site).create()
+        link(data.consortium / "sites" / site / "nnUNet_raw" / data.dataset_name, root.raw / data.dataset_name)
+    federate(config)
+    trainer_name = trainer_name_for(cell.arm.harmonizer)
+    roots = {site: NnunetRoot(folder / "sites" / site) for site in study.sites}
+    models = {site: str(results_folder(root, data, trainer_name)) for site, root in roots.items()}
+    events, _ = read_events(server_folder(config) / "fedharm" / EVENTS_FILE)
+    rounds = [event for event in events if event["event"] == "round_end"]
+    spent = _spent([root.path / "fedharm" for root in roots.values()], cell, study.privacy)
+    for root in roots.values():  # made anew in a minute, and each cell would keep a copy of every case
+        shutil.rmtree(root.preprocessed)
+    return Trained(
+        models,
+        dict.fromkeys(models, "stored"),
+        bytes_up=sum(int(event["bytes_up"]) for event in rounds),
+        bytes_down=sum(int(event["bytes_down"]) for event in rounds),
+        epsilon=spent[0],
+        without_noise=spent[1],
+    )
+
+
+def federate_config(data: StudyData, cell: Cell, folder: Path, *, device: str) -> FederateConfig:
+    """The run of a federated cell.
+
+    Raises:
+        DataError: an epoch count that local_epochs does not divide, or a privacy option that a federation does not have.
+        FederationError: a value that `federate` refuses.
+    """
+    study, arm = data.study, cell.arm
+    training, subject = study.training, study.subject
+    lengths = {"harmonizer": _harmonizer_epochs(data, cell), "segmenter": training.segmenter_epochs}
+    for phase, epochs in lengths.items():
+        if epochs % training.local_epochs:
+            raise DataError(
+                f"{phase}_epochs {epochs} in study.toml is no multiple of local_epochs {training.local_epochs}, so federated and "
+                "central arms would not take the same steps. Change one of them."
+            )
+    known = {item.name for item in fields(FederateConfig)}
+    private = {} if arm.epsilon is None else {"epsilon": arm.epsilon, **study.privacy}
+    for name in private:
+        if name not in known:
+            raise DataError(
+                f"[privacy] {name} in study.toml is for central trainings only. Remove it, or the mode federated."
+            )
+    return FederateConfig(
+        root=str(folder),
+        dataset=data.dataset_name,
+        configuration=subject.configuration,
+        harmonizer=arm.harmonizer,
+        reference=subject.reference if arm.harmonizer != CONTROL else CONSENSUS,
+        harmonizer_rounds=lengths["harmonizer"] // training.local_epochs,
+        segmenter_rounds=lengths["segmenter"] // training.local_epochs,
+        local_epochs=training.local_epochs,
+        iterations_per_epoch=training.iterations_per_epoch,
+        val_iterations=training.val_iterations_per_epoch,
+        initial_lr=training.initial_lr,
+        momentum=training.momentum,
+        harmonizer_lr=training.harmonizer_lr,
+        fold=subject.fold,
+        plans_name=DEFAULT_PLANS,
+        gpu_memory_gb=training.gpu_memory_gb,
+        base_features=training.base_features,
+        max_features=training.max_features,
+        batch_size=training.batch_size,
+        patch_size="x".join(map(str, training.patch_size)),
+        weighting=training.weighting,
+        seed=cell.seed,
+        device=device,
+        num_processes=training.num_processes,
+        **private,
+    )
+
+
+def linked_root(source: NnunetRoot, folder: Path, dataset_name: str) -> NnunetRoot:
+    """An nnU-Net root of its own on another one's raw and preprocessed cases; plans, results and ledger are its own."""
+    root = NnunetRoot(folder).create()
+    link(source.raw / dataset_name, root.raw / dataset_name)
+    own = root.preprocessed / dataset_name
+    own.mkdir(exist_ok=True)
+    for entry in sorted((source.preprocessed / dataset_name).iterdir()):
+        link(entry, own / entry.name)
+    return root
+
+
+def link(source: Path, target: Path) -> None:
+    """A relative symbolic link, so that a study folder can be moved; what exists stays."""
+    if not target.exists() and not target.is_symlink():
+        target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
+
+
+def results_folder(root: NnunetRoot, data: StudyData, trainer_name: str) -> Path:
+    """TRAINER__PLANS__CONFIGURATION of a root."""
+    name = f"{trainer_name}__{DEFAULT_PLANS}__{data.study.subject.configuration}"
+    return root.results / data.dataset_name / name
+
+
+def _harmonizer_epochs(data: StudyData, cell: Cell) -> int:
+    return data.study.training.harmonizer_epochs if cell.arm.harmonizer in LEARNED else 0
+
+
+def _spent(folders: list[Path], cell: Cell, privacy: Mapping[str, Any]) -> tuple[float | None, tuple[str, ...]]:
+    """Largest epsilon of the ledgers, and what left without noise."""
+    if cell.arm.epsilon is None:
+        return None, ()
+    from nnunet_fedharm.privacy.options import PrivacyOptions
+
+    delta = float(privacy.get("delta", PrivacyOptions.delta))
+    costs = [Ledger(folder).spent(delta) for folder in folders]
+    return max(cost.epsilon for cost in costs), tuple(sorted({name for cost in costs for name in cost.unbounded}))
