@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "server": "the coordinator's side of real hospitals: make a consortium, start its server, let sites in, run trainings",
     "site": "a hospital's side: join a consortium, start, and say what may be asked of it (sites is another command)",
     "study": "compare central, federated and local training, harmonizers and epsilons on one data set, and report",
+    "slurm": "write job scripts for a cluster: preprocessing, training, simulation, a node as a site",
     "privacy": "plan the noise for a target epsilon; what a site has released and spent",
     "evaluate": "score predictions: Dice and HD95 per label, case and site",
     "predict": "segment like nnUNetv2_predict, with each volume's own style where none is stored",

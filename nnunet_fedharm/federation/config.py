@@ -128,6 +128,7 @@ class FederateConfig:
         False, "start anew even where an unfinished run of the same configuration exists", identity=False
     )
     parallel_sites: int = _option(1, "sites that train at the same time in simulation", identity=False, launch=True)
+    gpus: int = _option(1, "GPUs of this machine that simulated sites share", identity=False, launch=True)
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -250,7 +251,7 @@ def _check_ranges(config: FederateConfig) -> None:
         "num_processes": 1,
     }
     at_least |= {"harmonizer_rounds": 0, "segmenter_rounds": 0, "quorum": 0, "max_retries": 0, "max_features": 0}
-    at_least |= {"batch_size": 0, "seed": 0, "parallel_sites": 1}
+    at_least |= {"batch_size": 0, "seed": 0, "parallel_sites": 1, "gpus": 1}
     for name, least in at_least.items():
         if getattr(config, name) < least:
             raise FederationError(f"{name.replace('_', '-')} must be >= {least}, got {getattr(config, name)}.")
@@ -307,6 +308,6 @@ def warnings_of(config: FederateConfig) -> list[str]:
             f"harmonizer.one_sided is meant for one step per exchange, but a round has {steps}: a discriminator that sees one "
             "side only learns nothing. Use local-epochs 1 and iterations-per-epoch 1."
         )
-    if config.device != "cpu" and config.parallel_sites > 1:
-        found.append(f"{config.parallel_sites} sites share the device {config.device} at the same time.")
+    if config.device != "cpu" and config.parallel_sites > config.gpus:
+        found.append(f"{config.parallel_sites} sites share {config.gpus} of {config.device} at the same time.")
     return found + strategy_warnings(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -98,7 +99,10 @@ def run_arguments(config: RunConfig, run_config: Path) -> list[str]:
         "init-args-num-cpus": config.parallel_sites,
     }
     if config.device.startswith("cuda"):
-        resources |= {"client-resources-num-gpus": 1.0 / config.parallel_sites, "init-args-num-gpus": 1}
+        # Ray gives a site its share of one GPU: as many equal shares of each as are needed for all to train at once.
+        gpus = config.gpus if isinstance(config, FederateConfig) else 1
+        shares = math.ceil(config.parallel_sites / gpus)
+        resources |= {"client-resources-num-gpus": 1.0 / shares, "init-args-num-gpus": gpus}
     options = " ".join(f"{key}={value}" for key, value in resources.items())
     return ["run", str(app_folder()), CONNECTION, "--stream", "-c", str(run_config), "--federation-config", options]
 
