@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -14,7 +15,16 @@ _SHORT = {"dataset": "-d", "configuration": "-c", "plans_name": "-p", "fold": "-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option per field of FederateConfig."""
-    for item in fields(FederateConfig):
+    add_config_arguments(parser)
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser, *, skip: Collection[str] = (), config: type[Any] = FederateConfig
+) -> None:
+    """One option per field of a run's configuration, but for those that are skipped."""
+    for item in fields(config):
+        if item.name in skip:
+            continue
         names = [_SHORT[item.name]] if item.name in _SHORT else []
         shared: dict[str, Any] = {
             "dest": item.name,

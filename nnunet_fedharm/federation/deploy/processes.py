@@ -1,0 +1,124 @@
+"""Children of `server start` and `site start`: started with their own logs, watched, and stopped together."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.daemon import stop_process
+
+_POLL_S = 0.5
+_LOG_BYTES = 20 * 2**20
+
+
+@dataclass
+class Children:
+    """Processes that live and end together.
+
+    Attributes:
+        logs: folder of their outputs, one file each; readable by this user only.
+        environment: of all of them.
+    """
+
+    logs: Path
+    environment: Mapping[str, str]
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a child; Ctrl-C reaches the parent first, which ends the children in order."""
+        path = self.log(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > _LOG_BYTES:
+            path.replace(path.with_suffix(".log.1"))
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as stream:
+            self.running[name] = subprocess.Popen(
+                list(command),
+                env=dict(self.environment),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self.running[name]
+
+    def log(self, name: str) -> Path:
+        """Where the output of a child is."""
+        return self.logs / f"{name}.log"
+
+    def check(self) -> None:
+        """Nothing, while all of them run.
+
+        Raises:
+            FederationError: one has ended; the sentence has the end of its log.
+        """
+        for name, process in self.running.items():
+            code = process.poll()
+            if code is not None:
+                raise FederationError(
+                    f"The {name} ended with status {code}; {self.log(name)} says why: {last_words(self.log(name))}"
+                )
+
+    def stop(self) -> None:
+        """End all, the last one first."""
+        for process in reversed(list(self.running.values())):
+            stop_process(process)
+        self.running.clear()
+
+
+@contextmanager
+def children(logs: Path, environment: Mapping[str, str]) -> Iterator[Children]:
+    """Children that end with the block, however it ends."""
+    family = Children(logs, environment)
+    try:
+        yield family
+    finally:
+        family.stop()
+
+
+def watch(family: Children, stopped: threading.Event, each: Callable[[], None] | None = None) -> None:
+    """Wait for a signal, while all children run.
+
+    Args:
+        each: called twice a second.
+
+    Raises:
+        FederationError: a child ended by itself.
+    """
+    while not stopped.wait(_POLL_S):
+        family.check()
+        if each is not None:
+            each()
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM (systemd), SIGINT (Ctrl-C) and SIGHUP (a closed terminal) set."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped  # Python allows signal handlers in the main thread only
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    former = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
+    try:
+        yield stopped
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def last_words(log: Path, *, lines: int = 3) -> str:
+    """The last lines of a log as one, without colours."""
+    if not log.is_file():
+        return "(no output)"
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 4096))
+        text = stream.read().decode(errors="replace")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return " | ".join([line.strip() for line in plain.splitlines() if line.strip()][-lines:])[-400:]

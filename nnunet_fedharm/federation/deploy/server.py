@@ -1,0 +1,258 @@
+"""The server of a consortium: start it, register sites, run a training or a site report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.errors import FederationError, SetupError
+from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.daemon import flower_environment, program
+from nnunet_fedharm.federation.deploy.app_bundle import app_hash, build_app
+from nnunet_fedharm.federation.deploy.certificates import check_server, days_left
+from nnunet_fedharm.federation.deploy.consortium import SITE_NAME, version_differences
+from nnunet_fedharm.federation.deploy.control import Operator, local_address, operator
+from nnunet_fedharm.federation.deploy.keys import parse_node_key
+from nnunet_fedharm.federation.deploy.processes import Children, children, stop_signals, watch
+from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, expected_site
+from nnunet_fedharm.federation.durable import file_lock
+from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
+from nnunet_fedharm.federation.progress import describe
+from nnunet_fedharm.federation.report.config import SiteReportConfig
+
+RunConfig = FederateConfig | SiteReportConfig
+_START_S = 90.0
+_GRACE_S = 10.0
+_POLL_S = 0.5
+_ASK_S = 5.0
+_WARN_DAYS = 30
+_ENDS = ("finished", "reported", "failed")
+Show = Callable[[str], None]
+
+
+def start_server(folder: ServerFolder, *, show: Show = print) -> None:
+    """Run the SuperLink until a signal comes. Everything that it needs after a crash is in the folder.
+
+    Raises:
+        SetupError: the folder is not whole, or its server runs already.
+        FederationError: Flower ended by itself.
+    """
+    consortium = folder.consortium()
+    differences = version_differences(consortium)
+    if not differences and app_hash(build_app()) != consortium.app_sha256:
+        differences = ["The installed nnunet_fedharm is another build than the one that was signed."]
+    if differences:
+        raise SetupError(f"{' '.join(differences)} After an upgrade run `nnunet-fedharm server sign {folder.path}`.")
+    left = days_left(folder.certificate)
+    if left < 0:
+        raise SetupError(f"The server's certificate has ended. Run `nnunet-fedharm server renew {folder.path}`.")
+    if left < _WARN_DAYS:
+        show(
+            f"The server's certificate ends in {left} days: `nnunet-fedharm server renew {folder.path}`, then restart."
+        )
+    environment = flower_environment(folder.flower_home, device="cpu", parallel_sites=1)
+    with _alone(folder), stop_signals() as stopped, children(folder.logs, environment) as family:
+        module = "nnunet_fedharm.federation.deploy.superlink"
+        family.start("superlink", [sys.executable, "-m", module, str(folder.path)])
+        if not _wait_until_ready(folder, family, stopped):
+            return
+        with operator(folder) as connection:
+            _show_sync(connection, folder, show)
+        family.start(
+            "superexec",
+            [
+                program("flower-superexec"),
+                *("--runtime-api-address", local_address(folder)),
+                *("--root-certificates", str(folder.ca_certificate)),
+                *("--superexec-auth-secret-file", str(folder.superexec_secret)),
+                *("--parent-pid", str(os.getpid())),
+            ],
+        )
+        show(f"{consortium.name}: sites may connect to {' or '.join(consortium.addresses)}. Ctrl-C stops the server.")
+        watch(family, stopped)
+        show("Stopping.")
+
+
+def register_site(folder: ServerFolder, site: str, key_file: Path, *, replace_key: bool = False) -> bool:
+    """Let a site in: keep its public key, and tell the SuperLink where it runs.
+
+    Returns:
+        Whether the SuperLink runs and knows the site now; else it will when it starts.
+
+    Raises:
+        SetupError: the file is no public key, or the site or the key is registered already.
+    """
+    if not SITE_NAME.fullmatch(site):
+        raise SetupError(f"The site name {site!r} is not usable; use letters, digits, '.', '_' and '-'.")
+    try:
+        line = key_file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"Cannot read the public key {key_file}.") from error
+    parse_node_key(line, source=str(key_file))
+    known = folder.registered()
+    twin = [name for name, other in known.items() if other.split()[:2] == line.split()[:2] and name != site]
+    if twin:
+        raise SetupError(f"The key of {site} is that of {twin[0]}. Each site needs a key of its own.")
+    if site in known and known[site].split()[:2] != line.split()[:2] and not replace_key:
+        raise SetupError(
+            f"{site} is registered with another key. Ask the site by telephone whether it made a new one, then use --replace."
+        )
+    expected_site(folder, site)
+    (folder.node_keys / f"{site}.pub").write_text(line + "\n", encoding="utf-8")
+    return _sync_if_running(folder)
+
+
+def remove_site(folder: ServerFolder, site: str) -> bool:
+    """Shut a site out: its key opens the door no more. Its name stays in the consortium file's list.
+
+    Raises:
+        SetupError: it is not registered.
+    """
+    path = folder.node_keys / f"{site}.pub"
+    if not path.is_file():
+        raise SetupError(f"{site} is not registered; registered are {', '.join(folder.registered()) or 'none'}.")
+    shutil.move(path, path.with_suffix(".removed"))
+    return _sync_if_running(folder)
+
+
+def run(folder: ServerFolder, config: RunConfig, *, detach: bool = False, show: Show = print) -> Mapping[str, Any]:
+    """Submit a run and follow it to its end; the same configuration once more resumes it.
+
+    Returns:
+        The last event; an empty one where nobody waited for it.
+
+    Raises:
+        SetupError: the server does not run.
+        FederationError: the run stopped; its sentence.
+    """
+    consortium = folder.consortium()
+    sites = config.sites or ",".join(folder.registered())
+    config = replace(config, root="", server_root=str(folder.results), sites=sites)
+    unknown = sorted(set(config.site_names) - set(folder.registered()))
+    if unknown or not config.site_names:
+        raise SetupError(
+            f"{', '.join(unknown) or 'No site'} is not registered. `nnunet-fedharm server register {folder.path} SITE KEYFILE`."
+        )
+    events = folder.results / "fedharm" / EVENTS_FILE
+    offset = events.stat().st_size if events.exists() else 0
+    with operator(folder) as connection:
+        busy = connection.active_runs()
+        if busy:
+            raise FederationError(
+                f"A run is going on here. `nnunet-fedharm server watch {folder.path}` shows it, `server stop` ends it."
+            )
+        run_id = connection.start_run(consortium.app_sha256, config.to_run_config())
+        if detach:
+            show(f"Submitted. `nnunet-fedharm server watch {folder.path}` shows it.")
+            return {}
+        return follow(folder, connection, run_id, events, offset, show)
+
+
+def watch_run(folder: ServerFolder, *, show: Show = print) -> Mapping[str, Any]:
+    """Follow the run that is going on; events of its last hour first.
+
+    Raises:
+        FederationError: there is none, or it stopped.
+    """
+    events = folder.results / "fedharm" / EVENTS_FILE
+    with operator(folder) as connection:
+        active = connection.active_runs()
+        if not active:
+            raise FederationError("No run is going on. `nnunet-fedharm server run` starts one.")
+        return follow(folder, connection, next(iter(active)), events, _last_start(events), show)
+
+
+def stop_runs(folder: ServerFolder) -> int:
+    """Stop every run; returns how many. The same `server run` resumes at the round that was not completed."""
+    with operator(folder) as connection:
+        active = connection.active_runs()
+        for number in active:
+            connection.stop_run(number)
+    return len(active)
+
+
+def follow(
+    folder: ServerFolder, connection: Operator, run_id: int, events: Path, offset: int, show: Show
+) -> Mapping[str, Any]:
+    """Show events until the run is over. Ctrl-C stops the showing, not the run.
+
+    Raises:
+        FederationError: the run failed, or ended without a word.
+    """
+    ended: float | None = None
+    asked = time.monotonic()
+    with stop_signals() as stopped:
+        while not stopped.wait(_POLL_S):
+            new, offset = read_events(events, offset) if events.exists() else ([], offset)
+            for event in new:
+                line = describe(event)
+                if line is not None:
+                    show(line)
+                if event["event"] == "failed":
+                    raise FederationError(str(event["error"]))
+                if event["event"] in _ENDS:
+                    return event
+            if ended is None and time.monotonic() - asked > _ASK_S:
+                asked = time.monotonic()
+                ended = None if run_id in connection.active_runs() else asked
+            if ended is not None and time.monotonic() - ended > _GRACE_S:
+                raise FederationError(f"The run ended without a result; {folder.logs}/superexec.log says why.")
+    show(f"The run goes on. `nnunet-fedharm server watch {folder.path}` shows it, `server stop` ends it.")
+    return {}
+
+
+def _last_start(events: Path) -> int:
+    """Where in the file the last run began."""
+    place = 0
+    if events.exists():
+        position = 0
+        for line in events.read_bytes().splitlines(keepends=True):
+            if b'"started"' in line:
+                place = position
+            position += len(line)
+    return place
+
+
+def _show_sync(connection: Operator, folder: ServerFolder, show: Show) -> None:
+    added, removed = connection.sync(folder.registered())
+    for text, names in (("let in", added), ("shut out", removed)):
+        if names:
+            show(f"{text}: {', '.join(names)}")
+
+
+def _sync_if_running(folder: ServerFolder) -> bool:
+    try:
+        with operator(folder) as connection:
+            connection.sync(folder.registered())
+    except SetupError:
+        return False
+    return True
+
+
+@contextmanager
+def _alone(folder: ServerFolder) -> Iterator[None]:
+    with file_lock(folder.flower_home / "server.lock", wait_s=1.0) as held:
+        if not held:
+            raise SetupError(f"The server of {folder.path} runs already.")
+        yield
+
+
+def _wait_until_ready(folder: ServerFolder, family: Children, stopped: threading.Event) -> bool:
+    """Whether the SuperLink answers; False where a signal came first."""
+    end = time.monotonic() + _START_S
+    while time.monotonic() < end:
+        if stopped.wait(0.2):
+            return False
+        family.check()
+        with suppress(OSError):
+            if not check_server(local_address(folder), folder.ca_certificate, seconds=1.0):
+                return True
+    raise SetupError(f"The SuperLink did not start within {_START_S:.0f} s; {family.log('superlink')} says why.")

@@ -1,0 +1,131 @@
+"""A site that joins, its SuperNode's command line, and the units that are written for it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from flwr.common.config import parse_config_args
+from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+
+from nnunet_fedharm.cli import main
+from nnunet_fedharm.errors import FederationError, SetupError
+from nnunet_fedharm.federation.deploy.processes import children, last_words
+from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, ServerOptions, init_server
+from nnunet_fedharm.federation.deploy.site_node import (
+    JoinOptions,
+    SiteFolder,
+    check_site,
+    join,
+    start_site,
+    supernode_command,
+)
+from nnunet_fedharm.federation.deploy.units import write_server_units, write_site_units
+from tests.federation.deploy.conftest import SITES
+
+
+def test_joining_again_keeps_key_settings_and_policy(join_site: Callable[..., SiteFolder]) -> None:
+    site = join_site(num_processes=3)
+    site.policy_file.write_text("[work]\nmax_rounds = 3\n")
+    files = (site.node_key, site.superexec_secret, site.settings_file, site.policy_file)
+    before = [path.read_bytes() for path in files]
+    assert [path.read_bytes() for path in files] == before == [path.read_bytes() for path in files]
+    join_site(num_processes=5)
+    assert [path.read_bytes() for path in files] == before
+    join_site(new_key=True)
+    assert site.node_key.read_bytes() != before[0]
+
+
+def test_joining_is_refused_with_a_reason(
+    server: ServerFolder, join_site: Callable[..., SiteFolder], tmp_path: Path
+) -> None:
+    with pytest.raises(SetupError, match="not among the sites of Test study: hospital-north, hospital-south"):
+        join_site("hospital-west")
+    with pytest.raises(SetupError, match="not what the coordinator read out"):
+        join_site(fingerprint="0000-1111")
+    with pytest.raises(SetupError, match="not among the consortium's addresses"):
+        join_site(address="evil.example:9092")
+    with pytest.raises(SetupError, match="does not exist"):
+        join(server.consortium_file, tmp_path / "nowhere", JoinOptions(site=SITES[0]))
+    join_site(fingerprint=server.consortium().fingerprint.upper())
+    with pytest.raises(SetupError, match=r"This site is hospital-north, not hospital-south"):
+        join(server.consortium_file, tmp_path / SITES[0], JoinOptions(site=SITES[1]))
+    other = init_server(tmp_path / "other", ServerOptions(name="Other", hosts=["localhost"], sites=SITES))
+    with pytest.raises(SetupError, match="This site belongs to Test study"):
+        join(other.consortium_file, tmp_path / SITES[0], JoinOptions(site=SITES[0]))
+
+
+def test_a_supernode_opens_no_door_to_other_machines(join_site: Callable[..., SiteFolder]) -> None:
+    site = join_site()
+    command = supernode_command(site, {**site.settings(), "node_config": {"warm-minutes": 5.0}}, 9999)
+    parsed = _parse_args_run_supernode().parse_args(command[1:])
+    assert parsed.host == "127.0.0.1", "Flower's own door at the site"
+    assert not parsed.insecure
+    assert not parsed.runtime_dependency_install
+    assert parsed.health_server_address is None
+    assert parsed.trusted_entities == site.trusted_entities
+    assert parsed.isolation == "process", "else any user of this machine could take the site's work"
+    config = parse_config_args([parsed.node_config])
+    assert config == {
+        "site": SITES[0],
+        "site-root": str(site.root),
+        "device": "cpu",
+        "num-processes": 2,
+        "warm-minutes": 5.0,
+    }
+
+
+def test_a_site_that_is_not_ready_does_not_start(join_site: Callable[..., SiteFolder]) -> None:
+    site = join_site()
+    assert "does not answer" in check_site(site)
+    site.node_key.chmod(0o644)
+    with pytest.raises(SetupError, match="Others can read"):
+        start_site(site)
+    site.node_key.chmod(0o600)
+    site.policy_file.write_text("[work]\nmax_round = 3\n")
+    with pytest.raises(FederationError, match=r"unknown rule work\.max_round"):
+        start_site(site)
+    site.policy_file.unlink()
+    with pytest.raises(FederationError, match="does not exist"):
+        start_site(site)
+    site.policy_file.write_text("")
+    shutil.rmtree(site.root / "nnUNet_raw")
+    with pytest.raises(SetupError, match="holds no dataset"):
+        start_site(site)
+
+
+def test_a_child_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:
+    with children(tmp_path / "logs", {"PATH": "/usr/bin:/bin"}) as family:
+        family.start("helper", ["sh", "-c", "echo begins; printf '\\033[92mINFO\\033[0m: no key\\n'; exit 3"]).wait()
+        with pytest.raises(FederationError, match=r"helper ended with status 3; .*begins \| INFO: no key"):
+            family.check()
+        other = family.start("other", ["sleep", "60"])
+    assert other.poll() is not None, "children end with their parent"
+    assert (tmp_path / "logs" / "helper.log").stat().st_mode & 0o077 == 0
+    assert last_words(tmp_path / "none") == "(no output)"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+def test_systemd_takes_the_units(server: ServerFolder, join_site: Callable[..., SiteFolder]) -> None:
+    for unit in (write_server_units(server)[0], write_site_units(join_site())[0]):
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_policy_command_prints_and_checks(
+    join_site: Callable[..., SiteFolder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["site", "policy"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["patients"]["min_patients"] == 5
+    site = join_site()
+    assert main(["site", "policy", str(site.root)]) == 0
+    assert "min_patients               5" in capsys.readouterr().out
+    site.policy_file.write_text("[work]\ntrainers = ['nnUNetTrainer']\n")
+    assert main(["site", "policy", str(site.root)]) == 2
+    assert "names 'nnUNetTrainer' in work.trainers" in capsys.readouterr().err
