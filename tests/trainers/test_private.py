@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.privacy.accounting import epsilon_of
 from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.privacy.patient_gradients import PatientGradients
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
+from nnunet_fedharm.trainers.harmonizer_phase import trainable
 from nnunet_fedharm.trainers.patient_loader import PatientLoader, by_patient
 from nnunet_fedharm.trainers.results import make_trainer
 from tests.trainers.conftest import Planned
@@ -156,3 +159,50 @@ def test_every_step_draws_patients_and_hands_out_whole_ones(workers: int) -> Non
     assert all(len(set(draw)) == len(draw) for draw in draws)
     share = [np.mean([patient in draw for draw in draws]) for patient in patients]
     assert share == pytest.approx([0.5] * 3, abs=0.12)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("kind", ["curve", "polarity", "diffusion", "cyclegan"])
+def test_a_patients_gradient_of_a_harmonizer_is_that_of_the_patient_alone(
+    kind: str, configuration: str, private: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every tensor that the phase trains, critics among them; patients before it in the step leave no trace."""
+    trainer = private(kind, configuration)
+    trainer.initialize()
+    trainer.start_private()
+    phase = trainer.private.phases["harmonizer training"]
+    trainer.private.phases["harmonizer training"] = replace(phase, steps_per_epoch=1, sample_rate=1.0)
+    training = trainer.harmonizer.make_training(lr=1e-3, total_epochs=1)
+    generator = torch.Generator().manual_seed(0)
+    with trainable(trainer.harmonizer):
+        untouched = copy.deepcopy(training)
+        seen: list[tuple[Any, ...]] = []
+        found: list[list[torch.Tensor | None]] = []
+        step, end = training.step, PatientGradients.end_patient
+
+        def watched(image: torch.Tensor, sites: torch.Tensor, source: torch.Generator, references: Any) -> Any:
+            seen.append((image.clone(), sites.clone(), source.get_state(), references is not None))
+            return step(image, sites, source, references)
+
+        def kept(self: PatientGradients) -> float:
+            found.append([None if p.grad is None else p.grad.clone() for p in self.parameters])
+            return end(self)
+
+        monkeypatch.setattr(training, "step", watched)
+        monkeypatch.setattr(PatientGradients, "end_patient", kept)
+        sampler = trainer.harmonizer_sampler(np.random.default_rng(0))
+        trainer.private.harmonizer_epoch(training, sampler, generator=generator, last=False)
+        assert len(found) == len(phase.patients) >= 2
+        for (image, sites, state, referred), gradients in zip(seen, found, strict=True):
+            alone = copy.deepcopy(untouched)
+            alone.collecting = True
+            generator.set_state(state)
+            alone.step(image, sites, generator, image if referred else None)
+            parameters = dict.fromkeys(
+                p for o in alone.optimizers.values() for group in o.param_groups for p in group["params"]
+            )
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if parameter.grad is None or gradient is None:
+                    assert parameter.grad is gradient is None
+                else:
+                    torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
