@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _logger = logging.getLogger(__name__)
 
@@ -30,15 +31,20 @@ class EventLog:
         entry |= {key: _plain(value) for key, value in details.items()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry, allow_nan=False) + "\n")
+            with self.path.open("ab+") as stream:
+                # A crash or a full disk may have left half a line: it must not swallow this one.
+                start = b"" if _ends_whole(stream) else b"\n"
+                stream.write(start + json.dumps(entry, allow_nan=False).encode() + b"\n")
         except OSError as error:
             # A full disk must not hide the error that is being reported.
             _logger.error("Cannot write the event %r to %s: %s", event, self.path, error.strerror)
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Complete lines from a byte offset on, and the offset to go on from; a half-written line is left for later."""
+    """Complete lines from a byte offset on, and the offset to go on from; a half-written line is left for later.
+
+    Lines that are no event, left by a crash or a full disk, are skipped.
+    """
     if not path.exists():
         return [], offset
     with path.open("rb") as stream:
@@ -49,8 +55,20 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]
 
 
 def _parse(data: bytes) -> Iterator[dict[str, Any]]:
-    for line in data.splitlines():
-        yield dict(json.loads(line))
+    for line in data.split(b"\n"):
+        try:
+            event = json.loads(line)
+        except ValueError:  # also the empty text after the last line
+            continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            yield event
+
+
+def _ends_whole(stream: BinaryIO) -> bool:
+    if not stream.seek(0, os.SEEK_END):
+        return True
+    stream.seek(-1, os.SEEK_END)
+    return stream.read(1) == b"\n"
 
 
 def _plain(value: Any) -> Any:
