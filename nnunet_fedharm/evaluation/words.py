@@ -29,6 +29,11 @@ def probability(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
+def scientific(value: float) -> str:
+    """ "1e-5", "0.001"."""
+    return f"{value:g}".replace("e-0", "e-")
+
+
 def percent(value: float | None) -> str:
     """A share in percent."""
     return DASH if value is None else f"{100 * value:.0f}%"

@@ -1,0 +1,276 @@
+"""The four questions in plain words, made from the numbers by rules; nothing is said that the tests do not carry.
+
+| words | said when |
+|---|---|
+| raises, lowers | Holm-adjusted Wilcoxon p < .05, and the 95% interval over patients and trainings lies on one side of 0 |
+| was not shown to change | either of the two is missing |
+| as good as | TOST p < .05 (Holm), and the 90% interval lies within the margin on both sides |
+| not worse | the lower half of that only |
+| not shown to be as good | neither |
+| Exploratory, N trainings | a compared arm has fewer than three trainings; it stands before the sentence |
+| not measured in this study | an arm of the question has no result |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nnunet_fedharm.differences.findings import Findings
+from nnunet_fedharm.differences.notes import joined
+from nnunet_fedharm.differences.summary import describe
+from nnunet_fedharm.evaluation.words import number, percent, scientific
+from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, Comparison, StudyFindings
+from nnunet_fedharm.study.report.names import kind_name, place
+from nnunet_fedharm.study.report.phrases import (
+    amount,
+    amounts,
+    arm_name,
+    arm_names,
+    changes,
+    closeness,
+    differences,
+    exploratory,
+    is_harmonizer,
+    signed,
+)
+
+QUESTIONS = (
+    "How different are the sites?",
+    "What does centralized harmonization give against nnU-Net's augmentation?",
+    "How close does federated training come?",
+    "What does privacy cost?",
+)
+NOT_MEASURED = "not measured in this study"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question.
+
+    Attributes:
+        headline: one or two sentences.
+        support: sentences in smaller letters.
+        measured: whether the study has anything to say.
+    """
+
+    question: str
+    headline: str
+    support: tuple[str, ...] = ()
+    measured: bool = True
+
+
+def answer_all(found: StudyFindings, sites: Findings | None) -> list[Answer]:
+    """The answers, in the order of QUESTIONS.
+
+    Args:
+        found: the study's numbers.
+        sites: the site report of the same dataset, where there is one.
+    """
+    return [how_different(found, sites), what_central_gives(found), how_close(found), what_privacy_costs(found)]
+
+
+def how_different(found: StudyFindings, sites: Findings | None) -> Answer:
+    """From the site report, and from what plain nnU-Net loses away from its labels."""
+    own, more = _plain(found), _gaps(found)
+    if sites is None:
+        missing = f"Differences between the images were {NOT_MEASURED}: `nnunet-fedharm sites report` measures them."
+        return Answer(QUESTIONS[0], own or missing, (*([missing] if own else []), *more), measured=bool(own))
+    said = describe(sites)
+    return Answer(QUESTIONS[0], said[0], (*said[1:3], *([own] if own else []), *more))
+
+
+def what_central_gives(found: StudyFindings) -> Answer:
+    """Central harmonizers against plain nnU-Net, then against strong augmentation."""
+    asked = [
+        item for item in found.against_control if is_harmonizer(found, item) and found.arm(item.first).mode == "central"
+    ]
+    if not asked or found.arm(found.control).mode != "central":
+        return Answer(QUESTIONS[1], f"Centralized harmonization was {NOT_MEASURED}.", measured=False)
+    where, control = place(found), "plain nnU-Net with its own augmentation"
+    headline = changes(found, asked, f"mean Dice {where} over {control}", f"mean Dice {where} against {control}")
+    support = [
+        *_intervals(found, asked),
+        *_recovered(found, asked),
+        *_by_site(found, asked),
+        *_augment(found),
+        *_baselines(found),
+    ]
+    return Answer(QUESTIONS[1], headline, tuple(support))
+
+
+def how_close(found: StudyFindings) -> Answer:
+    """Federated against central, harmonizers first; plain nnU-Net where no harmonizer was trained both ways."""
+    asked = [item for item in found.federated if is_harmonizer(found, item)]
+    plain = [item for item in found.federated if not is_harmonizer(found, item)]
+    if not asked and not plain:
+        return Answer(QUESTIONS[2], f"Federated beside central training was {NOT_MEASURED}.", measured=False)
+    first, rest = (asked, plain) if asked else (plain, [])
+    margin = first[0].equivalence.margin if first[0].equivalence else 0.0
+    headline = closeness(found, first)
+    support = [differences(found, first, "Federated less central", level=90)]
+    if rest:
+        support.append(closeness(found, rest))
+    if len(found.labelled) == 1 and asked:
+        support.append(
+            f"Labels of {found.labelled[0]} alone are used, so the segmenter is trained there in both modes; what is federated "
+            "is the harmonizer."
+        )
+    support.append(
+        f"As good means: within {margin:g} Dice on both sides, by two one-sided tests and by the 90% interval over patients and "
+        "trainings."
+    )
+    return Answer(QUESTIONS[2], headline, tuple(support))
+
+
+def what_privacy_costs(found: StudyFindings) -> Answer:
+    """Every epsilon, the largest first: the price of each private arm against the same without privacy."""
+    if not found.private:
+        words = f"Differential privacy was {NOT_MEASURED}: no private arm and its counterpart have a result."
+        return Answer(QUESTIONS[3], words, measured=False)
+    by_epsilon: dict[float, list[Comparison]] = {}
+    for item in found.private:
+        by_epsilon.setdefault(found.arm(item.first).epsilon or 0.0, []).append(item)
+    order = sorted(by_epsilon, reverse=True)
+    said = [_price(found, epsilon, by_epsilon[epsilon]) for epsilon in order]
+    each = [
+        f"Epsilon {epsilon:g}, change of mean Dice {place(found)} with 95% interval: "
+        f"{joined([f'{signed(item.difference)} {_arm_and_mode(found, item)}' for item in by_epsilon[epsilon]])}."
+        for epsilon in order
+    ]
+    return Answer(QUESTIONS[3], exploratory(found.private) + " ".join(said), (*_spent(found), *each))
+
+
+def _plain(found: StudyFindings) -> str:
+    """What the control reaches at each site."""
+    dice = found.arm(found.control).dice
+    shown = [f"{number(dice[site].value)} at {site}" for site in found.sites if site in dice]
+    if not shown:
+        return ""
+    return f"Plain nnU-Net, trained with the labels of {joined(found.labelled)}, reaches Dice {joined(shown)}."
+
+
+def _gaps(found: StudyFindings) -> list[str]:
+    sure = {site: gap for site, gap in found.gaps.items() if gap.low is not None and gap.low > 0}
+    unsure = [site for site in found.gaps if site not in sure]
+    said = []
+    if sure:
+        shown = [f"{amount(gap)} at {site}" for site, gap in sure.items()]
+        said.append(f"A training on the site's own labels would add {joined(shown)}.")
+    if unsure:
+        said.append(f"At {joined(unsure)} no gap to a training on the site's own labels was shown.")
+    return said
+
+
+def _intervals(found: StudyFindings, items: Sequence[Comparison]) -> list[str]:
+    """Changes with their intervals, where the headline has no room for them."""
+    clear = [item for item in items if item.verdict != UNCLEAR]
+    if len(clear) < 2:
+        return []
+    return [f"With 95% intervals: {joined([f'{signed(item.difference)} {arm_name(found, item)}' for item in clear])}."]
+
+
+def _recovered(found: StudyFindings, items: Sequence[Comparison]) -> list[str]:
+    shares = [(item, gap.recovered) for item in items if (gap := found.arm(item.first).gap) and gap.recovered]
+    if not shares:
+        return []
+    shown = [
+        f"{percent(share.value)} ({percent(share.low)} to {percent(share.high)}, {arm_name(found, item)})"
+        for item, share in shares
+    ]
+    return [f"Of the gap to a training on the sites' own labels they recover {joined(shown)}." if len(shown) > 1 else
+            f"Of the gap to a training on the sites' own labels it recovers {shown[0]}."]  # fmt: skip
+
+
+def _by_site(found: StudyFindings, items: Sequence[Comparison]) -> list[str]:
+    """Where the change is, if it is not everywhere."""
+    if len(found.targets) < 2:
+        return []
+    names = {item.first for item in items}
+    own = [item for item in found.at_each_site if item.first in names]
+    said = []
+    verdicts = {site: {item.verdict for item in own if item.sites == (site,)} for site in found.targets}
+    for verdict, words in ((BETTER, "higher with all of them"), (WORSE, "lower with all of them")):
+        sites = [site for site in found.targets if verdicts[site] == {verdict}]
+        if sites:
+            said.append(f"at {joined(sites)} Dice is {words if len(names) > 1 else words.split()[0]}")
+    sites = [site for site in found.targets if verdicts[site] == {UNCLEAR}]
+    if sites:
+        said.append(f"at {joined(sites)} no change was shown")
+    mixed = [site for site in found.targets if len(verdicts[site]) > 1]
+    for site in mixed:
+        better = [item for item in own if item.sites == (site,) and item.verdict == BETTER]
+        worse = [item for item in own if item.sites == (site,) and item.verdict == WORSE]
+        parts = [f"higher with {arm_names(found, better)}"] if better else []
+        parts += [f"lower with {arm_names(found, worse)}"] if worse else []
+        said.append(f"at {site} Dice is {joined(parts)}")
+    return [f"Site by site: {'; '.join(said)}."] if said else []
+
+
+def _augment(found: StudyFindings) -> list[str]:
+    """Harmonizers against strong random augmentation, which needs no harmonizer."""
+    items = found.against_augment
+    if not items:
+        return [f"Strong random augmentation was {NOT_MEASURED}."]
+    words = "mean Dice over strong random augmentation", "mean Dice against strong random augmentation"
+    return [changes(found, items, *words)]
+
+
+def _baselines(found: StudyFindings) -> list[str]:
+    """Arms without a harmonizer that beat the control: then the control is not the strongest baseline."""
+    items = [
+        item
+        for item in found.against_control
+        if not is_harmonizer(found, item) and found.arm(item.first).mode == "central" and item.verdict == BETTER
+    ]
+    return [f"Without any network in front, {arm_names(found, items)} raise{'s' if len(items) == 1 else ''} mean Dice too, by "
+            f"{amounts(found, items)}."] if items else []  # fmt: skip
+
+
+def _price(found: StudyFindings, epsilon: float, items: Sequence[Comparison]) -> str:
+    """One epsilon, every arm that was trained with it."""
+    lost = [item for item in items if item.verdict == WORSE]
+    gained = [item for item in items if item.verdict == BETTER]
+    unclear = [item for item in items if item.verdict == UNCLEAR]
+    said = []
+    if lost:
+        whose = "" if len(lost) == len(items) else f" ({joined([_arm_and_mode(found, item) for item in lost])})"
+        said.append(f"costs {_range([item.difference.value for item in lost])} Dice{whose}")
+    if unclear:
+        ends = [item.difference.low for item in unclear]
+        known = [low for low in ends if low is not None]
+        bound = f", where a loss of up to {-min(known):.3f} remains possible" if known and min(known) < 0 else ""
+        said.append(f"no change was shown for {joined([_arm_and_mode(found, item) for item in unclear])}{bound}")
+    if gained:
+        named = joined([_arm_and_mode(found, item) for item in gained])
+        said.append(f"Dice is higher, which noise does not explain, for {named}")
+    return f"Epsilon {epsilon:g}{' ' if lost else ': '}{'; '.join(said)}."
+
+
+def _arm_and_mode(found: StudyFindings, item: Comparison) -> str:
+    arm = found.arm(item.first)
+    return f"{arm.mode} {kind_name(arm.kind)}"
+
+
+def _range(values: Sequence[float | None]) -> str:
+    """ "0.018", "0.018 to 0.020", without signs."""
+    shown = sorted({number(abs(value), 3) for value in values if value is not None})
+    return shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
+
+
+def _spent(found: StudyFindings) -> list[str]:
+    """What was spent, per patient, and what left without noise."""
+    private = [cost for cost in found.costs if found.arm(cost.arm).epsilon is not None]
+    spent = [cost for cost in private if cost.epsilon is not None]
+    said = []
+    if spent:
+        shown = dict.fromkeys(
+            f"{found.arm(cost.arm).epsilon:g} asked, {cost.epsilon:.2f} spent" for cost in spent if cost.epsilon
+        )
+        deltas = sorted({cost.delta for cost in spent if cost.delta is not None})
+        words = f" at delta {' and '.join(scientific(delta) for delta in deltas)}" if deltas else ""
+        said.append(f"Epsilon holds for each patient, at the site that spent most{words}: {'; '.join(shown)}.")
+    bare = list(dict.fromkeys(name for cost in private for name in cost.without_noise))
+    if bare:
+        said.append(f"Without noise, so without any epsilon, left: {joined(bare)}.")
+    return said

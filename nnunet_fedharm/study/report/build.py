@@ -1,0 +1,86 @@
+"""From finished cells to the report's folder.
+
+report.html      the page, self-contained
+report.pdf       the page printed, where a browser is installed
+study.json       every number on it
+tables/*.csv     arms, comparisons, cases, costs, controls
+methods.md       methods section with citations; references.bib: their entries
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from nnunet_fedharm.differences.findings import Findings, to_json
+from nnunet_fedharm.differences.findings_file import from_json
+from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.sites.files import read_json, write_text
+from nnunet_fedharm.study.report.answers import answer_all
+from nnunet_fedharm.study.report.files import write_tables
+from nnunet_fedharm.study.report.methods import methods
+from nnunet_fedharm.study.report.page import Extras, render_study
+from nnunet_fedharm.study.report.pdf import print_pdf
+from nnunet_fedharm.study.report.pictures import before_and_after, label_names
+from nnunet_fedharm.study.report.references import bibtex
+from nnunet_fedharm.study.results import StudyResults
+from nnunet_fedharm.study.statistics import analyse
+
+PAGE, PDF, JSON, METHODS, REFERENCES = "report.html", "report.pdf", "study.json", "methods.md", "references.bib"
+SITE_REPORT = ("findings.json", "report.json")
+"""Names under which the folder `site-report` of a study may hold the site report's numbers."""
+
+
+def write_report(
+    results: StudyResults, folder: Path, *, pdf: bool = True, show: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Compute everything and write all files.
+
+    Args:
+        results: finished cells, at least one.
+        folder: made where missing.
+        pdf: print the page, if a browser is installed.
+        show: receives a sentence where there is no PDF.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: no cell of the control is finished, or the site report cannot be read.
+        SetupError: the folder cannot be written.
+    """
+    if results.control not in results.by_arm:
+        raise DataError(
+            f"The control {results.control.name} has no result yet, and every number is told against it. Run its cells first: "
+            f"`nnunet-fedharm study run {results.study.folder} --only {results.control.name}_seed`."
+        )
+    found = analyse(results)
+    sites = read_site_report(results.study.folder)
+    strips, notes = before_and_after(results)
+    written = methods(results, found)
+    extras = Extras(sites, strips, notes, label_names(results), written, bibtex(results.study))
+    content = {**to_json(found), "answers": to_json(answer_all(found, sites))}
+    page = folder / PAGE
+    write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", folder / JSON)
+    write_tables(results, found, folder / "tables")
+    write_text(written, folder / METHODS)
+    write_text(extras.bibtex, folder / REFERENCES)
+    write_text(render_study(found, extras), page)
+    reason = print_pdf(page, folder / PDF) if pdf else None
+    if reason is not None:
+        show(reason)
+    return page
+
+
+def read_site_report(study: Path) -> Findings | None:
+    """Numbers of the site report in the study's folder; None if there is none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    for name in SITE_REPORT:
+        path = study / "site-report" / name
+        if path.is_file():
+            return from_json(Findings, read_json(path, what="The site report"))
+    return None

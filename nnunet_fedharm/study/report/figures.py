@@ -1,0 +1,189 @@
+"""Which numbers of a study each figure shows."""
+
+from __future__ import annotations
+
+from nnunet_fedharm.differences.findings import Estimate, Findings
+from nnunet_fedharm.differences.notes import joined
+from nnunet_fedharm.evaluation.html import Html, figure, figures, key
+from nnunet_fedharm.evaluation.site_report.charts import marker_icon
+from nnunet_fedharm.evaluation.site_report.parts import distance_matrix, highest_distance
+from nnunet_fedharm.evaluation.site_report.words import headline
+from nnunet_fedharm.evaluation.words import count, number
+from nnunet_fedharm.study.findings import ArmFinding, StudyFindings
+from nnunet_fedharm.study.report.charts import band_chart, epsilon_chart, paired_chart
+from nnunet_fedharm.study.report.dot_plot import Column, Row, dot_plot
+from nnunet_fedharm.study.report.names import group_of, kind_name, row_name, shown_arms, style_of
+from nnunet_fedharm.study.study_file import CONTROL
+
+WORST = " worst"
+"""Key of the column for the worst site; no site's name begins with a space."""
+COLUMNS = 5
+"""Sites beside each other in one figure."""
+
+MODE_KEY = (
+    ('<i class="series-1"></i>', "central, no harmonizer"),
+    ('<i class="series-2"></i>', "central, harmonized"),
+    ('<i class="series-3"></i>', "federated"),
+)
+
+
+def dice_figure(found: StudyFindings) -> Html:
+    """Dice of every arm at every site, and at its worst one."""
+    rows = [_row(arm) for arm in shown_arms(found)]
+    columns = [*(_site_column(found, site) for site in found.sites), Column(WORST, "worst site", "of each arm")]
+    columns = [column for column in columns if any(column.key in row.values for row in rows)]
+    charts = [
+        dot_plot(rows, columns[first : first + COLUMNS], label="Mean Dice of each arm at each site with 95% intervals")
+        for first in range(0, len(columns), COLUMNS)
+    ]
+    marks = [*MODE_KEY, ('<i class="dash control"></i>', "control")]
+    marks += [('<i class="dash"></i>', "training on the site's own labels")] if found.oracles else []
+    return Html(key(marks) + "".join(charts)) if any(charts) else Html("")
+
+
+def gap_figure(found: StudyFindings) -> Html:
+    """Share of the gap that each arm recovers."""
+    rows = [
+        Row(group_of(arm), row_name(arm), style_of(arm), {"gap": arm.gap.recovered})
+        for arm in shown_arms(found)
+        if arm.gap is not None and arm.gap.recovered is not None
+    ]
+    if not rows:
+        return Html("")
+    lines = (("control", 0.0, "the control"), ("oracle", 1.0, "a training on the sites' own labels"))
+    column = Column("gap", "share of the gap recovered", "0: the control; 1: own labels", lines, (0.0, 1.0))
+    return Html(
+        dot_plot(
+            rows, [column], label="Share of the gap that each arm recovers, 95% intervals", width=760, natural=True
+        )
+    )
+
+
+def federated_figure(found: StudyFindings) -> Html:
+    """Federated against central: differences with the margin, then a mark per case."""
+    if not found.federated:
+        return Html("")
+    margin = float(found.settings["margin"])
+    scatters = [
+        figure(
+            _name(found.arm(item.first)),
+            paired_chart(
+                found.points.get(item.first, []),
+                found.sites,
+                margin=margin,
+                label=f"Dice of each case, central and federated, {_name(found.arm(item.first))}",
+            ),
+        )
+        for item in found.federated
+    ]
+    marks = [(marker_icon(found.sites.index(site)), site) for site in found.targets]
+    return Html(f"{_bands(found)}{key(marks)}{figures(scatters)}")
+
+
+def _bands(found: StudyFindings, width: int = 560) -> Html:
+    """Differences between federated and central, and the margin."""
+    rows = [
+        (_name(found.arm(item.first)), "series-3", item.equivalence.interval if item.equivalence else item.difference)
+        for item in found.federated
+    ]
+    return Html(
+        band_chart(
+            rows,
+            margin=float(found.settings["margin"]),
+            x_label="federated less central, Dice, 90% interval",
+            label="Difference between federated and central training, and the margin of equivalence",
+            width=width,
+        )
+    )
+
+
+def epsilon_figure(found: StudyFindings) -> Html:
+    """Dice against epsilon."""
+    return _epsilon_lines(found)
+
+
+def _epsilon_lines(found: StudyFindings, height: int = 290) -> Html:
+    lines: dict[tuple[str, str], dict[float, Estimate]] = {}
+    for arm in found.arms:
+        if arm.epsilon is not None and arm.target is not None:
+            lines.setdefault((arm.kind, arm.mode), {})[arm.epsilon] = arm.target
+    if not lines:
+        return Html("")
+    free = {
+        (arm.kind, arm.mode): arm.target
+        for arm in found.arms
+        if arm.epsilon is None and arm.augmentation and not arm.site
+    }
+    drawn, marks = [], []
+    for kind, mode in lines:
+        style = ("series-1" if mode == "central" else "series-4") if kind == CONTROL else (
+            "series-2" if mode == "central" else "series-3"
+        )  # fmt: skip
+        drawn.append((f"{kind_name(kind)}, {mode}", style, lines[kind, mode], free.get((kind, mode))))
+        marks.append((f'<i class="{style}"></i>', f"{kind_name(kind)}, {mode}"))
+    return Html(
+        key(marks)
+        + epsilon_chart(drawn, label="Dice over the target sites against epsilon, 95% intervals", height=height)
+    )
+
+
+def answer_figure(found: StudyFindings, sites: Findings | None, question: int) -> Html:
+    """The small figure beside the answer to a question of `answers.QUESTIONS`; nothing where there is none."""
+    return (_apart(sites), _central(found), _bands(found, width=500), _epsilon_lines(found, height=210))[question]
+
+
+def _apart(sites: Findings | None) -> Html:
+    """Distances between the sites as scanned."""
+    variants = headline(sites)[:1] if sites is not None else []
+    if sites is None or not variants:
+        return Html("")
+    names = [card.site for card in sites.sites]
+    highest = highest_distance(variants)
+    label = "Distance between sites as scanned, in standard deviations"
+    return Html(distance_matrix(variants[0][1], names, highest=highest, label=label, narrow=True))
+
+
+def _central(found: StudyFindings) -> Html:
+    """Mean Dice over the target sites of central arms."""
+    rows = [
+        Row("", row_name(arm), style_of(arm), {"": arm.target})
+        for arm in shown_arms(found)
+        if arm.mode == "central" and arm.epsilon is None and arm.target is not None
+    ]
+    if len(rows) < 2:
+        return Html("")
+    reached = [found.arm(found.oracles[site]).dice.get(site) for site in found.targets if site in found.oracles]
+    means = [estimate.value for estimate in reached if estimate is not None and estimate.value is not None]
+    lines: list[tuple[str, float, str]] = []
+    if len(means) == len(found.targets):
+        lines.append(("oracle", sum(means) / len(means), "trainings on the sites' own labels"))
+    note = "dashed: own labels" if lines else ""
+    column = Column("", f"mean Dice at {joined(found.targets)}", note, lines)
+    return Html(
+        dot_plot(rows, [column], label="Mean Dice over the target sites, 95% intervals", width=500, natural=True)
+    )
+
+
+def _row(arm: ArmFinding) -> Row:
+    values = dict(arm.dice)
+    if arm.worst.value is not None:
+        values[WORST] = arm.worst
+    return Row(group_of(arm), row_name(arm), style_of(arm), values)
+
+
+def _site_column(found: StudyFindings, site: str) -> Column:
+    lines: list[tuple[str, float, str]] = []
+    control = found.arm(found.control).dice.get(site)
+    if control is not None and control.value is not None:
+        lines.append(("control", control.value, f"control: {number(control.value, 3)}"))
+    oracle = found.oracles.get(site)
+    if oracle is not None and oracle != found.control:
+        reached = found.arm(oracle).dice.get(site)
+        if reached is not None and reached.value is not None:
+            lines.append(("oracle", reached.value, f"own labels: {number(reached.value, 3)}"))
+    labels = "labels used" if site in found.labelled else "labels withheld"
+    return Column(site, site, f"{count(found.patients.get(site, 0), 'patient')}; {labels}", lines)
+
+
+def _name(arm: ArmFinding) -> str:
+    return kind_name(arm.kind, augmentation=arm.augmentation)

@@ -1,0 +1,188 @@
+"""The methods section, from the study file and what the cells recorded: Markdown with citations, ready for a thesis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nnunet_fedharm.differences.notes import joined
+from nnunet_fedharm.evaluation.distances import CONVENTIONS
+from nnunet_fedharm.evaluation.words import count
+from nnunet_fedharm.sites.files import read_json
+from nnunet_fedharm.study.controls import KNOWN_INVERSE, TRAVELLING
+from nnunet_fedharm.study.findings import FEWEST_SEEDS, StudyFindings
+from nnunet_fedharm.study.results import ENVIRONMENT_FILE, StudyResults
+from nnunet_fedharm.study.study_file import StudyFile
+
+HARMONIZERS = {
+    "curve": "`curve`: a learned monotone tone curve and a smooth multiplicative gain for each volume",
+    "polarity": "`polarity`: a vote of each site, by a small network that is trained at the reference, on whether its contrast "
+    "is the reference's inverse; where it is, images are turned over and brought to the reference's quantiles",
+    "cyclegan": "`cyclegan`: a CycleGAN with one shared generator from all sites to the reference [@zhu2017cyclegan]",
+    "diffusion": "`diffusion`: a bridge from another appearance to the reference's, trained on pairs of reference patches and "
+    "the same patches under random appearances, related to flow matching [@lipman2023flow]",
+}
+BASELINES = {
+    "no-augmentation": "plain nnU-Net without its augmentation",
+    "augment": "strong random augmentation of appearance on top of nnU-Net's [@ouyang2023causality]",
+    "nyul": "histogram landmarks mapped to the reference's [@nyul2000]",
+}
+
+
+def methods(results: StudyResults, found: StudyFindings) -> str:
+    """The section as Markdown."""
+    study = results.study
+    parts = [
+        "## Methods",
+        "### Data\n\n" + _data(study, found),
+        "### Compared trainings\n\n" + _arms(study, found),
+        "### Training\n\n" + _training(study),
+        *(["### Federation\n\n" + _federation(study)] if "federated" in study.arms.modes else []),
+        *(["### Differential privacy\n\n" + _privacy(study)] if study.arms.epsilons else []),
+        "### Evaluation and statistics\n\n" + _statistics(found),
+        "### Software\n\n" + _software(results),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _data(study: StudyFile, found: StudyFindings) -> str:
+    registry = study.registry
+    scanners = []
+    for site, info in registry.sites.items():
+        stated = [info.vendor, None if info.field is None else f"{info.field:g} T", info.sequence]
+        known = ", ".join(str(word) for word in stated if word)
+        simulated = "; simulated" if info.simulation is not None else ""
+        scanners.append(
+            f"{site} ({known or 'scanner not stated'}{simulated}; {found.patients.get(site, 0)} test patients)"
+        )
+    words = f"Dataset `{found.dataset}`, {count(len(study.sites), 'site')}: {'; '.join(scanners)}. "
+    words += f"A share of {study.subject.held_out_fraction:g} of each site's labelled cases was held out for testing before any "
+    words += "training, by a seeded draw; travelling subjects, where the dataset has any, were tested on and never trained on. "
+    if found.targets != found.sites:
+        words += f"Labels of {joined(found.labelled)} were used for training; those of {joined(found.targets)} were withheld, "
+        words += "and their images took part in harmonization only. "
+    return words + f"Images were harmonized to the appearance of site {found.reference}."
+
+
+def _arms(study: StudyFile, found: StudyFindings) -> str:
+    arms = study.arms
+    control = found.arm(found.control)
+    said = [f"The control was plain nnU-Net with its own augmentation [@isensee2021nnunet], {control.mode} training."]
+    if arms.baselines:
+        said.append(f"Baselines: {joined([BASELINES[name] for name in arms.baselines])}.")
+    if arms.harmonizers:
+        said.append(
+            f"Harmonizers in front of the same nnU-Net: {'; '.join(HARMONIZERS.get(k, f'`{k}`') for k in arms.harmonizers)}."
+        )
+    said.append(f"Modes: {joined(arms.modes)}.")
+    if arms.oracle:
+        said.append("As the upper end, plain nnU-Net was trained on each site's own labels.")
+    said.append(
+        f"Each arm was trained {count(len(study.subject.seeds), 'time')}, with seeds "
+        f"{joined([str(s) for s in study.subject.seeds])}."
+    )
+    if found.missing:
+        said.append(f"{count(len(found.missing), 'planned training')} had no result when this report was written.")
+    return " ".join(said)
+
+
+def _training(study: StudyFile) -> str:
+    size = study.training
+    words = (
+        f"nnU-Net v2 planned the network of configuration `{study.subject.configuration}` for {size.gpu_memory_gb:g} GB of "
+        "GPU memory, "
+        f"{size.base_features} features in the first stage; preprocessing, loss, deep supervision and sliding-window "
+        "prediction are "
+        f"nnU-Net's own. Segmenters took {size.segmenter_epochs} epochs of {size.iterations_per_epoch} steps (SGD, initial "
+        "learning "
+        f"rate {size.initial_lr:g}, momentum {size.momentum:g}), harmonizers {size.harmonizer_epochs} epochs (learning rate "
+        f"{size.harmonizer_lr:g}), fold {study.subject.fold}."
+    )
+    return words + ("" if size.mirroring else " Predictions were made without mirroring.")
+
+
+def _federation(study: StudyFile) -> str:
+    size = study.training
+    return (
+        "Federated arms ran through Flower [@beutel2020flower]: weights were averaged after "
+        f"{count(size.local_epochs, 'local epoch')} "
+        f"[@mcmahan2017fedavg], weighted by {size.weighting}, with as many steps at each site as in central training. nnU-Net's "
+        "fingerprint was merged from bounded summaries of the sites; no image and no label left a site."
+    )
+
+
+def _privacy(study: StudyFile) -> str:
+    options = study.private(study.arms.epsilons[0])
+    return (
+        f"Private arms used DP-SGD [@abadi2016dpsgd] with the patient as unit: the gradient of each patient was clipped to norm "
+        f"{options.clip:g} over {count(options.patches_per_patient, 'patch', 'patches')}, an expected "
+        f"{options.patients_per_step:g} "
+        "patients took part in a step, and Gaussian noise was calibrated to epsilon "
+        f"{joined([f'{e:g}' for e in study.arms.epsilons])} "
+        f"at delta {options.delta:g}. The epsilon that is reported is the one spent, at the site that spent most."
+    )
+
+
+def _statistics(found: StudyFindings) -> str:
+    settings = found.settings
+    return (
+        f"Dice ({CONVENTIONS['dice']}) and the 95% Hausdorff distance ({CONVENTIONS['hd95_mm']}) were computed for each "
+        "label and "
+        "averaged over labels in each case. Means over cases and trainings have 95% percentile intervals from "
+        f"{settings['resamples']} bootstrap draws of patients and of trainings [@efron1993bootstrap]; a patient seen at "
+        "several sites "
+        "was drawn with all scans, and arms were compared on the same draws. The gap recovered by an arm is its gain over "
+        "the control "
+        "divided by that of a training on the sites' own labels, both summed over the sites; it is stated where the "
+        "interval of the gap "
+        "excludes 0. Two arms were compared by the Wilcoxon signed-rank test [@wilcoxon1945] of each patient's difference, "
+        "a mean over "
+        "trainings, with zeros after Pratt [@pratt1959] and the exact distribution under zeros and ties; p values were "
+        "adjusted by Holm "
+        "within each family of questions [@holm1979]. A difference is called one only if the adjusted p is below 0.05 and "
+        "the bootstrap "
+        "interval excludes 0. Federated training is called as good as central if two one-sided t tests "
+        "[@schuirmann1987tost] reject a "
+        f"mean difference of {settings['margin']:g} Dice or more on either side (Holm, 0.05) and the 90% bootstrap interval "
+        "lies within "
+        f"that margin, which was fixed beforehand. With fewer than {FEWEST_SEEDS} trainings of an arm, statements are "
+        "called exploratory. " + _controls(found)
+    )
+
+
+def _controls(found: StudyFindings) -> str:
+    names = {item.name for item in found.controls}
+    said = "Controls: Dice at the reference site, whose images must not change"
+    if KNOWN_INVERSE in names:
+        said += "; and, as sites were simulated, harmonized volumes against the known truth"
+    elif TRAVELLING in names:
+        said += "; and harmonized volumes of travelling subjects against the same patients at the reference"
+    return said + "."
+
+
+def _software(results: StudyResults) -> str:
+    recorded = environments(results)
+    if not recorded:
+        return "Versions were not recorded."
+    versions: dict[str, list[str]] = {}
+    for entry in recorded:
+        for name, version in (entry.get("versions") or {}).items():
+            versions.setdefault(name, [])
+            if version not in versions[name]:
+                versions[name].append(version)
+    shown = [f"{name} {' and '.join(found)}" for name, found in versions.items()]
+    commits, machines = _distinct(recorded, "git"), _distinct(recorded, "machine")
+    words = f"{joined(shown)}; Python {joined(_distinct(recorded, 'python'))}." if shown else ""
+    if commits:
+        words += f" Commit {joined([f'`{commit[:12]}`' for commit in commits])}."
+    return words + (f" Trained on {joined(machines)}." if machines else "")
+
+
+def environments(results: StudyResults) -> list[dict[str, Any]]:
+    """What each finished cell recorded."""
+    paths = [cell.folder / ENVIRONMENT_FILE for cell in results.finished]
+    return [read_json(path, what="The environment of a cell") for path in paths if path.is_file()]
+
+
+def _distinct(recorded: Sequence[dict[str, Any]], key: str) -> list[str]:
+    return list(dict.fromkeys(str(entry[key]) for entry in recorded if entry.get(key)))

@@ -1,0 +1,62 @@
+"""Names of arms and places as the report's reader knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nnunet_fedharm.differences.notes import joined
+from nnunet_fedharm.study.findings import ArmFinding, StudyFindings
+from nnunet_fedharm.study.study_file import CONTROL
+
+_KINDS = {CONTROL: "plain nnU-Net", "augment": "strong augmentation", "nyul": "Nyul's histogram matching"}
+
+
+def kind_name(kind: str, *, augmentation: bool = True) -> str:
+    """A harmonizer or baseline in a sentence."""
+    name = _KINDS.get(kind, kind)
+    return name if augmentation else f"{name} without augmentation"
+
+
+def place(found: StudyFindings) -> str:
+    """ "at B, C and D (labels withheld)"."""
+    where = f"at {joined(found.targets)}"
+    return f"{where} (labels withheld)" if set(found.targets) != set(found.sites) else where
+
+
+def group_of(arm: ArmFinding) -> str:
+    """Under which heading an arm stands."""
+    if arm.site:
+        return "the site's own labels"
+    if arm.epsilon is not None:
+        return "with differential privacy"
+    return "federated" if arm.mode == "federated" else "central"
+
+
+def style_of(arm: ArmFinding) -> str:
+    """CSS class: grey for arms without a harmonizer, blue central, orange federated, violet on a site's own labels."""
+    if arm.site:
+        return "series-4"
+    if arm.mode == "federated":
+        return "series-3"
+    return "series-1" if arm.kind in _KINDS else "series-2"
+
+
+def row_name(arm: ArmFinding) -> str:
+    """An arm in a figure, under the heading of its group."""
+    name = kind_name(arm.kind, augmentation=arm.augmentation)
+    name = {"plain nnU-Net": "plain nnU-Net (control)" if arm.mode == "central" else "plain nnU-Net"}.get(name, name)
+    if arm.epsilon is not None:
+        return f"{kind_name(arm.kind)}, {arm.mode}, ε {arm.epsilon:g}"
+    return name
+
+
+def shown_arms(found: StudyFindings) -> list[ArmFinding]:
+    """Arms with a row of their own, in groups; trainings on one site's own labels are marks in the others' rows."""
+    order = ["central", "federated", "with differential privacy"]
+    rows = [arm for arm in found.arms if not arm.site]
+    return sorted(rows, key=lambda arm: order.index(group_of(arm)))
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "A, B and C", or "none"."""
+    return joined(list(names)) if names else "none"

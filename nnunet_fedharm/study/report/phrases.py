@@ -1,0 +1,132 @@
+"""What may be said of a comparison: parts of sentences by the rules that `answers` lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from nnunet_fedharm.differences.findings import Estimate
+from nnunet_fedharm.differences.notes import joined
+from nnunet_fedharm.evaluation.words import count, number, probability
+from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, Comparison, StudyFindings
+from nnunet_fedharm.study.report.names import kind_name, place
+from nnunet_fedharm.study.study_file import BASELINES, CONTROL
+
+
+def exploratory(items: Sequence[Comparison]) -> str:
+    """The words before a sentence that rests on few trainings; empty with enough."""
+    few = [item.seeds for item in items if item.exploratory]
+    return f"Exploratory, {count(min(few), 'training')} of each arm: " if few else ""
+
+
+def amount(estimate: Estimate) -> str:
+    """ "0.268 (0.257 to 0.279)", of a change without its sign."""
+    values = [estimate.value, estimate.low, estimate.high]
+    if estimate.value is not None and estimate.value < 0:
+        values = [None if value is None else -value for value in (estimate.value, estimate.high, estimate.low)]
+    shown = [number(value, 3) for value in values]
+    return shown[0] if values[1] is None else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def signed(estimate: Estimate) -> str:
+    """ "+0.002 (-0.001 to +0.005)"."""
+    shown = ["-" if value is None else f"{value:+.3f}" for value in (estimate.value, estimate.low, estimate.high)]
+    return shown[0] if estimate.low is None else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def changes(found: StudyFindings, items: Sequence[Comparison], raised: str, against: str) -> str:
+    """Better, unclear and worse arms, a sentence each."""
+    said = []
+    for verdict, verb in ((BETTER, ("raises", "raise")), (WORSE, ("lowers", "lower"))):
+        own = [item for item in items if item.verdict == verdict]
+        if own:
+            target = raised if verdict == BETTER else against
+            said.append(f"{_sentence(arm_names(found, own))} {verb[len(own) > 1]} {target} by {amounts(found, own)}.")
+    unclear = [item for item in items if item.verdict == UNCLEAR]
+    if unclear:
+        said.append(
+            f"{_sentence(arm_names(found, unclear))} {'was' if len(unclear) == 1 else 'were'} not shown to change {against} "
+            f"({_list(found, unclear, signed)})."
+        )
+    return exploratory(items) + " ".join(said)
+
+
+def closeness(found: StudyFindings, items: Sequence[Comparison]) -> str:
+    """As good, not worse, or not shown, a sentence each."""
+    groups: dict[str, list[Comparison]] = {"equal": [], "not worse": [], "unclear": []}
+    for item in items:
+        equal = item.equivalence
+        groups["equal" if equal and equal.shown else "not worse" if equal and equal.not_worse else "unclear"].append(
+            item
+        )
+    said = []
+    margin = items[0].equivalence.margin if items[0].equivalence else 0.0
+    if own := groups["equal"]:
+        verb = "is" if len(own) == 1 else "are each"
+        said.append(f"Federated {arm_names(found, own)} {verb} as good as central within {margin:g} Dice.")
+    if own := groups["not worse"]:
+        verb = "is" if len(own) == 1 else "are each"
+        said.append(f"Federated {arm_names(found, own)} {verb} not worse than central by {margin:g} Dice or more.")
+    if own := groups["unclear"]:
+        worse = [item for item in own if item.verdict == WORSE]
+        rest = [item for item in own if item.verdict != WORSE]
+        if worse:
+            said.append(
+                f"Federated {arm_names(found, worse)} {'is' if len(worse) == 1 else 'are each'} worse than central, by "
+                f"{amounts(found, worse)}."
+            )
+        if rest:
+            verb = "was" if len(rest) == 1 else "were each"
+            said.append(
+                f"Federated {arm_names(found, rest)} {verb} not shown to be as good as central within {margin:g} Dice."
+            )
+    return exploratory(items) + " ".join(said)
+
+
+def differences(found: StudyFindings, items: Sequence[Comparison], what: str, *, level: int) -> str:
+    def of(item: Comparison) -> str:
+        shown = Estimate(item.difference.value, item.equivalence.interval.low, item.equivalence.interval.high) \
+            if item.equivalence else item.difference  # fmt: skip
+        return f"{signed(shown)} {arm_name(found, item)}"
+
+    return f"{what}, mean Dice {place(found)} with {level}% interval: {joined([of(item) for item in items])}."
+
+
+def arm_name(found: StudyFindings, item: Comparison) -> str:
+    arm = found.arm(item.first)
+    return kind_name(arm.kind, augmentation=arm.augmentation)
+
+
+def arm_names(found: StudyFindings, items: Sequence[Comparison]) -> str:
+    return joined([arm_name(found, item) for item in items])
+
+
+def _list(found: StudyFindings, items: Sequence[Comparison], of: Callable[[Estimate], str]) -> str:
+    """Numbers with the names of their arms, where there are several."""
+    if len(items) == 1:
+        return of(items[0].difference)
+    return "; ".join(f"{arm_name(found, item)} {of(item.difference)}" for item in items)
+
+
+def amounts(found: StudyFindings, items: Sequence[Comparison]) -> str:
+    if len(items) == 1:
+        return amount(items[0].difference)
+    shown = [_short(item.difference.value) for item in items]
+    return f"{shown[0]} each" if len(set(shown)) == 1 else joined(shown)
+
+
+def _short(value: float | None) -> str:
+    return number(None if value is None else abs(value), 2 if value is not None and abs(value) >= 0.1 else 3)
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+def p_words(p: float | None) -> str:
+    """ "p = 0.012", "p < 0.001"."""
+    shown = probability(p)
+    return f"p {shown if shown.startswith('<') else '= ' + shown}"
+
+
+def is_harmonizer(found: StudyFindings, item: Comparison) -> bool:
+    return found.arm(item.first).kind not in (CONTROL, *BASELINES)

@@ -1,0 +1,266 @@
+"""From finished cells to everything that the report says in numbers.
+
+| number | how |
+|---|---|
+| Dice of an arm at a site | mean over cases and trainings, 95% percentile bootstrap over patients and trainings |
+| worst site | smallest site mean, also in each draw |
+| gap recovered | sum over sites of (arm - control) / sum over sites of (oracle - control), same draws of patients for all three |
+| difference of two arms | mean over patients, see `paired` |
+
+The oracle of a site is plain nnU-Net on the site's own labels; where the gap's interval reaches 0 no share is stated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+
+from nnunet_fedharm.differences.findings import Estimate
+from nnunet_fedharm.study.controls import check_controls
+from nnunet_fedharm.study.draws import RESAMPLES, Drawn, Draws, Vector, combined
+from nnunet_fedharm.study.findings import ArmFinding, CostFinding, GapFinding, StudyFindings
+from nnunet_fedharm.study.matrix import Arm, cells_of
+from nnunet_fedharm.study.paired import MARGIN, Question, compare_family
+from nnunet_fedharm.study.results import DICE, HD95, StudyResults, is_finished
+from nnunet_fedharm.study.study_file import BASELINES, CONTROL, StudyFile
+
+AUGMENT = Arm("central", "augment")
+
+
+def analyse(
+    results: StudyResults, *, margin: float = MARGIN, resamples: int = RESAMPLES, seed: int = 0
+) -> StudyFindings:
+    """All numbers of a study.
+
+    Args:
+        results: finished cells; arms without one are left out.
+        margin: of equivalence, in Dice.
+        resamples: bootstrap draws.
+        seed: of the draws.
+    """
+    study = results.study
+    draws = study_draws(results, resamples=resamples, seed=seed)
+    targets = target_sites(study)
+    plain = [arm for arm in results.by_arm if arm.epsilon is None and not arm.site]
+    tested = [arm for arm in plain if arm != results.control]
+    harmonized = [arm for arm in plain if is_harmonizer(arm)]
+    central = [arm for arm in harmonized if arm.mode == "central"]
+
+    at_reference = compare_family(
+        results,
+        draws,
+        "harmonizers against the control at the reference",
+        [Question(arm, results.control, (study.subject.reference,)) for arm in harmonized],
+        margin=margin,
+    )
+    quality = {arm.name: found for arm, cells in results.by_arm.items() if (found := cells[0].quality) is not None}
+    return StudyFindings(
+        name=study.subject.name,
+        dataset=study.raw_dataset.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        configuration=study.subject.configuration,
+        sites=study.sites,
+        labelled=study.labelled_sites,
+        reference=study.subject.reference,
+        targets=targets,
+        patients={site: len(set(names)) for site, names in draws.patients.items()},
+        patients_total=len(draws.names),
+        control=results.control.name,
+        oracles={site: arm.name for site in study.sites if (arm := results.oracle(site)) in results.by_arm},
+        arms=[_arm(results, draws, arm, targets) for arm in results.by_arm],
+        gaps=_gaps(results, draws),
+        against_control=compare_family(
+            results, draws, "arms against the control", [Question(arm, results.control, targets) for arm in tested]
+        ),
+        at_each_site=compare_family(
+            results,
+            draws,
+            "arms against the control, site by site",
+            [Question(arm, results.control, (site,)) for arm in tested for site in targets],
+        ),
+        against_augment=compare_family(
+            results,
+            draws,
+            "central harmonizers against strong augmentation",
+            [Question(arm, AUGMENT, targets) for arm in central],
+        ),
+        federated=compare_family(
+            results, draws, "federated against central", list(_federated(plain, targets)), margin=margin
+        ),
+        points={item.first.name: _points(results, item) for item in _federated(plain, targets)},
+        private=compare_family(
+            results, draws, "private against the same without privacy", list(_private(results, targets)), margin=margin
+        ),
+        at_reference=at_reference,
+        controls=check_controls(study, at_reference, quality, {arm.name: arm.title for arm in results.by_arm}),
+        costs=[_cost(results, arm) for arm in results.by_arm],
+        quality=quality,
+        epsilons=study.arms.epsilons,
+        modes=study.arms.modes,
+        missing=[cell.name for cell in cells_of(study) if not is_finished(study, cell)],
+        settings={
+            "margin": margin,
+            "resamples": resamples,
+            "seed": seed,
+            "level": 0.95,
+            "seeds": list(study.subject.seeds),
+        },
+    )
+
+
+def study_draws(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0) -> Draws:
+    """Draws of the patients who were tested."""
+    study = results.study
+    sites = {site: results.cases(site) for site in study.sites}
+    patients = {site: [patient_of(study, case) for case in cases] for site, cases in sites.items() if cases}
+    return Draws(patients, resamples=resamples, seed=seed)
+
+
+def patient_of(study: StudyFile, case: str) -> str:
+    """Whose case it is. A travelling subject SITE_SUBJECT is the patient of the reference's case of the same subject."""
+    registry = study.registry
+    if case in registry.cases or case in registry.patients:
+        return registry.patient_of(case)
+    site = registry.site_of(case)
+    if site is None:
+        return case
+    return registry.patient_of(f"{study.subject.reference}_{case.removeprefix(f'{site}_')}")
+
+
+def target_sites(study: StudyFile) -> tuple[str, ...]:
+    """Sites that harmonization is for: those without labels; all, where every site has labels."""
+    return study.unlabelled_sites or study.sites
+
+
+def is_harmonizer(arm: Arm) -> bool:
+    """Whether a harmonizer is in front, Nyul's among the baselines aside."""
+    return arm.harmonizer not in (CONTROL, *BASELINES)
+
+
+def _arm(results: StudyResults, draws: Draws, arm: Arm, targets: Sequence[str]) -> ArmFinding:
+    found = {site: scores for site in results.study.sites if (scores := results.scores(arm, site)) is not None}
+    dice = {site: draws.site(scores, site) for site, scores in found.items()}
+    distances = {
+        site: draws.site(scores, site) for site in found if (scores := results.scores(arm, site, HD95)) is not None
+    }
+    complete = all(site in dice for site in targets)
+    parts = [dice[site] for site in (targets if complete else dice)]
+    return ArmFinding(
+        arm=arm.name,
+        title=arm.title,
+        kind=arm.harmonizer,
+        mode=arm.mode,
+        augmentation=arm.augmentation,
+        epsilon=arm.epsilon,
+        site=arm.site,
+        seeds=len(results.seeds(arm)),
+        dice={site: drawn.estimate() for site, drawn in dice.items()},
+        hd95_mm={site: drawn.estimate() for site, drawn in distances.items()},
+        worst_site=None if arm.site else min(dice, key=lambda site: dice[site].value, default=None),
+        worst=_smallest(list(dice.values())).estimate() if dice and not arm.site else Estimate(None),
+        target=_mean(parts).estimate() if complete and parts else None,
+        gap=_gap(results, draws, arm, targets) if arm != results.control and not arm.site else None,
+        seed_means=[
+            float(np.mean([np.nanmean(found[site][row]) for site in (targets if complete else found)]))
+            for row in range(len(results.seeds(arm)))
+        ],
+    )
+
+
+def _gap(results: StudyResults, draws: Draws, arm: Arm, sites: Sequence[str]) -> GapFinding | None:
+    """Of the sites that have an oracle of their own; None if there is none, or the arm was not tested at one."""
+    known = [site for site in sites if results.oracle(site) not in (results.control, arm)]
+    triples = [_triple(results, draws, arm, site) for site in known]
+    complete = [triple for triple in triples if triple is not None]
+    if not complete or len(complete) < len(triples):
+        return None
+    gained = _sum([of_arm - of_control for of_arm, of_control, _ in complete])
+    gap = _sum([oracle - of_control for _, of_control, oracle in complete])
+    mean_gap = combined(lambda total: total / len(complete), gap).estimate()
+    certain = mean_gap.low is not None and mean_gap.low > 0
+    share = combined(_ratio, gained, gap).estimate() if certain else None
+    return GapFinding(tuple(known), share, mean_gap)
+
+
+def _triple(results: StudyResults, draws: Draws, arm: Arm, site: str) -> tuple[Drawn, Drawn, Drawn] | None:
+    """Arm, control and oracle at a site, with the seeds that all three have."""
+    arms = (arm, results.control, results.oracle(site))
+    seeds = [seed for seed in results.seeds(arm) if all(seed in results.seeds(other) for other in arms)]
+    scores = [results.scores(item, site, DICE, seeds=seeds) for item in arms] if seeds else [None]
+    if any(found is None for found in scores):
+        return None
+    first, second, third = (draws.site(found, site) for found in scores if found is not None)
+    return first, second, third
+
+
+def _gaps(results: StudyResults, draws: Draws) -> dict[str, Estimate]:
+    """Site -> oracle - control, where the site has an oracle of its own."""
+    gaps = {}
+    for site in results.study.sites:
+        if results.oracle(site) == results.control:
+            continue
+        triple = _triple(results, draws, results.control, site)
+        if triple is not None:
+            gaps[site] = (triple[2] - triple[1]).estimate()
+    return gaps
+
+
+def _federated(arms: Sequence[Arm], sites: tuple[str, ...]) -> Iterator[Question]:
+    for arm in arms:
+        central = Arm("central", arm.harmonizer, arm.augmentation)
+        if arm.mode == "federated" and central in arms:
+            yield Question(arm, central, sites)
+
+
+def _points(results: StudyResults, question: Question) -> list[tuple[str, float, float]]:
+    """(site, central, federated) of each case."""
+    seeds = [seed for seed in results.seeds(question.first) if seed in results.seeds(question.second)]
+    found = []
+    for site in question.sites:
+        pair = [results.scores(arm, site, seeds=seeds) for arm in (question.second, question.first)]
+        if seeds and pair[0] is not None and pair[1] is not None:
+            means = [np.mean(scores, axis=0) for scores in pair if scores is not None]
+            found += [(site, float(x), float(y)) for x, y in zip(*means, strict=True) if np.isfinite(x + y)]
+    return found
+
+
+def _private(results: StudyResults, sites: tuple[str, ...]) -> Iterator[Question]:
+    for arm in results.by_arm:
+        if arm.epsilon is not None:
+            yield Question(arm, Arm(arm.mode, arm.harmonizer, arm.augmentation), sites)
+
+
+def _cost(results: StudyResults, arm: Arm) -> CostFinding:
+    costs = [cell.cost for cell in results.by_arm[arm]]
+    spent = [cost.epsilon for cost in costs if cost.epsilon is not None]
+    deltas = [cost.delta for cost in costs if cost.delta is not None]
+    return CostFinding(
+        arm=arm.name,
+        train_s=float(np.mean([cost.train_s for cost in costs])),
+        predict_s=float(np.mean([cost.predict_s for cost in costs])),
+        bytes_up=round(float(np.mean([cost.bytes_up for cost in costs]))),
+        bytes_down=round(float(np.mean([cost.bytes_down for cost in costs]))),
+        epsilon=max(spent, default=None),
+        delta=max(deltas, default=None),
+        without_noise=tuple(dict.fromkeys(name for cost in costs for name in cost.without_noise)),
+        devices=tuple(dict.fromkeys(cost.device for cost in costs)),
+    )
+
+
+def _sum(parts: Sequence[Drawn]) -> Drawn:
+    return Drawn(sum(part.value for part in parts), np.sum([part.draws for part in parts], axis=0))
+
+
+def _mean(parts: Sequence[Drawn]) -> Drawn:
+    return Drawn(_sum(parts).value / len(parts), _sum(parts).draws / len(parts))
+
+
+def _smallest(parts: Sequence[Drawn]) -> Drawn:
+    return Drawn(min(part.value for part in parts), np.min([part.draws for part in parts], axis=0))
+
+
+def _ratio(gained: Vector, gap: Vector) -> Vector:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(gained / gap)
