@@ -23,6 +23,10 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
 
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.privacy.gaussian import gaussian_epsilon, gaussian_sigma
@@ -62,15 +66,24 @@ class Noise:
 
 def rdp_epsilon(noises: Sequence[Noise], delta: float) -> float:
     """Epsilon of all releases together at delta, by Renyi differential privacy: valid for any parameters, somewhat loose."""
-    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import get_privacy_spent
 
     _check_delta(delta)
-    accountant = RDPAccountant()
-    accountant.history = _history(noises)
+    if not noises:
+        return 0.0
+    divergences = np.sum([steps * _divergences(noise, rate) for noise, rate, steps in _history(noises)], axis=0)
     with warnings.catch_warnings():
         # The smallest or largest order being the best one leaves the bound valid.
         warnings.filterwarnings("ignore", message="Optimal order is the")
-        return max(0.0, accountant.get_epsilon(delta, alphas=list(ORDERS)))
+        return max(0.0, float(get_privacy_spent(orders=list(ORDERS), rdp=divergences, delta=delta)[0]))
+
+
+@lru_cache(maxsize=1024)
+def _divergences(noise_multiplier: float, sample_rate: float) -> npt.NDArray[np.float64]:
+    """RDP of one step at ORDERS; steps add up, so a search over steps or a long ledger pays for it once."""
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    return np.asarray(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(ORDERS)))
 
 
 def prv_epsilon(noises: Sequence[Noise], delta: float) -> float:
