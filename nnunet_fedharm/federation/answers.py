@@ -24,8 +24,12 @@ from nnunet_fedharm.federation.report import site as report_site
 from nnunet_fedharm.federation.secure import home as secure_home
 from nnunet_fedharm.federation.secure.rounds import Trained, train_for_sum
 from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
+from nnunet_fedharm.federation.site_counts import count_release
+from nnunet_fedharm.federation.site_privacy import adds_own_noise, own_release, updates_only, with_own_noise
 from nnunet_fedharm.federation.statistics import answer_once
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
+from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.privacy.site_level import SitePrivacy
 
 Work = Callable[[Site, Unpacked], RecordDict]
 
@@ -160,6 +164,11 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
     start = time.monotonic()
     values = request.values
     trained, control = _local_round(site, request)
+    promised = SitePrivacy.from_dict(values["site_dp"]) if values["site_dp"] else None
+    weights = trained.weights
+    if adds_own_noise(promised):
+        count_release(site, values["run_id"], promised)
+        weights = with_own_noise(promised, trained.received, weights, trained.ownership)
     answer = {
         "site": site.name,
         **{key: values[key] for key in ("phase", "round", "plans_hash")},
@@ -167,10 +176,15 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
         "n_cases": trained.n_cases,
         "metrics": dict(trained.metrics),
         # Under differential privacy the time would tell how many patients were drawn.
-        "seconds": 0.0 if trained.private else round(time.monotonic() - start, 3),
+        "seconds": 0.0 if trained.private or promised else round(time.monotonic() - start, 3),
     }
-    content = reply(messages.TRAIN_REPLY, answer, encode_with_control(trained.weights, control, fp16=values["fp16"]))
-    if not trained.private:  # else the trainer has entered its steps
+    content = reply(messages.TRAIN_REPLY, answer, encode_with_control(weights, control, fp16=values["fp16"]))
+    if trained.private:
+        return content  # the trainer has entered its steps
+    if adds_own_noise(promised):
+        what = f"weights, {values['phase']} round {values['round'] + 1}"
+        Ledger(site.folder).record(own_release(promised, what, values["run_id"]))
+    else:
         enter_release(site.folder, messages.TRAIN.name, values, content)
     return content
 
@@ -201,11 +215,12 @@ def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
             objective=objective,
         )
     ownership = ownership_of(federation["plans"], values["configuration"], values["phase"])
+    ownership = updates_only(ownership) if values["site_dp"] else ownership
     changed = ownership.contribution(site.name, travelling(values["phase"], result.weights))
     steps, cases = int(result.n_steps), int(result.n_cases)
     metrics = site.policy.allowed_metrics(finite(result.metrics))
-    if result.private:
-        metrics.pop("seconds", None)
+    if result.private or values["site_dp"]:
+        metrics = {name: value for name, value in metrics.items() if name == "epsilon"}
     trained = Trained(received, changed, ownership, steps, cases, metrics, result.private)
     return trained, result.control
 

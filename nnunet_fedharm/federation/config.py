@@ -14,11 +14,13 @@ from typing import Any, cast
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.secure.checks import MODES, check_secure
+from nnunet_fedharm.federation.site_privacy import check_site_privacy
 from nnunet_fedharm.federation.strategy import STRATEGIES
 from nnunet_fedharm.federation.strategy_checks import LOCAL_GROUPS, check_strategy, strategy_warnings
 from nnunet_fedharm.harmonizers import KINDS, LEARNED, check_options
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule
 from nnunet_fedharm.privacy.options import PrivacyOptions
+from nnunet_fedharm.privacy.site_level import MODES as MODES_OF_SITES
 
 FOLDS = ("all", "0", "1", "2", "3", "4")
 PHASES = ("frozen", "finetune")
@@ -66,7 +68,8 @@ class FederateConfig:
         0.1, "learning rate of the harmonizer in finetune, as a share of the segmenter's"
     )
     trained_groups: str = _option(
-        "", "groups of the segmenter's tensors that are trained, comma separated, of: norm, encoder, decoder, heads; empty = all"
+        "",
+        "groups of the segmenter's tensors that are trained, comma separated, of: norm, encoder, decoder, heads; empty = all",
     )
     augmentation: bool = _option(True, "nnU-Net's augmentation of the segmenter's patches")
     start_from: str = _option("", "results folder or checkpoint, at the server, whose weights the run starts from")
@@ -110,8 +113,15 @@ class FederateConfig:
     style_noise: float = _option(
         5.0, "noise multiplier of a site's style under differential privacy; 0 sends it as it is"
     )
+    site_dp: str = _option(
+        "off", "differential privacy of whole sites: off, or who adds the noise: " + ", ".join(MODES_OF_SITES)
+    )
+    site_clip: float = _option(1.0, "site-dp: bound on the norm of a site's update in a round")
+    site_noise: float = _option(1.0, "site-dp: noise on the sum of updates, as a multiple of site-clip")
+    site_colluding: int = _option(1, "site-dp distributed: sites that may tell others their own share of the noise")
     fingerprint_noise: float = _option(
-        -1.0, "noise multiplier of a site's fingerprint under differential privacy; -1 = a tenth of the budget, 0 = none"
+        -1.0,
+        "noise multiplier of a site's fingerprint under differential privacy; -1 = a tenth of the budget, 0 = none",
     )
     fp16: bool = _option(False, "send float32 weights as float16: half the bytes")
     seed: int = _option(0, "seed of the run")
@@ -136,6 +146,7 @@ class FederateConfig:
         _check_names(self)
         check_strategy(self)
         check_secure(self)
+        check_site_privacy(self)
         _ = self.privacy, self.schedule  # refuse values out of range
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,12 +45,14 @@ class Item:
         most: largest number, or longest text in characters.
         least: smallest number.
         pattern: what a text has to look like.
+        numbers: the only names that a JSON object may have, all of them with finite numbers; empty for any object.
     """
 
     type: type
     most: float = 256
     least: float = 0
     pattern: str | None = None
+    numbers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ DATASET_JSON = Item(dict, 1 * _MIB)
 FINGERPRINT = Item(dict, 32 * _MIB)
 PHASE = Item(str, 16, pattern="|".join(PHASES))
 PLANS_HASH = Item(str, 64, pattern="[0-9a-f]{64}")
+METRICS = ("train_loss", "val_loss", "dice", "seconds", "epsilon")
 GROUPS = Item(str, 64, pattern=r"([a-z]+(,[a-z]+)*)?")
 
 _TRAINING = {
@@ -141,6 +145,7 @@ TRAIN = Schema(
         "proximal_mu": Item(float, 10**6),
         "scaffold": FLAG,
         "counted": Item(dict, 64 * _KIB),
+        "site_dp": Item(dict, _KIB),
     },
     weights=True,
 )
@@ -153,7 +158,7 @@ TRAIN_REPLY = Schema(
         "plans_hash": PLANS_HASH,
         "n_steps": COUNT,
         "n_cases": COUNT,
-        "metrics": Item(dict, 64 * _KIB),
+        "metrics": Item(dict, 1 * _KIB, numbers=METRICS),
         "seconds": SECONDS,
     },
     weights=True,
@@ -218,7 +223,9 @@ def unpack_reply(schema: Schema, content: RecordDict, *, source: str) -> Unpacke
     values: dict[str, Any] = dict(config)
     status = values.pop("status", None)
     if status == "error":
-        raise SiteFailure(str(values.get("kind", ""))[:64], str(values.get("text", "no reason given"))[:2000])
+        raise SiteFailure(
+            _printable(values.get("kind", ""), 64), _printable(values.get("text", "no reason given"), 2000)
+        )
     if status != "ok":
         raise FederationError(f"The {schema.name} from {source} has the status {status!r}.")
     return _unpack(schema, values, content, source)
@@ -259,6 +266,7 @@ def _check_keys(schema: Schema, found: set[str], source: str) -> None:
 def _to_wire(schema: Schema, key: str, value: Any) -> Any:
     item = schema.items[key]
     if item.type is dict:
+        _check_numbers(value, item.numbers, f"{key} of the {schema.name}")
         try:
             value = json.dumps(value, allow_nan=False, separators=(",", ":"))
         except (TypeError, ValueError) as error:
@@ -277,7 +285,19 @@ def _from_wire(schema: Schema, key: str, value: Any, source: str) -> Any:
         raise FederationError(f"{key} of the {schema.name} from {source} is not JSON.") from error
     if not isinstance(data, dict):
         raise FederationError(f"{key} of the {schema.name} from {source} is not a JSON object.")
+    _check_numbers(data, schema.items[key].numbers, f"{key} of the {schema.name} from {source}")
     return data
+
+
+def _check_numbers(data: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
+    for name, value in data.items() if names else ():
+        if name not in names or type(value) not in (int, float) or not math.isfinite(value):
+            raise FederationError(f"{where} has {name[:80]!r}; only finite numbers named {', '.join(names)} are read.")
+
+
+def _printable(value: Any, most: int) -> str:
+    """Text of a site as it may be shown on a terminal and stand in a log."""
+    return "".join(sign if sign.isprintable() else " " for sign in str(value)[:most])
 
 
 def _refuse_constant(text: str) -> float:

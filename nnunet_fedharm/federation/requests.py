@@ -8,12 +8,20 @@ from flwr.app import ArrayRecord, RecordDict
 
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.messages import TRAIN, json_hash, pack
+from nnunet_fedharm.federation.site_privacy import site_privacy_of
 from nnunet_fedharm.federation.state import ServerState
+from nnunet_fedharm.privacy.site_level import SitePrivacy
 
 
 def scaffolds(config: FederateConfig, phase: str) -> bool:
     """Whether control variates travel in a phase."""
     return config.strategy == "scaffold" and phase == "segmenter"
+
+
+def promise_of(config: FederateConfig, state: ServerState, phase: str) -> SitePrivacy | None:
+    """Privacy of sites in a phase; None without."""
+    facts = state.facts.values()
+    return site_privacy_of(config, sum(phase == "harmonizer" or fact["n_labelled"] > 0 for fact in facts))
 
 
 def common_values(config: FederateConfig, state: ServerState, trainer_name: str) -> dict[str, Any]:
@@ -44,4 +52,5 @@ def train_request(
         "scaffold": scaffolds(config, phase),
         "counted": state.memory.numbers.get("counted", {}) if scaffolds(config, phase) else {},
     }
-    return pack(TRAIN, values, record)
+    promised = promise_of(config, state, phase)
+    return pack(TRAIN, values | {"site_dp": {} if promised is None else promised.to_dict()}, record)

@@ -30,10 +30,11 @@ from nnunet_fedharm.federation.messages import (
     unpack_reply,
 )
 from nnunet_fedharm.federation.ownership import Ownership
-from nnunet_fedharm.federation.requests import common_values, scaffolds, train_request
+from nnunet_fedharm.federation.requests import common_values, promise_of, scaffolds, train_request
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.secure.checks import secures
 from nnunet_fedharm.federation.secure.rounds import SecureRound
+from nnunet_fedharm.federation.site_privacy import protect
 from nnunet_fedharm.federation.spool import SPOOL, Spool, spooled
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.federation.strategy import controlled, current_control, next_model, strategy_of, trains_together
@@ -92,9 +93,11 @@ class RoundLoop:
         with spooled(self.log.path.parent / state.run_id / SPOOL) as spool:
             updates, traffic = self._collect(phase, number, state, weights, spool)
             self._report_missing_reference(phase, number, updates)
+            part = self._part(phase, weights)
+            updates = protect(promise_of(self.config, state, phase), part, self.ownership[phase], updates)
             made = next_model(
                 strategy,
-                self._part(phase, weights),
+                part,
                 updates,
                 self.ownership[phase],
                 state.memory,
@@ -142,7 +145,8 @@ class RoundLoop:
             quorum = max(quorum, strategy_of(self.config).least_replies)
         if secures(self.config, phase):
             plain, where = encode(part), (state.run_id, phase, number, json_hash(state.plans))
-            secure = SecureRound(self.roster, self.config, self.log, self.ownership[phase], *where, part)
+            promised = promise_of(self.config, state, phase)
+            secure = SecureRound(self.roster, self.config, self.log, self.ownership[phase], *where, part, promised)
             request = self._train_request(phase, number, state, plain)
             return secure.collect(request, lambda least: self._wait_for(wanted, least, state), quorum)
         control = current_control(state.memory, self._controlled(phase, part))

@@ -20,6 +20,7 @@ from nnunet_fedharm.federation.report.config import SiteReportConfig, task_of, t
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.rounds import RoundLoop
 from nnunet_fedharm.federation.server_root import locked_server, resolve_sites
+from nnunet_fedharm.federation.site_privacy import OFF, PRIVACY_FILE, privacy_statement, updates_only
 from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state, unfinished_runs
 from nnunet_fedharm.federation.strategy import final_weights
 from nnunet_fedharm.nnunet_root import NnunetRoot
@@ -81,6 +82,9 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
     ownership = {
         phase: replace(ownership_of(state.plans, config.configuration, phase), local=local) for phase in PHASES
     }
+    if config.site_dp != OFF:
+        ownership = {phase: updates_only(owned) for phase, owned in ownership.items()}
+        log.write("site_privacy", **privacy_statement(config, state.facts)["site_level"])
     loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint)
     state, weights = loop.run_phase("harmonizer", config.harmonizer_rounds, state, weights)
     state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, weights)
@@ -88,6 +92,9 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
     results = _write_results(root, config, state, last, trainer_name, _last_checkpoints(state))
     if local:
         _state_what_is_missing(results, config, local, log)
+    if config.site_dp != OFF or config.privacy:
+        text = json.dumps(privacy_statement(config, state.facts), indent=1)
+        write_bytes(results / PRIVACY_FILE, text.encode())
     state = loop.finish(state, last)
     save_state(folder, state, weights)
     without = sorted(set(config.site_names) - set(state.finished_sites))

@@ -12,12 +12,14 @@ c / (2 L) an entry of a weighted mean, n A times as much of a sum (beside float6
 | c | `Field.clip` |
 | L | `Layout.levels(field)` |
 | w | `Layout.width` |
+
+Noise for the sum (`Share`) is rounded to the same grid and added as integers, so a sum with noise is as exact as one without.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +97,21 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A site's own part of the noise of a sum.
+
+    Attributes:
+        names: of the fields that get it.
+        sigma: standard deviation, in the unit of the values.
+        normal: standard normal numbers in double precision, so many.
+    """
+
+    names: frozenset[str]
+    sigma: float
+    normal: Callable[[int], npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
 class Layout:
     """A vector of fields in the ring; the same at the server and every site. Two counts follow the fields: weight and clipped.
 
@@ -151,12 +168,13 @@ class Layout:
         """Largest error of an entry of the sum, where nothing was clipped."""
         return self.sites * self._weight(field) * self.mean_error(field)
 
-    def encode(self, values: Mapping[str, npt.ArrayLike], weight: int = 1) -> Ring:
+    def encode(self, values: Mapping[str, npt.ArrayLike], weight: int = 1, share: Share | None = None) -> Ring:
         """One site's vector, before masking.
 
         Args:
             values: name -> array of the field's shape.
             weight: of this site, 0 to `max_weight`.
+            share: noise that this site adds to some fields; not multiplied by the weight.
 
         Raises:
             PrivacyError: names, shapes, NaN, infinity, a count or a weight that does not fit.
@@ -173,6 +191,8 @@ class Layout:
             clipped += self._encode_field(field, np.asarray(values[field.name]), vector[start:stop])
             if field.weighted:
                 vector[start:stop] *= weight
+            if share is not None and field.name in share.names:
+                clipped += self._add_share(field, share, vector[start:stop])
             start = stop
         vector[-2:] = weight, min(clipped, self._most // self.sites)
         return vector.view(np.uint64)
@@ -220,6 +240,13 @@ class Layout:
             return cls(fields, int(data["sites"]), int(data["max_weight"]), int(data["width"]))
         except (KeyError, TypeError, ValueError) as error:
             raise PrivacyError("The description of the secure sum cannot be read.") from error
+
+    def _add_share(self, field: Field, share: Share, into: npt.NDArray[np.int64]) -> int:
+        """Add rounded noise to a field's integers; returns how many had to be cut to keep within the ring."""
+        levels = self.levels(field) * self._weight(field)
+        noisy = into + np.rint(share.normal(into.size) * (share.sigma / self.step(field))).astype(np.int64)
+        np.clip(noisy, -levels, levels, out=into)
+        return int(np.count_nonzero(noisy != into))
 
     def _weight(self, field: Field) -> int:
         return self.max_weight if field.weighted else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from nnunet_fedharm.federation.messages import (
     PREFLIGHT,
     PREFLIGHT_REPLY,
     TRAIN,
+    TRAIN_REPLY,
+    Schema,
     SiteFailure,
     error_reply,
     json_hash,
@@ -37,6 +40,7 @@ TRAINING: dict[str, Any] = {
     "proximal_mu": 0.0,
     "scaffold": False,
     "counted": {},
+    "site_dp": {},
     "phase": "segmenter",
     "round": 0,
     "first_epoch": 0,
@@ -120,3 +124,54 @@ def test_json_that_is_too_long_or_not_finite_is_refused() -> None:
 def test_the_hash_of_plans_ignores_the_order_of_keys() -> None:
     assert json_hash({"a": 1, "b": [2]}) == json_hash({"b": [2], "a": 1})
     assert json_hash({"a": 1}) != json_hash({"a": 2})
+
+
+TRAINED: dict[str, Any] = {
+    "site": "A",
+    "phase": "segmenter",
+    "round": 0,
+    "plans_hash": "0" * 64,
+    "n_steps": 1,
+    "n_cases": 2,
+    "metrics": {"train_loss": 1.0, "dice": 0.5},
+    "seconds": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"case_0001": 1.0}, {"dice": [0.5] * 4}, {"dice": "0.5"}, {"dice": True}, {"dice": {"case_0001": 0.5}}],
+)
+def test_metrics_are_a_few_known_numbers_when_sent_and_when_read(metrics: dict[str, Any]) -> None:
+    weights = encode({"w": np.zeros(2, np.float32)})
+    with pytest.raises(FederationError, match="only finite numbers named train_loss"):
+        reply(TRAIN_REPLY, {**TRAINED, "metrics": metrics}, weights)
+    content = reply(TRAIN_REPLY, TRAINED, weights)
+    assert unpack_reply(TRAIN_REPLY, content, source="A").values["metrics"] == TRAINED["metrics"]
+    content.config_records["config"]["metrics"] = json.dumps(metrics)
+    with pytest.raises(FederationError, match="only finite numbers named train_loss"):
+        unpack_reply(TRAIN_REPLY, content, source="A")
+
+
+def test_a_sites_sentence_cannot_write_on_the_operators_terminal() -> None:
+    with pytest.raises(SiteFailure) as caught:
+        unpack_reply(PREFLIGHT_REPLY, error_reply("Kind\n", "bad\x1b[2J\nline"), source="A")
+    assert str(caught.value) == "bad [2J line"
+    assert caught.value.kind == "Kind "
+
+
+def test_no_item_of_any_message_is_unbounded() -> None:
+    from nnunet_fedharm.federation import messages
+    from nnunet_fedharm.federation.report import messages as report
+    from nnunet_fedharm.federation.secure import messages as secure
+
+    schemas = [
+        value for room in (messages, report, secure) for value in vars(room).values() if isinstance(value, Schema)
+    ]
+    assert len(schemas) > 20
+    for schema in schemas:
+        for key, item in schema.items.items():
+            assert item.type in (str, int, float, bool, dict), (schema.name, key)
+            assert 0 < item.most <= (64 * 2**20 if item.type is dict else 2**62), (schema.name, key)
+            assert item.type is not str or item.most <= 256, (schema.name, key)
+            assert item.type is not str or item.pattern is not None, (schema.name, key)

@@ -27,16 +27,22 @@ from nnunet_fedharm.federation.durable import read_json, write_bytes, write_json
 from nnunet_fedharm.federation.messages import Unpacked, reply
 from nnunet_fedharm.federation.secure import messages
 from nnunet_fedharm.federation.site import Site
+from nnunet_fedharm.federation.site_counts import count_release
+from nnunet_fedharm.privacy.fixed_point import Share
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.releases import Release
 from nnunet_fedharm.privacy.secure_aggregation import Terms
 from nnunet_fedharm.privacy.secure_site import SiteSession, advert_from_dict, advert_to_dict
+from nnunet_fedharm.privacy.site_level import SitePrivacy
 
 SECRET_FILE = "secure-aggregation.key"
 _FOLDER = "secure-sums"
 _OFFER, _ARRAYS, _SESSION, _OPENED = "offer.json", "offer.safetensors", "session.json", "opened.json"
 ONE = "one"
 """The weight of a sum without weights."""
+
+NOISY = "tensor:"
+"""Beginning of the names of the arrays that get noise, where an offer has any."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -52,6 +58,8 @@ class Offer:
         release: entry for the ledger, made when the masked vector leaves; None where it is entered already.
         question: SHA-256 of the request that it answers; the same one need not be worked on again.
         beside: arrays that travel in the open, as the answer to that request.
+        shares: noise that this site adds to the arrays, all of them together one update; None adds nothing.
+        run_id: whose openings are counted where there is noise.
     """
 
     key: str
@@ -60,6 +68,18 @@ class Offer:
     release: Release | None = None
     question: str = ""
     beside: Arrays | None = None
+    shares: SitePrivacy | None = None
+    run_id: str = ""
+
+    @property
+    def noisy(self) -> list[str]:
+        """Names of the arrays that noise is added to."""
+        return sorted(name for name in self.arrays if name.startswith(NOISY)) if self.shares is not None else []
+
+    @property
+    def entries(self) -> int:
+        """Of those arrays."""
+        return sum(self.arrays[name].size for name in self.noisy)
 
 
 def offer(folder: Path, what: Offer) -> None:
@@ -74,8 +94,14 @@ def offer(folder: Path, what: Offer) -> None:
     arrays = {f"sum:{name}": value for name, value in what.arrays.items()}
     arrays |= {f"beside:{name}": value for name, value in beside.items()}
     write_bytes(home / _ARRAYS, save({name: np.asarray(value, order="C") for name, value in arrays.items()}))
-    head = {"key": what.key, "weights": dict(what.weights), "question": what.question}
-    write_json(home / _OFFER, head | {"release": None if what.release is None else asdict(what.release)})
+    head: dict[str, Any] = {
+        "key": what.key,
+        "weights": dict(what.weights),
+        "question": what.question,
+        "run_id": what.run_id,
+    }
+    head["release"] = None if what.release is None else asdict(what.release)
+    write_json(home / _OFFER, head | {"shares": None if what.shares is None else what.shares.to_dict()})
 
 
 def offered(folder: Path, key: str) -> Offer:
@@ -98,6 +124,8 @@ def offered(folder: Path, key: str) -> Offer:
         None if head["release"] is None else Release(**head["release"]),
         str(head["question"]),
         {name[7:]: value for name, value in arrays.items() if name.startswith("beside:")},
+        None if head["shares"] is None else SitePrivacy.from_dict(head["shares"]),
+        str(head["run_id"]),
     )
 
 
@@ -110,7 +138,8 @@ def setup(site: Site, request: Unpacked) -> RecordDict:
     own = offered(site.folder, values["key"])
     if values["weight"] not in own.weights:
         raise PrivacyError(f"This site has no weight {values['weight']!r} for the secure sum.")
-    _encode(terms, own, values["weight"])  # refuses NaN and what does not fit before anybody counts on this site
+    _check_shares(terms, own)
+    _encode(terms, own, values["weight"], None)  # refuses NaN and what does not fit before anybody counts on this site
     session = SiteSession.start(terms, secret=_secret(site.folder))
     advert = session.setup()
     _keep(site, session, values["key"], values["weight"])
@@ -130,7 +159,7 @@ def mask(site: Site, request: Unpacked) -> RecordDict:
 
     def work(session: SiteSession, own: Mapping[str, Any]) -> bytes:
         given = offered(site.folder, own["key"])
-        vector = _encode(session.terms, given, own["weight"])
+        vector = _encode(session.terms, given, own["weight"], _share_of(given))
         if given.release is not None:
             note = f"inside a secure sum of at most {session.terms.n_sites} sites"
             Ledger(site.folder).record(replace(given.release, note=note))
@@ -147,6 +176,7 @@ def unmask(site: Site, request: Unpacked) -> RecordDict:
 
     def work(session: SiteSession, own: Mapping[str, Any]) -> Any:
         shares = session.unmask(answered, silent)
+        _count_noisy(site, own["key"], len(answered))
         _note_opened(site, own["key"], sorted(answered))
         return shares
 
@@ -181,8 +211,52 @@ def _keep(site: Site, session: SiteSession, key: str, weight: str) -> None:
     write_json(_home(site.folder) / _SESSION, {"key": key, "weight": weight, "session": session.to_dict()})
 
 
-def _encode(terms: Terms, own: Offer, weight: str) -> npt.NDArray[np.uint64]:
-    return terms.layout.encode(own.arrays, own.weights[weight])
+def _encode(terms: Terms, own: Offer, weight: str, share: Share | None) -> npt.NDArray[np.uint64]:
+    """The vector; an update that gets noise is multiplied by the site's weight over the largest one, so it grows no longer."""
+    amount = own.weights[weight]
+    scaled = {name: own.arrays[name] * (amount / terms.layout.max_weight) for name in own.noisy}
+    return terms.layout.encode({**own.arrays, **scaled}, amount, share)
+
+
+def _check_shares(terms: Terms, own: Offer) -> None:
+    """Refuse a layout in which the noise would not be what it has to be.
+
+    Raises:
+        PrivacyError: a grid too coarse, no room for the noise, or an update that would be multiplied by a weight.
+    """
+    if own.shares is None:
+        return
+    for field in terms.layout.fields:
+        if field.name in own.noisy:
+            own.shares.check_grid(own.entries, terms.n_sites, terms.layout.step(field))
+            if field.weighted or field.clip < own.shares.room:
+                raise PrivacyError(
+                    f"The secure sum has no room for the noise of {field.name}, or multiplies it by a weight."
+                )
+
+
+def _share_of(own: Offer) -> Share | None:
+    if own.shares is None:
+        return None
+    from nnunet_fedharm.privacy.noise import SecureNoise  # imports torch
+
+    return Share(frozenset(own.noisy), own.shares.share, SecureNoise().wide)
+
+
+def _count_noisy(site: Site, key: str, answered: int) -> None:
+    """Before a sum with shares of noise is opened.
+
+    Raises:
+        PrivacyError: over fewer sites than the shares are made for, or oftener than the run has paid for.
+    """
+    own = offered(site.folder, key)
+    if own.shares is None:
+        return
+    if answered < own.shares.least:
+        raise PrivacyError(
+            f"Only {answered} sites answered; the noise needs the shares of {own.shares.least}. The sum stays closed."
+        )
+    count_release(site, own.run_id, own.shares)
 
 
 def _note_opened(site: Site, key: str, answered: list[str]) -> None:

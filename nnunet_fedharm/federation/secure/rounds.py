@@ -26,13 +26,15 @@ from nnunet_fedharm.federation.messages import Unpacked, json_hash, reply, unpac
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.secure import messages
-from nnunet_fedharm.federation.secure.home import Offer, offer, offered
+from nnunet_fedharm.federation.secure.home import NOISY, Offer, offer, offered
 from nnunet_fedharm.federation.secure.sum import SecureSum
 from nnunet_fedharm.federation.secure.update import mean_update, site_arrays, update_layout
 from nnunet_fedharm.federation.site import Site
+from nnunet_fedharm.federation.site_privacy import own_release, trained_tensors
 from nnunet_fedharm.planning.facts import SiteFacts
 from nnunet_fedharm.privacy.releases import NONE, Release
 from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES
+from nnunet_fedharm.privacy.site_level import SitePrivacy, clipped
 
 SECURE_SUM = "secure sum"
 """Name of the one reply that the mean of a round is."""
@@ -46,6 +48,7 @@ class SecureRound:
         ownership: of the phase.
         run_id, phase, number, plans_hash: which round it is, from 0.
         part: the travelling tensors as they are sent.
+        promised: privacy of sites; None without.
     """
 
     roster: Roster
@@ -57,10 +60,13 @@ class SecureRound:
     number: int
     plans_hash: str
     part: Weights
+    promised: SitePrivacy | None = None
 
     @property
     def common(self) -> Weights:
         """What is summed."""
+        if self.promised is not None:
+            return {name: self.part[name] for name in trained_tensors(self.ownership, self.part)}
         return {name: self.part[name] for name in sorted(self.ownership.common(self.part))}
 
     def collect(
@@ -155,6 +161,7 @@ class SecureRound:
             max_weight=largest_weight(config, self.roster.facts),
             clip=config.secure_clip,
             width=config.secure_bytes,
+            room=None if self.promised is None else self.promised.room,
         )
         nodes = {site: self.roster.nodes[site] for site in trained if site in self.roster.nodes}
         summing = SecureSum(self.roster.grid, self.log, nodes, config.deadline_s, config.secure_threshold)
@@ -164,11 +171,12 @@ class SecureRound:
         finally:
             traffic["bytes_down"] += summing.bytes_down
             traffic["bytes_up"] += summing.bytes_up
-        mean = mean_update(result.sum, common)
+        mean = mean_update(result.sum, common, layout.max_weight)
         if mean.clipped:
             text = f"{mean.clipped} entries of the updates were cut to secure-clip {config.secure_clip:g}; raise it."
             self.log.write("warning", text=text)
-        updates = {SECURE_SUM: SiteUpdate(mean.weights, 1, 1, mean.metrics)}
+        kept = {name: self.part[name] for name in self.ownership.common(self.part) if name not in common}
+        updates = {SECURE_SUM: SiteUpdate({**kept, **mean.weights}, 1, 1, mean.metrics)}
         return updates | {site: SiteUpdate(trained[site], 0, 0, {}) for site in result.sites}
 
 
@@ -232,17 +240,28 @@ def train_for_sum(site: Site, request: Unpacked, train: Callable[[], Trained]) -
 def _offer_of(key: str, question: str, values: Mapping[str, Any], trained: Trained) -> Offer:
     names = trained.ownership.common(trained.weights)
     name = f"weights and metrics, {values['phase']} round {values['round'] + 1}"
+    promised = SitePrivacy.from_dict(values["site_dp"]) if values["site_dp"] else None
+    release = Release(what=name, mechanism=NONE, run_id=values["run_id"])
+    if promised is None:
+        arrays = site_arrays(trained.received, trained.weights, trained.metrics, names)
+    else:
+        release = own_release(promised, name, values["run_id"])
+        floats = trained_tensors(trained.ownership, trained.received, trained.weights)
+        arrays = site_arrays(trained.received, trained.weights, {}, floats)
+        arrays |= clipped({name: arrays[name] for name in arrays if name.startswith(NOISY)}, promised.clip)
     return Offer(
         key,
-        site_arrays(trained.received, trained.weights, trained.metrics, names),
+        arrays,
         {
             "steps": trained.n_steps,
             "cases": trained.n_cases if trained.n_steps else 0,
             "sites": int(trained.n_steps > 0),
         },
-        None if trained.private else Release(what=name, mechanism=NONE, run_id=values["run_id"]),
+        None if trained.private else release,
         question,
         {name: value for name, value in trained.weights.items() if name in trained.ownership.rows},
+        promised,
+        values["run_id"],
     )
 
 

@@ -43,7 +43,9 @@ class MeanUpdate:
     clipped: int
 
 
-def update_layout(former: Weights, *, sites: int, max_weight: int, clip: float, width: int) -> Layout:
+def update_layout(
+    former: Weights, *, sites: int, max_weight: int, clip: float, width: int, room: float | None = None
+) -> Layout:
     """Fields of a round's sum.
 
     Args:
@@ -52,11 +54,15 @@ def update_layout(former: Weights, *, sites: int, max_weight: int, clip: float, 
         max_weight: largest weight of one.
         clip: largest change of an entry of a floating tensor in one round.
         width: bytes of an entry.
+        room: largest entry with its noise, where sites add noise; their own weights multiply their updates before.
 
     Raises:
         PrivacyError: these do not fit together.
     """
-    fields = [Field(_TENSOR + name, value.shape, _clip(value.dtype, clip)) for name, value in sorted(former.items())]
+    fields = [
+        Field(_TENSOR + name, value.shape, room or _clip(value.dtype, clip), weighted=room is None)
+        for name, value in sorted(former.items())
+    ]
     fields += [Field(_METRIC + name, (), _MOST_METRIC) for name in METRICS]
     fields += [Field(_HAS + name, (), 1, integer=True) for name in METRICS]
     return Layout(tuple(fields), sites, max_weight, width)
@@ -90,12 +96,13 @@ def site_arrays(
     return arrays
 
 
-def mean_update(total: Sum, former: Weights) -> MeanUpdate:
+def mean_update(total: Sum, former: Weights, max_weight: int = 1) -> MeanUpdate:
     """The next tensors out of the opened sum.
 
     Args:
         total: of `site_arrays` by `update_layout`.
         former: the tensors as they were sent.
+        max_weight: of the layout; where sites add noise they send updates times their weight over this.
 
     Raises:
         FederationError: no site did any work.
@@ -104,7 +111,8 @@ def mean_update(total: Sum, former: Weights) -> MeanUpdate:
         raise FederationError("No site did any work in this round: the weights in the secure sum are all 0.")
     weights: Weights = {}
     for name, value in sorted(former.items()):
-        mean = total.mean(_TENSOR + name)
+        weighted = _TENSOR + name in total.weighted
+        mean = total.mean(_TENSOR + name) if weighted else total.values[_TENSOR + name] * max_weight / total.weight
         start = 0.0 if value.dtype == np.bool_ else value.astype(np.float64)
         weights[name] = as_dtype(start + mean, value.dtype)
     metrics = {}
