@@ -19,6 +19,7 @@ from nnunet_fedharm.errors import FederationError, SiteMismatchError
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.exchange import Answers, exchange
 from nnunet_fedharm.federation.messages import PREFLIGHT, PREFLIGHT_REPLY, pack, unpack_reply
+from nnunet_fedharm.federation.registered import false_name
 from nnunet_fedharm.planning.facts import SiteFacts, check_agreement
 
 REJOIN_DEADLINE_S = 120.0
@@ -92,9 +93,10 @@ class Roster:
         if not unknown:
             return []
         answers = self._greet(unknown, check_data, deadline_s)
+        honest = {node: hello for node, hello in answers.accepted.items() if not self._is_false(int(node), hello)}
         if strict:
-            _refuse_twins(answers.accepted)
-        refused = [self._admit(int(node), hello, strict) for node, hello in sorted(answers.accepted.items())]
+            _refuse_twins(honest)
+        refused = [self._admit(int(node), hello, strict) for node, hello in sorted(honest.items())]
         failed = [text for node, text in answers.failures.items() if node not in answers.undelivered]
         for text in failed:
             self.log.write("node_set_aside", reason=text)
@@ -124,6 +126,14 @@ class Roster:
                 "waiting", what="preflight", sites=self.missing, seconds=round(seconds)
             ),
         )
+
+    def _is_false(self, node: int, hello: Hello) -> bool:
+        """Whether a node uses a name that is not its key's; the run goes on without it."""
+        reason = false_name(self.log.path.parent, node, hello.facts.site)
+        if reason:
+            self._attempts[node] = _ATTEMPTS
+            self.log.write("node_set_aside", reason=reason)
+        return bool(reason)
 
     def _admit(self, node: int, hello: Hello, strict: bool) -> str:
         """Enter a site; returns why not, or an empty text."""

@@ -26,6 +26,7 @@ from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, expecte
 from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from nnunet_fedharm.federation.progress import describe
+from nnunet_fedharm.federation.registered import write_registered
 from nnunet_fedharm.federation.report.config import SiteReportConfig
 
 RunConfig = FederateConfig | SiteReportConfig
@@ -222,16 +223,22 @@ def _last_start(events: Path) -> int:
 
 
 def _show_sync(connection: Operator, folder: ServerFolder, show: Show) -> None:
-    added, removed = connection.sync(folder.registered())
+    added, removed = _sync(connection, folder)
     for text, names in (("let in", added), ("shut out", removed)):
         if names:
             show(f"{text}: {', '.join(names)}")
 
 
+def _sync(connection: Operator, folder: ServerFolder) -> tuple[list[str], list[str]]:
+    changed = connection.sync(folder.registered())
+    write_registered(folder.results / "fedharm", {node.node_id: node.site for node in connection.nodes()})
+    return changed
+
+
 def _sync_if_running(folder: ServerFolder) -> bool:
     try:
         with operator(folder) as connection:
-            connection.sync(folder.registered())
+            _sync(connection, folder)
     except SetupError:
         return False
     return True

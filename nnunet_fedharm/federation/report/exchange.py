@@ -21,6 +21,7 @@ from nnunet_fedharm.federation.codec import Weights, payload_bytes
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.exchange import exchange
 from nnunet_fedharm.federation.messages import Schema, Unpacked, pack, unpack_reply
+from nnunet_fedharm.federation.registered import false_name
 from nnunet_fedharm.federation.report.config import SiteReportConfig
 from nnunet_fedharm.federation.report.messages import HELLO, HELLO_REPLY
 from nnunet_fedharm.federation.secure.sum import SecureSum
@@ -183,7 +184,10 @@ class Sites:
             self.grid, requests, deadline_s=_GREETING_S, accept=lambda node, answer: _read_hello(node, answer)
         )
         for node, (site, description) in sorted(answers.accepted.items()):
-            if site not in self.config.site_names:
+            reason = false_name(self.log.path.parent, int(node), site)
+            if reason:
+                self.log.write("node_set_aside", reason=reason)
+            elif site not in self.config.site_names:
                 self.log.write("site_refused", site=site, reason=f"Site {site} is not part of this report.")
             elif site in self.nodes:
                 raise FederationError(f"Two nodes call themselves {site}. Give every SuperNode its own site name.")

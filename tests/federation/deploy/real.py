@@ -1,0 +1,122 @@
+"""A consortium as real processes on loopback, by the commands that people type; the wire is recorded twice."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nnunet_fedharm.federation.daemon import free_port
+from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, ServerOptions, init_server
+from nnunet_fedharm.federation.deploy.site_node import JoinOptions, SiteFolder, join
+from tests.federation.deploy.recording import Proxy
+
+TINY = (
+    *("--iterations-per-epoch", "1", "--val-iterations", "1", "--base-features", "4", "--max-features", "8"),
+    *("--batch-size", "2", "--patch-size", "24x24", "--deadline-s", "90", "--join-wait-s", "60"),
+)
+
+
+class RealConsortium:
+    """Sites reach the server through `network` (what anybody sees) and `inside` (what the server sees).
+
+    Attributes:
+        root: holds one folder a site and the server's `study`.
+        server: the consortium's folder.
+    """
+
+    def __init__(self, root: Path, sites: tuple[str, ...]) -> None:
+        self.root = root
+        options = ServerOptions(name="Real", hosts=["localhost"], sites=sites, port=free_port(), bind="127.0.0.1")
+        self.server = init_server(root / "study", options)
+        tls = (self.server.certificate, self.server.certificate_key, self.server.ca_certificate)
+        self.inside = Proxy(options.port, tls)
+        self.network = Proxy(self.inside.port)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def join(self, site: str, *, file: Path | None = None, authority: ServerFolder | None = None) -> SiteFolder:
+        """Join, with the site's own door to the network."""
+        made = join(file or self.server.consortium_file, self.root / site, JoinOptions(site=site, device="cpu"))[0]
+        text = made.settings_file.read_text()
+        own = f"localhost:{self.server.settings()['port']}"
+        made.settings_file.write_text(text.replace(own, f"localhost:{self.network.port}"))
+        if authority is not None:
+            made.ca_certificate.write_bytes(authority.ca_certificate.read_bytes())
+        return made
+
+    def command(self, *words: str, seconds: float = 120) -> tuple[int, str]:
+        """Run a command to its end; status and output."""
+        done = subprocess.run(
+            [sys.executable, "-m", "nnunet_fedharm.cli", *words],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def start(self, name: str, *words: str) -> None:
+        """Start a command that stays; its output goes to NAME.out."""
+        with (self.root / f"{name}.out").open("ab") as stream:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "nnunet_fedharm.cli", *words], stdout=stream, stderr=subprocess.STDOUT
+            )
+
+    def output(self, name: str) -> str:
+        return (self.root / f"{name}.out").read_text(errors="replace")
+
+    def wait_for(self, name: str, text: str, *, seconds: float = 90) -> None:
+        """Wait until a command has written a text."""
+        end = time.monotonic() + seconds
+        while text not in self.output(name):
+            if time.monotonic() > end:
+                raise AssertionError(f"{name} did not write {text!r}: {self.output(name)}")
+            time.sleep(0.2)
+
+    def wait_for_log(self, site: str, text: str, *, seconds: float = 90) -> None:
+        """Wait until a site's output or its SuperNode's log has a text."""
+        end = time.monotonic() + seconds
+        log = self.root / site / "fedharm" / "logs" / "supernode.log"
+        while text not in self.output(site) + (log.read_text(errors="replace") if log.exists() else ""):
+            if time.monotonic() > end:
+                raise AssertionError(f"{site} did not write {text!r}: {self.output(site)} {log.read_text()[-2000:]}")
+            time.sleep(0.2)
+
+    def end(self, name: str, number: int = signal.SIGTERM, *, seconds: float = 60) -> int:
+        """Signal a command and wait for its end; its status."""
+        process = self.processes.pop(name)
+        process.send_signal(number)
+        return process.wait(seconds)
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGTERM)
+        for process in self.processes.values():
+            process.wait(60)
+        self.network.close()
+        self.inside.close()
+
+
+def listening(pid: int) -> list[tuple[str, int]]:
+    """Address and port of every TCP socket on which a process and its descendants listen (Linux)."""
+    from nnunet_fedharm.federation.daemon import descendants
+
+    inodes = set()
+    for number in (pid, *descendants(pid)):
+        for link in Path(f"/proc/{number}/fd").glob("*"):
+            try:
+                target = str(link.readlink())
+            except OSError:
+                continue  # closed just now
+            if target.startswith("socket:"):
+                inodes.add(target[8:-1])
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A" and columns[9] in inodes:
+                address, port = columns[1].split(":")
+                found.append((address, int(port, 16)))
+    return found
