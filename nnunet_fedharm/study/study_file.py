@@ -250,6 +250,9 @@ def _check(study: StudyFile, path: Path) -> None:
         study.private(epsilon)
     if arms.private_harmonizers and not arms.epsilons:
         raise DataError(f"{path}: private_harmonizers without epsilons. Add epsilons = [8.0] or remove it.")
+    axes = 2 if subject.configuration == "2d" else 3
+    if study.training.patch_size and len(study.training.patch_size) != axes:
+        raise DataError(f"{path}: patch_size needs {axes} values for {subject.configuration}, or none.")
     study.training.schedule(0, harmonizer_epochs=study.training.harmonizer_epochs)
 
 

@@ -1,0 +1,125 @@
+"""What study.toml may say, what is refused, and the cells that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nnunet_fedharm.errors import DataError, SetupError
+from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.sites.registry import SiteInfo, SitesFile
+from nnunet_fedharm.study.data import StudyData
+from nnunet_fedharm.study.matrix import Arm, Cell, arms_of, cells_of, control_arm
+from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile, read_study
+from nnunet_fedharm.study.template import write_template
+from nnunet_fedharm.study.training import federate_config
+
+HEAD = """
+[study]
+name = "blobs"
+dataset = "{dataset}"
+reference = "A"
+labelled_sites = ["A"]
+seeds = [0, 1]
+"""
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory, make_raw_dataset: Callable[..., Path]) -> Path:
+    raw = tmp_path_factory.mktemp("study")
+    folder = raw
+    for index, site in enumerate("AB"):
+        folder = make_raw_dataset(raw, n_labelled=4, site=f"{site}_", gain=1.0 + index, seed=index)
+    cases = {path.name[:-12]: path.name[0] for path in (folder / "imagesTr").glob("*_0000.nii.gz")}
+    SitesFile({"A": SiteInfo(), "B": SiteInfo()}, cases).save(folder / "sites.json")
+    return folder
+
+
+def study_of(folder: Path, dataset: Path, rest: str = "") -> StudyFile:
+    folder.mkdir(exist_ok=True)
+    (folder / STUDY_FILE).write_text(HEAD.format(dataset=dataset) + rest)
+    return read_study(folder)
+
+
+def test_the_template_is_a_valid_study_whose_every_value_is_explained(tmp_path: Path, dataset: Path) -> None:
+    path = write_template(tmp_path / "s", dataset, reference=None, labelled_sites=["A"], quick=True)
+    study = read_study(path.parent)
+    assert (study.subject.reference, study.labelled_sites, study.unlabelled_sites) == ("A", ("A",), ("B",))
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines):
+        if " = " in line and not line.startswith("#"):
+            assert lines[number - 1].startswith("# "), line
+    with pytest.raises(SetupError, match="exists"):
+        write_template(tmp_path / "s", dataset, reference=None, labelled_sites=[], quick=False)
+
+
+def test_cells_of_the_first_seed_come_first_and_the_control_before_all(tmp_path: Path, dataset: Path) -> None:
+    study = study_of(
+        tmp_path / "s",
+        dataset,
+        '[arms]\nharmonizers = ["polarity"]\nepsilons = [8]\nprivate_harmonizers = ["polarity"]\n',
+    )
+    names = [cell.name for cell in cells_of(study)]
+    assert names[0] == "central_none_seed-0"
+    assert [name.endswith("seed-0") for name in names] == sorted([name.endswith("seed-0") for name in names])[::-1]
+    assert len(set(names)) == len(names) == 2 * len(arms_of(study))
+    expected = {
+        Arm("central", "none"),
+        Arm("federated", "none"),
+        Arm("central", "none", augmentation=False),
+        Arm("central", "augment"),
+        Arm("central", "polarity"),
+        Arm("federated", "polarity"),
+        Arm("local", "none", site="A"),
+        Arm("local", "none", site="B"),
+        *(Arm(mode, kind, epsilon=8.0) for mode in ("central", "federated") for kind in ("none", "polarity")),
+    }
+    assert set(arms_of(study)) == expected
+    assert control_arm(study) == Arm("central", "none")
+
+
+@pytest.mark.parametrize(
+    ("rest", "sentence"),
+    [
+        ("[arm]\n", r"unknown table \[arm\]"),
+        ('[arms]\nharmonizer = ["polarity"]\n', r"unknown key 'harmonizer' in \[arms\]"),
+        ('[arms]\nharmonizers = ["none"]\n', "unknown harmonizer 'none'"),
+        ('[arms]\nmodes = ["local"]\n', "needs central or federated"),
+        ('[arms]\nprivate_harmonizers = ["polarity"]\n', "without epsilons"),
+        ("[training]\nsegmenter_epochs = 1.5\n", r"segmenter_epochs in \[training\] must be a whole number"),
+        ("[training]\nsegmenter_epochs = 0\n", "segmenter_epochs must be >= 1"),
+        ("[training]\npatch_size = [8, 8]\n", "patch_size needs 3 values"),
+        ("[privacy]\nepsilon = 8\n", r"unknown key 'epsilon' in \[privacy\]"),
+        ("[privacy]\nclip = -1\n", "clip must be a positive number"),
+    ],
+)
+def test_a_wrong_study_is_refused_in_one_sentence(tmp_path: Path, dataset: Path, rest: str, sentence: str) -> None:
+    with pytest.raises(Exception, match=sentence) as refusal:
+        study_of(tmp_path / "s", dataset, rest)
+    assert "\n" not in str(refusal.value)
+
+
+def test_sites_that_the_dataset_does_not_have_are_refused(tmp_path: Path, dataset: Path) -> None:
+    (tmp_path / STUDY_FILE).write_text(HEAD.format(dataset=dataset).replace('reference = "A"', 'reference = "Z"'))
+    with pytest.raises(DataError, match=r"unknown site 'Z'\. Known: A, B"):
+        read_study(tmp_path)
+
+
+def test_a_federated_cell_takes_the_central_cells_values(tmp_path: Path, dataset: Path) -> None:
+    study = study_of(
+        tmp_path / "s",
+        dataset,
+        "[arms]\nepsilons = [3]\n[training]\nharmonizer_epochs = 4\nsegmenter_epochs = 6\nlocal_epochs = 2\n"
+        "patch_size = [12, 16, 24]\n[privacy]\nclip = 0.5\n",
+    )
+    config = federate_config(
+        StudyData(study), Cell(Arm("federated", "polarity", epsilon=3.0), 1), tmp_path, device="cpu"
+    )
+    assert isinstance(config, FederateConfig)
+    assert (config.harmonizer_rounds, config.segmenter_rounds, config.local_epochs) == (2, 3, 2)
+    assert (config.epsilon, config.clip, config.seed, config.patch_size) == (3.0, 0.5, 1, "12x16x24")
+    odd = study_of(tmp_path / "odd", dataset, "[training]\nsegmenter_epochs = 5\nlocal_epochs = 2\n")
+    with pytest.raises(DataError, match=r"segmenter_epochs 5 in study\.toml is no multiple of local_epochs 2"):
+        federate_config(StudyData(odd), Cell(Arm("federated", "none"), 0), tmp_path, device="cpu")

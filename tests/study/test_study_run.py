@@ -1,0 +1,124 @@
+"""A whole small study by its command: data, central, local and federated cells, what a stop leaves, status."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nnunet_fedharm.cli import main
+from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.sites.registry import SiteInfo, SitesFile
+from nnunet_fedharm.study.data import StudyData
+from nnunet_fedharm.study.results import DICE, read_results
+from nnunet_fedharm.study.study_file import STUDY_FILE, read_study
+
+STUDY = """
+[study]
+name = "blobs"
+dataset = "../nnUNet_raw/Dataset001_Blobs"
+configuration = "2d"
+reference = "A"
+labelled_sites = ["A"]
+seeds = [0]
+device = "cpu"
+[arms]
+harmonizers = ["polarity"]
+baselines = ["no-augmentation"]
+[training]
+harmonizer_epochs = 1
+segmenter_epochs = 1
+iterations_per_epoch = 2
+val_iterations_per_epoch = 1
+base_features = 4
+max_features = 8
+batch_size = 2
+mirroring = false
+num_processes = 1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_raw_dataset: Callable[..., Path]) -> Path:
+    raw = tmp_path / "nnUNet_raw" / "Dataset001_Blobs"
+    for index, site in enumerate("AB"):
+        make_raw_dataset(tmp_path / "nnUNet_raw", n_labelled=4, site=f"{site}_", gain=1.0 + index, seed=index)
+    # A's first subject travelled: B's scan of it is a test case, and at home it is never trained on.
+    for kind, name in (("images", "A_case000_0000"), ("labels", "A_case000")):
+        target = raw / f"{kind}Travelling" / f"{name.replace('A_', 'B_', 1)}.nii.gz"
+        target.parent.mkdir()
+        shutil.copy(raw / f"{kind}Tr" / f"{name}.nii.gz", target)
+    cases = {path.name[:-12]: path.name[0] for path in (raw / "imagesTr").glob("*_0000.nii.gz")}
+    (raw / "imagesTr" / "B_case000_0000.nii.gz").rename(raw / "imagesTr" / "B_case009_0000.nii.gz")
+    (raw / "labelsTr" / "B_case000.nii.gz").rename(raw / "labelsTr" / "B_case009.nii.gz")
+    cases["B_case009"] = cases.pop("B_case000")
+    SitesFile({"A": SiteInfo(), "B": SiteInfo()}, cases).save(raw / "sites.json")
+    description = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({**description, "numTraining": len(cases)}))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / STUDY_FILE).write_text(STUDY)
+    return tmp_path / "study"
+
+
+def trained_on(root: Path) -> set[str]:
+    return {
+        path.name[:-12]
+        for part in ("imagesTr", "imagesUnlabelled")
+        for path in root.glob(f"nnUNet_raw/*/{part}/*_0000.nii.gz")
+    }
+
+
+@pytest.mark.slow
+def test_a_study_runs_from_one_file_and_goes_on_where_it_was_stopped(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "prepare", str(folder)]) == 0
+    study = read_study(folder)
+    data = StudyData(study)
+    tested = {site: {path.name[:-7] for path in (data.test(site) / "labels").iterdir()} for site in "AB"}
+    assert "A_case000" in tested["A"]
+    assert "B_case000" in tested["B"]
+    for root in (data.pooled.path, data.consortium / "sites" / "A", data.own("B").path):
+        assert trained_on(root)
+        assert not trained_on(root) & (tested["A"] | tested["B"])
+
+    assert main(["study", "run", str(folder), "--dry-run"]) == 0
+    assert "timed steps of the planned network" in " ".join(capsys.readouterr().out.split())
+    assert main(["study", "run", str(folder), "--only", "central_polarity", "federated_none", "local_B"]) == 0
+    results = read_results(study)
+    assert {result.cell.arm.name for result in results.finished} == {
+        "central_polarity",
+        "federated_none",
+        "local_B_none",
+    }
+    for result in results.finished:
+        for site in ("B",) if result.cell.arm.site else ("A", "B"):
+            assert set(result.scores(site)) == tested[site]
+        environment = json.loads((result.folder / "environment.json").read_text())
+        assert environment["versions"]["nnunetv2"].startswith("2.")
+        assert list(result.folder.rglob("checkpoint_final.pth"))
+    by_name = {result.cell.arm.name: result for result in results.finished}
+    assert by_name["federated_none"].cost.bytes_up > 0
+    assert by_name["central_polarity"].quality is not None
+    assert (by_name["central_polarity"].folder / "harmonized" / "B").is_dir()
+    assert results.scores(by_name["local_B_none"].cell.arm, "A", DICE) is None
+
+    # A cell that lost its metrics is scored again and not trained again.
+    folder_of = by_name["central_polarity"].folder
+    checkpoint = next(folder_of.rglob("checkpoint_final.pth"))
+    before = checkpoint.stat().st_mtime_ns
+    (folder_of / "metrics.json").unlink()
+    assert main(["study", "run", str(folder), "--cell", "central_polarity_seed-0"]) == 0
+    assert checkpoint.stat().st_mtime_ns == before
+    assert (folder_of / "metrics.json").is_file()
+
+    capsys.readouterr()
+    assert main(["study", "status", str(folder)]) == 0
+    assert "3 of" in capsys.readouterr().out
+    changed = (folder / STUDY_FILE).read_text().replace('labelled_sites = ["A"]', "labelled_sites = []")
+    (folder / STUDY_FILE).write_text(changed)
+    with pytest.raises(DataError, match="were made for other values"):
+        StudyData(read_study(folder)).prepare()
