@@ -63,6 +63,9 @@ def enforce(site: Site, request: str, values: Values, run_config: Values, plans:
     _check_dataset(site, values)
     if request == messages.PREFLIGHT.name:
         _check_run(site, run_config)
+    elif request in (messages.SUMMARIZE.name, messages.PREPARE.name):
+        if policy.require_privacy and not values["noise"]:
+            _refuse(site, "patients.require_privacy", "the run asks for statistics without noise")
     elif request == messages.STORE_PLANS.name:
         for section in _sections(values["plans"]):
             _check_section(site, section, values["run_id"])

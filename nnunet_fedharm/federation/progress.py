@@ -74,6 +74,14 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "planned": lambda event: (
         f"planned: patch {event['patch_size']}, batch {event['batch_size']}, spacing {event['spacing']}"
     ),
+    "fingerprint_noise": lambda event: (
+        f"fingerprint with noise: extents within {2 ** event['octaves'] - 1:.0%}, common spacings "
+        f"{'not seen, raise epsilon or lower fingerprint-noise' if event['drowned'] else 'seen'}"
+    ),
+    "site_privacy": lambda event: (
+        f"privacy of sites: epsilon {event['epsilon']:.3g} at delta {event['delta']:g} in {event['releases']} releases, hidden "
+        f"from {event['hidden_from']}; noise of the mean {event['noise_of_mean']:.3g} an entry, of {event['clip']:g} in all"
+    ),
     "style_bank": lambda event: f"style bank of {len(event['sites'])} sites, reference {event['reference']}",
     "round_start": lambda event: f"{event['phase']} round {event['round']}/{event['rounds']}",
     "site_trained": _site_trained,

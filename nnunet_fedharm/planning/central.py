@@ -17,6 +17,7 @@ from nnunet_fedharm.planning.explain import write_explanation
 from nnunet_fedharm.planning.planner import PlanOptions, plan_federation, require_configuration
 from nnunet_fedharm.planning.preprocess import preprocess_site
 from nnunet_fedharm.planning.private_style import style_release
+from nnunet_fedharm.planning.private_summary import exact_release
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, SECTION, FedHarmSection, Schedule, with_section
 from nnunet_fedharm.planning.situation import Device, situation_of
 from nnunet_fedharm.planning.style import style_by_site
@@ -164,6 +165,8 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
             adopt_existing=True,
         )
         registry.save(preprocessed / SITES_FILE)
+        if options.privacy:
+            Ledger(preprocessed.parent.parent / "fedharm").record(exact_release(fingerprint))
         noise = options.privacy.style_noise if options.privacy else 0.0
         styles = style_by_site(root, name, plans, configuration, sites=registry, noise_multiplier=noise)
         for site in styles if noise else ():  # entered before the plans that hold them are written
@@ -203,7 +206,7 @@ def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], opti
         reference=options.reference,
         styles=dict(styles),
         schedule=schedule,
-        privacy=options.privacy,
+        privacy=options.privacy and replace(options.privacy, fingerprint_noise=0.0),  # it is nnU-Net's own here
         start_from=options.start_from,
     )
 

@@ -8,7 +8,7 @@ theirs. A site sends the sum over its patients plus Gaussian noise.
 | log2 of spacing (mm) and of extent (spacing x voxels after cropping, over 128 mm) of three axes, over REACH | 1 | mean extent |
 | for each axis, BIN_WEIGHT in one of the announced bins of spacing | BIN_WEIGHT sqrt(3) | median spacing |
 | whether cropping leaves 3/4 of the volume, as +-SIZE_WEIGHT | SIZE_WEIGHT | mask for normalization or none |
-| for each channel normalized as CT: mean, std, percentiles .5 and 99.5 of the foreground over HU_REACH | 1 | their means |
+| for each channel normalized as CT: mean, std, percentiles .5 and 99.5 of foreground over HU_REACH | 1 | their means |
 
 The vector over `sensitivity` is at most 1 long, so noise of standard deviation sigma an entry is the Gaussian mechanism with
 noise multiplier sigma. Intensities of other channels are not told at all: nnU-Net does not read them.
@@ -24,6 +24,8 @@ References:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +39,7 @@ from nnunet_fedharm.errors import DataError, PlanError
 from nnunet_fedharm.planning.histogram import INTENSITY, Histogram, percentile
 from nnunet_fedharm.planning.summary import CaseSummary, read_cases
 from nnunet_fedharm.privacy.noise import SecureNoise
-from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
+from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, Release
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
 
 Vector = npt.NDArray[np.float64]
@@ -51,8 +53,9 @@ USUAL_EXTENT_MM = 128.0
 REACH = 4.0
 """Octaves: bound on a patient's six logarithms together; hippocampus crops have 3, cardiac cine MR with 10 mm slices 4."""
 BIN_WEIGHT, SIZE_WEIGHT = 0.5, 0.25
-HU_REACH = 2000.0
 CT_VALUES = ("mean", "std", "percentile_00_5", "percentile_99_5")
+HU_REACH = np.array([1000.0, 400.0, 1500.0, 2000.0])
+"""Of these values, in HU: together they are cut where the squares of their shares add up to more than 1."""
 _WHOLE = 0.75
 """Relative size after cropping below which nnU-Net normalizes inside the mask."""
 
@@ -205,6 +208,12 @@ def patient_vector(cases: Sequence[CaseSummary], measured: Sequence[int]) -> Vec
 def fingerprint_release(noise_multiplier: float, *, run_id: str = "") -> Release:
     """Entry in the ledger."""
     return Release(what="fingerprint summary", mechanism=GAUSSIAN, noise_multiplier=noise_multiplier, run_id=run_id)
+
+
+def exact_release(fingerprint: Mapping[str, Any]) -> Release:
+    """Entry for a fingerprint without noise that travels with plans."""
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    return Release(what="fingerprint in the plans", mechanism=NONE, digest=digest)
 
 
 def _geometry(case: CaseSummary) -> Vector:
