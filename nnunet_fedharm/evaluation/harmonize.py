@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from einops import rearrange
+from torch import nn
 
 from nnunet_fedharm.errors import CheckpointError, PlanError
 from nnunet_fedharm.evaluation.volumes import read_images
@@ -58,6 +59,17 @@ class HarmonizerModel:
     dataset_json: dict[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class LoadedNetwork:
+    """Harmonizer and segmenter of a checkpoint, deep supervision off, on the CPU; further attributes as `HarmonizerModel`."""
+
+    network: nn.Module
+    section: FedHarmSection
+    plans: Any
+    configuration: Any
+    dataset_json: dict[str, Any]
+
+
 def load_harmonizer(
     folder: Path, *, fold: str | None = None, checkpoint: str = "checkpoint_final.pth", device: str = "cpu"
 ) -> HarmonizerModel:
@@ -75,6 +87,14 @@ def load_harmonizer(
         CheckpointError: no checkpoint, or one of another trainer.
         PlanError: the plans have no `fedharm` section.
     """
+    loaded = load_network(folder, fold=fold, checkpoint=checkpoint)
+    # nn.Module attributes are typed Tensor | Module.
+    harmonizer: Harmonizer = loaded.network.harmonizer.to(device).eval()  # type: ignore[assignment, union-attr]
+    return HarmonizerModel(harmonizer, loaded.section, loaded.plans, loaded.configuration, loaded.dataset_json)
+
+
+def load_network(folder: Path, *, fold: str | None, checkpoint: str) -> LoadedNetwork:
+    """The whole network; arguments and errors as `load_harmonizer`."""
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -100,9 +120,7 @@ def load_harmonizer(
         raise CheckpointError(
             f"The weights in {path} do not fit the network that the plans describe: {error}"
         ) from error
-    # nn.Module attributes are typed Tensor | Module.
-    harmonizer: Harmonizer = network.harmonizer.to(device).eval()  # type: ignore[assignment, union-attr]
-    return HarmonizerModel(harmonizer, section, plans, configuration, dataset_json)
+    return LoadedNetwork(network, section, plans, configuration, dataset_json)
 
 
 def harmonize_case(model: HarmonizerModel, case: CaseFiles, *, site: str | None = None) -> Volume:

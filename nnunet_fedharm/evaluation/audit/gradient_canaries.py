@@ -1,10 +1,10 @@
 """One-run audit of the private training itself: canary patients whose gradients are known, in the trainer's own steps.
 
-The trainer's loader draws canary patients beside the real ones, with the same chance; the trainer's own step clips and adds them,
-adds the noise and hands the result to the optimizer, where the auditor reads it. A canary's loss is linear in one weight, so
-its gradient is `norm` clips long in that one coordinate, and its sign changes from step to step by a list that the auditor knows:
-noise that comes twice then cancels in the auditor's sum, and a canary does not. This is the strongest adversary that DP-SGD's proof
-covers: it chooses the gradients and sees every step.
+The trainer's loader draws canary patients beside the real ones, with the same chance; the trainer's own step clips and adds
+them, adds the noise and hands the result to the optimizer, where the auditor reads it. A canary's loss is linear in one
+weight, so its gradient is `norm` clips long in that one coordinate, and its sign changes from step to step by a list that the
+auditor knows: noise that comes twice then cancels in the auditor's sum, and a canary does not. This is the strongest adversary
+that the proof of DP-SGD covers: it chooses the gradients and sees every step.
 
 | score of canary i | finds |
 |---|---|

@@ -1,6 +1,6 @@
 """The released gradients beside the mechanism's description: where an implementation differs from it, if it does.
 
-A lower bound on epsilon says that something is wrong, and only if it is very wrong. The noise's size, its independence, a canary's
+A lower bound on epsilon says that something is wrong, and only if it is very wrong. The noise's size and independence, a canary's
 share after clipping and the draws can each be measured well with few steps, and say what is wrong. A chance of LEVEL each of
 crying wolf.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def measure(own: Array, twin: Array, signs: Array, included: Bits, drawn: Bits) 
     both = ~np.isnan(mates)
     took = drawn[:, included]
     added = (signs[:, None] * own)[:, included][took]
-    pairs = list(zip(out[:-1], out[1:], strict=True))
+    pairs = list(pairwise(out))
     return Measured(
         noise=float(np.sqrt(np.mean(out**2))),
         noise_values=out.size,

@@ -4,10 +4,10 @@ Each of m canaries is put into the run with probability 1/2, independently. The 
 r of them and abstains on the others. If the run is (epsilon, delta)-DP in adding or removing one canary, the number W of right
 guesses obeys, for every v,
 
-    P[W >= v] <= P[B >= v] + 2 m delta max_{1 <= i <= v} P[v > B >= v - i] / i,     B ~ Binomial(r, e^epsilon / (1 + e^epsilon)).
+    P[W >= v] <= P[B >= v] + 2 m delta max_{1 <= i <= v} P[v > B >= v - i] / i,   B ~ Binomial(r, e^epsilon / (1 + e^epsilon)).
 
-So an epsilon whose right side is below 1 - confidence is refuted. The guesses are independent of nothing but the bits, so the bound
-holds whatever the scores are; scores and numbers of guesses that are tried side by side share the error (Bonferroni).
+So an epsilon whose right side is below 1 - confidence is refuted. Nothing but the coins is assumed to be independent, so the
+bound holds whatever the scores are. Scores and numbers of guesses that are tried side by side share the error (Bonferroni).
 
 References:
     Steinke, Nasr, Jagielski, "Privacy Auditing with One (1) Training Run", NeurIPS 2023, theorem 5.2 and corollary 5.4.
@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit
-from scipy.stats import binom
+from scipy.special import bdtrc, expit, gammaln, log_expit
 
 from nnunet_fedharm.errors import PrivacyError
 
@@ -76,14 +75,20 @@ def p_value(canaries: int, guesses: int, correct: int, *, epsilon: float, delta:
         raise PrivacyError(f"{correct} right of {guesses} guesses on {canaries} canaries cannot be.")
     if not (epsilon >= 0 and 0 <= delta < 1):
         raise PrivacyError(f"Epsilon must not be negative and delta lie in [0, 1), got {epsilon} and {delta}.")
-    chance = float(expit(epsilon))
-    tail = float(binom.sf(correct - 1, guesses, chance))
+    tail = 1.0 if correct == 0 else float(bdtrc(correct - 1, guesses, expit(epsilon)))
     if delta == 0 or correct == 0:
         return min(1.0, tail)
     # P[v > B >= v - i] for i = 1 ... v
-    below = np.cumsum(binom.pmf(np.arange(correct - 1, -1, -1), guesses, chance))
+    below = np.cumsum(_binomial(np.arange(correct - 1, -1, -1), guesses, epsilon))
     slope = float(np.max(below / np.arange(1, correct + 1)))
     return min(1.0, tail + 2 * canaries * delta * slope)
+
+
+def _binomial(counts: npt.NDArray[np.int_], trials: int, epsilon: float) -> npt.NDArray[np.float64]:
+    """Chances of these counts among `trials` whose log odds are epsilon."""
+    choices = gammaln(trials + 1) - gammaln(counts + 1) - gammaln(trials - counts + 1)
+    logs = choices + counts * log_expit(epsilon) + (trials - counts) * log_expit(-epsilon)
+    return np.asarray(np.exp(logs), dtype=np.float64)
 
 
 @lru_cache(maxsize=4096)
@@ -148,7 +153,7 @@ def audit_scores(
             )
     numbers = sorted({max(1, round(share * count)) for share in shares})
     each = 1 - (1 - confidence) / (len(numbers) * len(scores))
-    tried = []
+    tried: list[dict[str, Any]] = []
     for name, values in scores.items():
         for guesses in numbers:
             correct = count_correct(values, included, guesses)

@@ -4,14 +4,16 @@
 |---|---|
 | AUC | chance that a member's score is above a non-member's, ties half |
 | TPR, FPR | share of members, of non-members, with a score above a threshold |
-| epsilon >= max(ln((TPR - delta) / FPR), ln((1 - FPR - delta) / (1 - TPR))) | Kairouz et al.; TPR at its lower, FPR at its upper limit |
 
-Intervals treat cases as independent draws. Cases of one training share one model, so this is the usual approximation and no proof;
-`one_run` needs none, but needs members that a coin has chosen.
+    epsilon >= max(ln((TPR - delta) / FPR), ln((1 - FPR - delta) / (1 - TPR))),   TPR at its lower, FPR at its upper exact limit
+
+Intervals treat cases as independent draws. Cases of one training share one model, so this is the usual approximation and no
+proof. `one_run` needs none, but needs members that a coin has chosen.
 
 References:
     Kairouz, Oh, Viswanath, "The Composition Theorem for Differential Privacy", ICML 2015 (rates under DP);
-    Clopper, Pearson, Biometrika 1934; Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022 (TPR at low FPR).
+    Clopper, Pearson, Biometrika 1934 (exact limits);
+    Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022 (TPR at low FPR).
 """
 
 from __future__ import annotations
