@@ -1,11 +1,15 @@
 """Weights on the wire: named numpy arrays, sorted by name, checked on arrival, nothing unpickled.
 
 float16 exists on the wire only, as the short form of float32; in memory it is float32 again.
+
+Flower moves every array of a record in requests of their own, several times between server and site, which for a network's
+hundred tensors takes longer than their bytes do. So weights travel in a bundle: one array of bytes with all the others in it.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +26,8 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 
 MEMORY_DTYPES = ("float32", "int64", "uint8", "bool")
 WIRE_DTYPES = (*MEMORY_DTYPES, "float16")
+BUNDLE = "bundle"
+"""Name of the one array of a bundle."""
 MAX_TENSORS = 20_000
 MAX_BYTES = 8 * 2**30
 """Bound on one message's weights: 8 GiB, about twenty times nnU-Net's largest preset."""
@@ -46,10 +52,23 @@ def encode(weights: Mapping[str, npt.NDArray[Any]], *, fp16: bool = False, also:
         if str(value.dtype) not in (*MEMORY_DTYPES, *also):
             raise FederationError(f"Cannot send {name}: dtype {value.dtype}; allowed are {', '.join(MEMORY_DTYPES)}.")
         _check_finite(name, value, "the sender")
-        arrays[name] = Array(
-            _shorten(name, value) if fp16 and value.dtype == np.float32 else np.asarray(value, order="C")
-        )
+        sent = _shorten(name, value) if fp16 and value.dtype == np.float32 else value
+        arrays[name] = Array(np.asarray(sent, order="C"))
     return ArrayRecord(arrays)
+
+
+def bundle(record: ArrayRecord) -> ArrayRecord:
+    """All arrays of a record as one array of bytes; `decode` takes either.
+
+    8 bytes length of the index, the index (JSON: name, dtype, shape and bytes of each array), the arrays as they were.
+    """
+    index = [
+        {"name": name, "dtype": array.dtype, "shape": list(array.shape), "bytes": len(array.data)}
+        for name, array in record.items()
+    ]
+    text = json.dumps(index, separators=(",", ":")).encode()
+    parts = [len(text).to_bytes(8, "big"), text, *(array.data for array in record.values())]
+    return ArrayRecord({BUNDLE: Array(np.frombuffer(b"".join(parts), dtype=np.uint8))})
 
 
 def decode(
@@ -71,6 +90,8 @@ def decode(
         ShapeError: names or shapes differ from `like`.
         FederationError: dtype, size or content is not allowed.
     """
+    if set(record) == {BUNDLE}:
+        record = _unbundled(record[BUNDLE], source)
     if len(record) > MAX_TENSORS or payload_bytes(record) > MAX_BYTES:
         raise FederationError(
             f"The weights from {source} are too large: {len(record)} tensors, {payload_bytes(record)} bytes; "
@@ -91,6 +112,27 @@ def decode(
 def payload_bytes(record: ArrayRecord) -> int:
     """Bytes of all arrays as they travel."""
     return sum(len(array.data) for array in record.values())
+
+
+def _unbundled(array: Array, source: str) -> ArrayRecord:
+    """The record that a bundle was made of; what its arrays hold is not looked at yet."""
+    data = _read_array(BUNDLE, array, source, ("uint8",)).tobytes()
+    start = 8 + int.from_bytes(data[:8], "big")
+    arrays: dict[str, Array] = {}
+    try:
+        for item in json.loads(data[8:start]):
+            stop = start + max(0, int(item["bytes"]))
+            arrays[str(item["name"])] = Array(
+                dtype=str(item["dtype"]), shape=tuple(item["shape"]), stype="numpy.ndarray", data=data[start:stop]
+            )
+            start = stop
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FederationError(
+            f"Cannot read the weights from {source}: the index of their bundle is damaged."
+        ) from error
+    if start != len(data):
+        raise FederationError(f"Cannot read the weights from {source}: their bundle is not as long as its index says.")
+    return ArrayRecord(arrays)
 
 
 def _shorten(name: str, value: npt.NDArray[Any]) -> npt.NDArray[np.float16]:

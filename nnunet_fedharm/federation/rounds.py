@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, MessageType, RecordDict
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import SiteUpdate
 from nnunet_fedharm.federation.asking import ask, join_reasons
-from nnunet_fedharm.federation.codec import Weights, encode, payload_bytes
+from nnunet_fedharm.federation.codec import Weights, bundle, encode, payload_bytes
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.exchange import Answers
@@ -144,7 +144,7 @@ class RoundLoop:
         if trains_together(self.ownership[phase], part):
             quorum = max(quorum, strategy_of(self.config).least_replies)
         if secures(self.config, phase):
-            plain, where = encode(part), (state.run_id, phase, number, json_hash(state.plans))
+            plain, where = bundle(encode(part)), (state.run_id, phase, number, json_hash(state.plans))
             promised = promise_of(self.config, state, phase)
             secure = SecureRound(self.roster, self.config, self.log, self.ownership[phase], *where, part, promised)
             request = self._train_request(phase, number, state, plain)
@@ -276,7 +276,8 @@ class RoundLoop:
         sites = [site for site in self.roster.nodes if site not in state.finished_sites]
         epoch = max(0, state.rounds_done["segmenter"] * self.config.local_epochs - 1)
         shared = self.ownership["segmenter"].shared(weights)
-        request = pack(FINISH, common_values(self.config, state, self.trainer_name) | {"epoch": epoch}, encode(shared))
+        values = common_values(self.config, state, self.trainer_name) | {"epoch": epoch}
+        request = pack(FINISH, values, bundle(encode(shared)))
 
         def accept(site: str, content: RecordDict) -> None:
             unpack_reply(FINISH_REPLY, content, source=site)

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import SiteUpdate
-from nnunet_fedharm.federation.codec import Tensors, Weights, decode, encode, payload_bytes
+from nnunet_fedharm.federation.codec import Tensors, Weights, bundle, decode, encode, payload_bytes
 from nnunet_fedharm.federation.exchange import Answers
 from nnunet_fedharm.federation.messages import TRAIN_REPLY, unpack_reply
 from nnunet_fedharm.federation.robust import norm_outliers, update_norms
@@ -61,7 +61,7 @@ def encode_with_control(weights: Weights, control: Weights, *, fp16: bool) -> Ar
     """Weights, and beside them control variates under their prefix; these stay float32, since their errors would add up."""
     record = encode(weights, fp16=fp16)
     record.update(encode(with_prefix(control)))
-    return record
+    return bundle(record)
 
 
 def with_prefix(control: Tensors) -> Weights:

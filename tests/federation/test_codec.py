@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_fedharm.errors import FederationError, ShapeError
-from nnunet_fedharm.federation.codec import decode, encode, payload_bytes
+from nnunet_fedharm.federation.codec import BUNDLE, bundle, decode, encode, payload_bytes
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
@@ -110,3 +110,51 @@ def test_missing_unknown_and_misshapen_tensors_are_named() -> None:
         decode(encode({**like, "c": like["a"]}), like=like, source="B")
     with pytest.raises(ShapeError, match=r"b from B is float32 \(3,\), expected float32 \(2,\)"):
         decode(encode({**like, "b": np.zeros(3, np.float32)}), like=like, source="B")
+
+
+def test_a_bundle_is_one_array_and_says_the_same() -> None:
+    weights = {**example(), "e.empty": np.zeros((0, 3), np.float32)}
+    record = bundle(encode(weights, fp16=True))
+    assert list(record) == [BUNDLE]
+    found, wanted = decode(record, like=weights, source="A"), decode(encode(weights, fp16=True), source="A")
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value)
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+    assert list(decode(bundle(encode({})), like={}, source="A")) == []
+
+
+def forged_bundle(index: str, body: bytes = b"") -> ArrayRecord:
+    text = index.encode()
+    data = np.frombuffer(len(text).to_bytes(8, "big") + text + body, dtype=np.uint8)
+    return ArrayRecord({BUNDLE: Array(data)})
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "",
+        "{",
+        "[1]",
+        "[{}]",
+        '{"name": 1}',
+        '[{"name": "w", "dtype": "float32", "shape": null, "bytes": 0}]',
+        '[{"name": "w", "dtype": "float32", "shape": [1], "bytes": 1000000000000}]',
+        '[{"name": "w", "dtype": "float32", "shape": [1], "bytes": -3}]',
+        "[" * 5000,
+    ],
+)
+def test_a_bundle_with_a_wrong_index_is_refused(index: str) -> None:
+    with pytest.raises(FederationError, match="B"):
+        decode(forged_bundle(index, b"abc"), source="B")
+
+
+def test_arrays_in_a_bundle_are_checked_like_any_other() -> None:
+    stream = io.BytesIO()
+    np.save(stream, np.array([{"x": 1}], dtype=object), allow_pickle=True)
+    data = stream.getvalue()
+    index = f'[{{"name": "w", "dtype": "float32", "shape": [1], "bytes": {len(data)}}}]'
+    with pytest.raises(FederationError, match="Cannot read w from B"):
+        decode(forged_bundle(index, data), source="B")
+    with pytest.raises(FederationError, match="Cannot read bundle from B"):
+        decode(ArrayRecord({BUNDLE: Array(np.zeros(2, np.float32))}), source="B")

@@ -53,7 +53,7 @@ class Wire:
 
     def _look(self, message: Message) -> None:
         for record in message.content.array_records.values():
-            self.names |= set(record)
+            self.names |= set(decode(record, source="somebody"))
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))
