@@ -43,6 +43,8 @@ def flower_environment(home: Path, *, device: str, parallel_sites: int) -> dict[
         # Flower starts its helpers by name: they have to be those of this Python.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
+    # A site's helper looks for a message this often; every round waits for it.
+    environment.setdefault("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2")
     # Ray would give each site one thread.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel_sites)))
     if device == "cpu":
