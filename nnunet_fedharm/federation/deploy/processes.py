@@ -113,7 +113,7 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def last_words(log: Path, *, lines: int = 3) -> str:
+def last_words(log: Path, *, lines: int = 3, most: int = 400) -> str:
     """The last lines of a log as one, without colours."""
     if not log.is_file():
         return "(no output)"
@@ -121,4 +121,4 @@ def last_words(log: Path, *, lines: int = 3) -> str:
         stream.seek(max(0, log.stat().st_size - 4096))
         text = stream.read().decode(errors="replace")
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    return " | ".join([line.strip() for line in plain.splitlines() if line.strip()][-lines:])[-400:]
+    return " | ".join([line.strip() for line in plain.splitlines() if line.strip()][-lines:])[-most:]

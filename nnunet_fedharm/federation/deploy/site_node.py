@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,18 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_fedharm.errors import SetupError
+from nnunet_fedharm.errors import FederationError, SetupError
 from nnunet_fedharm.federation.daemon import flower_environment, free_port, program
 from nnunet_fedharm.federation.deploy import app_bundle, keys
 from nnunet_fedharm.federation.deploy.certificates import check_server
 from nnunet_fedharm.federation.deploy.consortium import CONSORTIUM_FILE, SITE_NAME, Consortium, version_differences
-from nnunet_fedharm.federation.deploy.processes import children, stop_signals, watch
+from nnunet_fedharm.federation.deploy.processes import Children, children, last_words, stop_signals, watch
 from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.federation.policy import POLICY_FILE, TEMPLATE
 from nnunet_fedharm.federation.policy_checks import checked_policy
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
 _SETTINGS = "site.toml"
+_NOT_LET_IN = "Failed to activate SuperNode"
 _RESERVED = ("site", "site-root", "device", "num-processes")
 Show = Callable[[str], None]
 
@@ -131,7 +133,8 @@ def join(consortium_file: Path, root: Path, options: JoinOptions) -> tuple[SiteF
     folder = SiteFolder(root.expanduser().resolve())
     _check_join(consortium, folder, options)
     folder.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.home.chmod(0o700)
+    for private in (folder.home.parent, folder.home):
+        private.chmod(0o700)
     folder.consortium_file.write_text(consortium.to_toml(), encoding="utf-8")
     folder.ca_certificate.write_text(consortium.ca_certificate.strip() + "\n", encoding="utf-8")
     folder.trusted_entities.write_text(app_bundle.trusted_entities(consortium.signing_key), encoding="utf-8")
@@ -174,7 +177,7 @@ def start_site(folder: SiteFolder, *, show: Show = print) -> None:
             ],
         )
         show(f"Site {settings['site']} of {consortium.name} calls {settings['address']}. Ctrl-C stops it.")
-        watch(family, stopped)
+        _watch(folder, settings["site"], family, stopped)
         show("Stopping.")
 
 
@@ -214,6 +217,19 @@ def node_config(folder: SiteFolder, settings: dict[str, Any]) -> str:
         "num-processes": settings["num_processes"],
     }
     return " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+
+
+def _watch(folder: SiteFolder, site: str, family: Children, stopped: threading.Event) -> None:
+    """Wait for a signal; Flower's words for a key that the server does not know become a sentence."""
+    try:
+        watch(family, stopped)
+    except FederationError as error:
+        if _NOT_LET_IN in last_words(family.log("supernode"), lines=30, most=4000):
+            raise SetupError(
+                f"The server does not let {site} in: this site's key is not registered there, or not any more. Send "
+                f"{folder.node_key.with_suffix('.pub')} to the coordinator, and start again once it is registered."
+            ) from error
+        raise
 
 
 def _check_join(consortium: Consortium, folder: SiteFolder, options: JoinOptions) -> None:

@@ -188,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         access_log=False,
         log_config=get_uvicorn_log_config(20),
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=10,
     )
     return 0

@@ -53,7 +53,7 @@ _CONTAINER = """\
 # {what} in a container; podman and docker read this file. Build it in a folder that holds the wheel of nnunet_fedharm:
 #   podman build -t {image} -f {file} .
 # Run it{note}:
-#   podman run --rm --name {image} --userns=keep-id {options} \\
+#   podman run --rm --name {image} --userns=keep-id:uid=1000,gid=1000 {options} \\
 #     -v "{folder}:{folder}:Z" {image}
 FROM docker.io/library/python:3.11-slim
 
