@@ -159,7 +159,7 @@ def test_an_unregistered_key_and_a_false_server_are_refused(real: RealConsortium
     real.wait_for_log("stranger", "not registered", seconds=30)
     status, text = real.command("server", "sites", str(real.server.path))
     assert status == 0
-    assert "stranger                 not registered" in text
+    assert f"{'stranger':<24} not registered" in text
     if real.processes["stranger"].poll() is None:
         real.end("stranger")
     other = init_server(tmp_path / "other", ServerOptions(name="Other", hosts=["localhost"], sites=SITES))
