@@ -79,7 +79,7 @@ class PrivateTraining:
         run_id: names the run in the ledger.
 
     Raises:
-        PrivacyError: several processes, batch norm, or a budget that this run cannot end within.
+        PrivacyError: several processes, batch norm, a delta too large for the patients, or a budget that this run cannot end within.
     """
 
     def __init__(self, trainer: nnUNetTrainerFedHarm, options: PrivacyOptions, *, ledger: Ledger, run_id: str) -> None:
@@ -92,6 +92,8 @@ class PrivateTraining:
         self.run_id = run_id
         self.noise = SecureNoise()
         self.phases = self._phases()
+        for phase in self.phases.values():
+            options.check_delta(len(phase.patients))
 
     @classmethod
     def beside(cls, trainer: nnUNetTrainerFedHarm, options: PrivacyOptions) -> PrivateTraining:

@@ -63,6 +63,18 @@ class PrivacyOptions:
         """q of a site."""
         return min(1.0, self.patients_per_step / patients)
 
+    def check_delta(self, patients: int) -> None:
+        """Refuse a delta that would allow to publish one patient outright.
+
+        Raises:
+            PrivacyError: delta is not below 1 / patients.
+        """
+        if self.delta * patients >= 1:
+            raise PrivacyError(
+                f"Delta {self.delta:g} is no guarantee for {patients} patients: publishing one of them at random would fulfil it. "
+                f"Take one well below {1 / patients:.2g}."
+            )
+
     @property
     def fingerprint_multiplier(self) -> float:
         """Noise multiplier of the fingerprint summary; 0 for none."""

@@ -206,3 +206,10 @@ def test_a_patients_gradient_of_a_harmonizer_is_that_of_the_patient_alone(
                     assert parameter.grad is gradient is None
                 else:
                     torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_delta_that_protects_nobody_is_refused(private: Callable[..., Any]) -> None:
+    trainer = private("none", delta=0.2)
+    trainer.initialize()
+    with pytest.raises(PrivacyError, match="no guarantee for 6 patients"):
+        trainer.start_private()
