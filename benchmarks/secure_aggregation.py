@@ -4,7 +4,9 @@
 
 Sites and server run in one process, one after the other, on the messages that would travel. Seconds are processor time, so a busy
 machine does not decide them: a site's are the mean over sites of all its steps, the server's everything it does between messages.
-Plain is one float32 array up, and the server's weighted sum. Bytes are those of all messages over the sites in the sum.
+Plain is one float32 array up, and the server's weighted sum. Bytes are those of all messages over the sites in the sum. With
+noise shares, updates are clipped to the norm 1 and weigh alike; error is then the standard deviation of the noise of the sum, and
+bound the one that is promised.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from nnunet_fedharm.federation.codec import decode, encode
 from nnunet_fedharm.federation.messages import Schema, pack, reply
 from nnunet_fedharm.federation.secure import messages
 from nnunet_fedharm.federation.secure.sum import size_of
-from nnunet_fedharm.privacy.fixed_point import Field, Layout
+from nnunet_fedharm.privacy.fixed_point import Field, Layout, Share
+from nnunet_fedharm.privacy.noise import SecureNoise
 from nnunet_fedharm.privacy.secure_aggregation import make_terms
 from nnunet_fedharm.privacy.secure_server import ServerSession
 from nnunet_fedharm.privacy.secure_site import SiteSession, advert_from_dict, advert_to_dict
+from nnunet_fedharm.privacy.site_level import SitePrivacy, clipped
 
 T = TypeVar("T")
 CLIP, MAX_WEIGHT = 4.0, 250
@@ -35,12 +39,20 @@ STEPS = ("setup", "share", "mask", "unmask")
 class Run:
     """One sum with its costs."""
 
-    def __init__(self, count: int, size: int, width: int, lost: Mapping[str, int]) -> None:
+    def __init__(
+        self, count: int, size: int, width: int, lost: Mapping[str, int], promised: SitePrivacy | None = None
+    ) -> None:
         rng = np.random.default_rng(0)
         names = [f"site{number:02d}" for number in range(count)]
         self.values = {name: rng.normal(0, 0.01, size).astype(np.float32) for name in names}
         self.weights = {name: int(rng.integers(50, MAX_WEIGHT)) for name in names}
-        self.layout = Layout((Field("update", (size,), CLIP),), count, MAX_WEIGHT, width)
+        self.promised = promised
+        if promised is None:
+            self.layout = Layout((Field("update", (size,), CLIP),), count, MAX_WEIGHT, width)
+        else:
+            self.weights = dict.fromkeys(names, 1)
+            self.layout = Layout((Field("update", (size,), promised.room, weighted=False),), count, 1, width)
+            promised.check_grid(size, count, self.layout.step(self.layout.fields[0]))
         self.lost: dict[str, set[str]] = {}
         free = list(names)
         for step, share in lost.items():
@@ -111,9 +123,7 @@ class Run:
 
         def mask(site: str) -> Any:
             def work() -> bytes:
-                return sites[site].mask(
-                    inbox[site], self.layout.encode({"update": self.values[site]}, self.weights[site])
-                )
+                return sites[site].mask(inbox[site], self.encoded(site))
 
             masked = np.frombuffer(self.timed(site, work), dtype=np.uint8)
             answer = reply(messages.MASK_REPLY, {"site": site}, encode({messages.MASKED: masked}))
@@ -134,6 +144,10 @@ class Run:
             site: messages.shares_from_dict(_dict(answer, "shares"), source=site) for site, answer in last.items()
         }
         total = self.timed("server", lambda: server.open(shares))
+        if self.promised is not None:
+            cut = [clipped({"update": self.values[site]}, self.promised.clip)["update"] for site in answered]
+            noise = float(np.std(total.values["update"] - np.sum(cut, axis=0)))
+            return self.costs(len(answered)) | {"error": noise, "bound": self.promised.noise * self.promised.clip}
         exact = np.average(
             [self.values[site].astype(np.float64) for site in answered],
             axis=0,
@@ -143,6 +157,13 @@ class Run:
             "error": float(np.abs(total.mean("update") - exact).max()),
             "bound": self.layout.mean_error(self.layout.fields[0]),
         }
+
+    def encoded(self, site: str) -> Any:
+        """The site's integers, with its share of the noise where there is one."""
+        if self.promised is None:
+            return self.layout.encode({"update": self.values[site]}, self.weights[site])
+        share = Share(frozenset({"update"}), self.promised.share, SecureNoise().wide)
+        return self.layout.encode(clipped({"update": self.values[site]}, self.promised.clip), 1, share)
 
     def plain(self) -> dict[str, Any]:
         """One array up from each site."""
@@ -209,6 +230,14 @@ def main() -> None:
             rows.append(row(count, size, "plain", plain))
             for name, lost in dropouts(count).items():
                 rows.append(row(count, size, name, Run(count, size, args.bytes, lost).secure()))
+                print(rows[-1], flush=True)
+            least = max(3, count // 2 + 1)
+            promised = SitePrivacy(
+                mode="distributed", clip=1.0, noise=1.0, delta=1e-5, rounds=50, least=least, colluding=1
+            )
+            for lost in ({}, {"mask": count - least}):
+                name = "noise shares, " + (f"{count - least} in mask" if lost else "none")
+                rows.append(row(count, size, name, Run(count, size, args.bytes, lost, promised).secure()))
                 print(rows[-1], flush=True)
     table = "\n".join(rows) + "\n"
     print(table)
