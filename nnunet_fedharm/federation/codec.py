@@ -32,6 +32,7 @@ MAX_TENSORS = 20_000
 MAX_BYTES = 8 * 2**30
 """Bound on one message's weights: 8 GiB, about twenty times nnU-Net's largest preset."""
 _HEADER_BYTES = 10_000
+_INDEX_BYTES = MAX_TENSORS * 1_000
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -90,13 +91,10 @@ def decode(
         ShapeError: names or shapes differ from `like`.
         FederationError: dtype, size or content is not allowed.
     """
+    _check_size(record, source)  # before a bundle is opened, which copies it
     if set(record) == {BUNDLE}:
         record = _unbundled(record[BUNDLE], source)
-    if len(record) > MAX_TENSORS or payload_bytes(record) > MAX_BYTES:
-        raise FederationError(
-            f"The weights from {source} are too large: {len(record)} tensors, {payload_bytes(record)} bytes; "
-            f"at most {MAX_TENSORS} tensors and {MAX_BYTES} bytes are read."
-        )
+        _check_size(record, source)
     if like is not None:
         _check_names(set(record), set(like), source)
     weights: Weights = {}
@@ -114,10 +112,20 @@ def payload_bytes(record: ArrayRecord) -> int:
     return sum(len(array.data) for array in record.values())
 
 
+def _check_size(record: ArrayRecord, source: str) -> None:
+    if len(record) > MAX_TENSORS or payload_bytes(record) > MAX_BYTES:
+        raise FederationError(
+            f"The weights from {source} are too large: {len(record)} tensors, {payload_bytes(record)} bytes; "
+            f"at most {MAX_TENSORS} tensors and {MAX_BYTES} bytes are read."
+        )
+
+
 def _unbundled(array: Array, source: str) -> ArrayRecord:
     """The record that a bundle was made of; what its arrays hold is not looked at yet."""
     data = _read_array(BUNDLE, array, source, ("uint8",)).tobytes()
     start = 8 + int.from_bytes(data[:8], "big")
+    if start > _INDEX_BYTES:
+        raise FederationError(f"Cannot read the weights from {source}: the index of their bundle is too long.")
     arrays: dict[str, Array] = {}
     try:
         for item in json.loads(data[8:start]):

@@ -158,3 +158,10 @@ def test_arrays_in_a_bundle_are_checked_like_any_other() -> None:
         decode(forged_bundle(index, data), source="B")
     with pytest.raises(FederationError, match="Cannot read bundle from B"):
         decode(ArrayRecord({BUNDLE: Array(np.zeros(2, np.float32))}), source="B")
+
+
+def test_the_index_of_a_bundle_is_bounded_before_it_is_read() -> None:
+    text = b"[" + b",".join([b'{"name":"w","dtype":"float32","shape":[0],"bytes":0}'] * 400_000) + b"]"
+    record = ArrayRecord({BUNDLE: Array(np.frombuffer(len(text).to_bytes(8, "big") + text, dtype=np.uint8))})
+    with pytest.raises(FederationError, match="index of their bundle is too long"):
+        decode(record, source="A")
