@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.daemon import stop_process
 
 _POLL_S = 0.5
+_PR_SET_PDEATHSIG = 1
 _LOG_BYTES = 20 * 2**20
 
 
@@ -45,6 +48,7 @@ class Children:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         return self.running[name]
 
@@ -70,6 +74,11 @@ class Children:
         for process in reversed(list(self.running.values())):
             stop_process(process)
         self.running.clear()
+
+
+def _end_with_parent() -> None:
+    """In the child: a parent that is killed leaves no orphan that holds its port."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +109,26 @@ def test_a_child_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:
     assert other.poll() is not None, "children end with their parent"
     assert (tmp_path / "logs" / "helper.log").stat().st_mode & 0o077 == 0
     assert last_words(tmp_path / "none") == "(no output)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a Linux system call")
+def test_a_parent_that_is_killed_leaves_no_orphans(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, time\n"
+        "from nnunet_fedharm.federation.deploy.processes import children\n"
+        f"with children(pathlib.Path({str(tmp_path)!r}), {{'PATH': '/usr/bin:/bin'}}) as family:\n"
+        "    print(family.start('child', ['sleep', '300']).pid, flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        assert time.monotonic() < end, "the child lives on"
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
