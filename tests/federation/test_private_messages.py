@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Message
 
@@ -70,7 +72,7 @@ def test_a_private_run_sends_nothing_about_patients_without_noise(
     }
     assert arrays == {"masked"}, "landmarks are styles, rows of gates stay, updates leave masked"
     check_ledgers(root)
-    said = read_json(results / "privacy.json")
+    said = json.loads((results / "privacy.json").read_text())
     assert said["patient_level"]["not_covered"] == ["facts"]
     assert (said["site_level"]["unit"], said["site_level"]["least_sites"]) == ("site", 3)
     rounds = [
@@ -91,6 +93,33 @@ def check_ledgers(root: Path) -> None:
         assert {"segmenter training"} <= set().union(*by_mechanism.values())
         spent = ledger.spent(DELTA)
         assert (spent.unbounded, spent.epsilon <= 6.0) == ((), True)
+
+
+def test_a_site_that_hides_its_own_updates_sends_noise_and_counts_it(
+    tmp_path: Path, make_consortium: Callable[..., Path]
+) -> None:
+    root = make_consortium(tmp_path / "consortium", {"A": (2, 0), "B": (2, 0), "C": (0, 2)})
+    own = {"site_dp": "local", "weighting": "sites", "site_clip": 0.5, "site_noise": 2.0}
+    results, seen = run(root, segmenter_rounds=1, **own)
+    changed = [
+        decode(message.content.array_records["weights"], source="x")
+        for message in seen
+        if message.metadata.message_type == "train"
+    ]
+    assert len(changed) == 2
+    for name, value in changed[0].items():
+        if value.dtype == np.float32 and value.size > 500:
+            # Two sites' changes differ by noise of sqrt(2) z S; clipped to .5 in all, what they learnt is nothing beside it.
+            assert (value - changed[1][name]).std() == pytest.approx(math.sqrt(2), rel=0.15)
+    for answer in values_of(seen, "train"):
+        assert (json.loads(answer["metrics"]), answer["seconds"]) == ({}, 0.0)
+    folder = root / "sites" / "A" / "fedharm"
+    (entry,) = [entry for entry in Ledger(folder).releases() if entry.mechanism == GAUSSIAN]
+    assert (entry.what, entry.noise_multiplier) == ("weights, segmenter round 1", 1.0)
+    (counted,) = folder.glob("*/site-privacy.json")
+    assert read_json(counted)["releases"] == 1
+    said = json.loads((results / "privacy.json").read_text())["site_level"]
+    assert (said["unit"], said["neighbours"]) == ("site", "any two updates of a site")
 
 
 def test_a_run_without_privacy_lists_every_release_by_name(

@@ -32,7 +32,7 @@ from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.privacy.gaussian import gaussian_epsilon
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.site_level import LOCAL, SERVER, SitePrivacy
-from tests.federation.test_rounds import Bench
+from tests.federation.test_rounds import Bench, ScriptedSite
 from tests.federation.test_secure_rounds import SecureSite, bench_of
 
 SIZE = 4000
@@ -92,6 +92,26 @@ def test_rows_of_single_sites_are_nobodys() -> None:
     owned = updates_only(Ownership(("A", "B"), rows=frozenset({"harmonizer.gate"})))
     tensors = {"harmonizer.gate": np.zeros((2, 1)), "segmenter.a": np.zeros(2)}
     assert set(owned.contribution("A", tensors)) == {"segmenter.a"}
+
+
+def test_a_round_with_the_servers_noise_goes_on_like_any_other(tmp_path: Path) -> None:
+    sites = [ScriptedSite(name, step=step) for name, step in zip("ABC", (0.001, 5.0, -3.0), strict=True)]
+    options = {
+        "site_dp": "server",
+        "weighting": "sites",
+        "site_clip": 2.0,
+        "site_noise": 0.25,
+        "iterations_per_epoch": 1,
+    }
+    bench = Bench(tmp_path, sites, segmenter_rounds=1, **options)
+    bench.state = replace(bench.state, facts={site.name: site.facts for site in sites})
+    mean = bench.run(1, weights={"segmenter.w": BIG["segmenter.w"]})
+    wanted = 0.001 / 3  # B's and C's updates are cut to the same norm and point in opposite directions
+    noise = 0.25 * 2.0 / 3
+    assert mean["segmenter.w"].std() == pytest.approx(noise, rel=0.1)
+    assert mean["segmenter.w"].mean() == pytest.approx(wanted, abs=5 * noise / math.sqrt(3000))
+    assert bench.state.history[0]["sites"] == ["A", "B", "C", NOISY_MEAN]
+    assert bench.state.history[0]["dice"] is None
 
 
 def secure_bench(
