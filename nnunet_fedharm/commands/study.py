@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from nnunet_fedharm.study.matrix import Cell
     from nnunet_fedharm.study.study_file import StudyFile
 
@@ -102,7 +105,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from nnunet_fedharm.study.matrix import cells_of
@@ -126,7 +128,7 @@ def _status(args: argparse.Namespace) -> int:
         }
         dice = " ".join(f"{site} {value:.3f}" for site, value in sites.items() if value is not None)
         table.add_row(cell.name, "finished", dice, f"{result.cost.train_s / 60:.1f}")
-    Console().print(table)
+    _console().print(table)
     print(f"{sum(is_finished(study, cell) for cell in cells)} of {len(cells)} cells are finished.")
     return 0
 
@@ -153,6 +155,13 @@ def _study(folder: Path) -> StudyFile:
     return read_study(folder.expanduser())
 
 
+def _console() -> Console:
+    """Wide where the output is a file or a pipe: names are cut nowhere."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
 def _device(asked: str) -> str:
     from nnunet_fedharm.planning.situation import find_device
 
@@ -160,7 +169,6 @@ def _device(asked: str) -> str:
 
 
 def _print_estimate(study: StudyFile, cells: Sequence[Cell], device: str, parallel: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from nnunet_fedharm.study.estimate import Estimator
@@ -174,7 +182,7 @@ def _print_estimate(study: StudyFile, cells: Sequence[Cell], device: str, parall
         estimate = estimator.of(cell)
         known += estimate.seconds or 0.0
         table.add_row(cell.name, "?" if estimate.seconds is None else f"{estimate.seconds / 60:.1f}", estimate.basis)
-    Console().print(table)
+    _console().print(table)
     print(
         f"About {known / 3600 / max(1, parallel):.1f} hours with {max(1, parallel)} at once; prediction is not counted."
     )
