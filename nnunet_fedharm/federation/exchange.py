@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from nnunet_fedharm.errors import FedHarmError
+from nnunet_fedharm.errors import CheckpointError, FedHarmError
 
 T = TypeVar("T")
 WAITING_EVERY_S = 15.0
@@ -66,6 +66,9 @@ def exchange(
 
     Returns:
         One entry per request, in `accepted` or in `failures`.
+
+    Raises:
+        CheckpointError: from `accept`; the server cannot keep what came.
     """
     answers: Answers[T] = Answers()
     start = reported = time.monotonic()
@@ -132,5 +135,7 @@ def _take(key: str, reply: Message, accept: Callable[[str, RecordDict], T], answ
         return
     try:
         answers.accepted[key] = accept(key, reply.content)
+    except CheckpointError:
+        raise  # the server's own disk: no fault of the site, and no reason to let it train again
     except FedHarmError as error:
         answers.failures[key] = str(error)

@@ -57,15 +57,18 @@ def locked_server(config: FederateConfig | SiteReportConfig) -> Iterator[tuple[N
     """
     root = NnunetRoot(server_folder(config)).create()
     log = EventLog(root.path / "fedharm" / EVENTS_FILE)
+    turned_away: dict[str, bool] = {"other_run": True}
     try:
         with file_lock(root.path / "fedharm" / "server.lock", wait_s=LOCK_WAIT_S) as held:
             if not held:
                 raise FederationError(
                     f"Another run is using {root.path}. Wait for its end, or give this one a server-root."
                 )
+            turned_away.clear()
             yield root, log
     except FedHarmError as error:
-        log.write("failed", error=str(error))
+        # A run that is turned away must not look like the end of the one that goes on.
+        log.write("failed", error=str(error), **turned_away)
         raise
     except Exception as error:
         # Unforeseen: the text may hold anything, so the event names the kind only; Flower's log has the traceback.

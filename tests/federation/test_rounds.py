@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from flwr.app import Error, Message
 
-from nnunet_fedharm.errors import FederationError, SiteMismatchError
+from nnunet_fedharm.errors import CheckpointError, FederationError, SiteMismatchError
 from nnunet_fedharm.federation import messages, rounds
 from nnunet_fedharm.federation.codec import Weights, decode, encode
 from nnunet_fedharm.federation.config import FederateConfig
@@ -370,3 +371,20 @@ def test_a_phase_without_sites_is_refused() -> None:
 
 def test_reasons_name_each_site_once() -> None:
     assert rounds.join_reasons({"B": "Site B is ill.", "A": "no reply"}) == "A: no reply; Site B is ill"
+
+
+def test_a_full_disk_at_the_server_stops_the_run_and_is_no_sites_fault(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [ScriptedSite("A", step=1), ScriptedSite("B", step=2)])
+    site: ScriptedSite = bench.grid.clients[1]  # type: ignore[assignment]
+
+    def no_room(message: Message) -> Message | None:
+        shutil.rmtree(tmp_path / bench.state.run_id / "spool")  # as good as full: nothing can be written there
+        site.behave = None
+        return site(message)
+
+    site.behave = no_room
+    with pytest.raises(CheckpointError, match="Free space there, then run the same command again"):
+        bench.run()
+    assert not bench.events("site_set_aside")
+    assert not bench.events("round_repeated"), "nobody trains again for it"
+    np.testing.assert_allclose(bench.run()["segmenter.w"], 1.5)
