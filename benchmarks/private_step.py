@@ -4,8 +4,9 @@
 
 One thread per OMP_NUM_THREADS. A plain nnU-Net (features 8 to 64, deep supervision off so that Opacus can follow) segments random
 patches; 2 patches a patient. `plain` is the same patches in nnU-Net's batches of 2 without clipping: what a training without
-privacy would pay for them. Opacus clips each patch (its unit is the sample), which protects a patch and not a patient; it is
-measured for its time and memory. Memory is the peak of what the process holds above its start, in MiB.
+privacy would pay for them. `norm, heads` is our loop where only normalization and output layers are trained. Opacus clips each
+patch (its unit is the sample), which protects a patch and not a patient; it is measured for its time and memory. Memory is the
+peak of what the process holds above its start, in MiB.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from opacus.grad_sample import GradSampleModule
@@ -45,6 +47,16 @@ def network(dims: int, *, inplace: bool) -> nn.Module:
     return model
 
 
+def for_opacus(model: nn.Module) -> nn.Module:
+    """The same tensors, each module under one name: Opacus hooks a module once a name, and counts its gradient as often."""
+    del model.decoder.encoder
+    for module in model.modules():
+        if isinstance(module, ConvDropoutNormReLU):
+            for name in ("conv", "norm", "nonlin"):
+                module._modules.pop(name, None)
+    return model
+
+
 def loss_function() -> nn.Module:
     dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
     return DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss)
@@ -68,8 +80,15 @@ def plain(dims: int, patients: int) -> Callable[[], None]:
     return step
 
 
-def by_patient(dims: int, patients: int) -> Callable[[], None]:
+def norm_and_heads(dims: int, patients: int) -> Callable[[], None]:
+    return by_patient(dims, patients, few=True)
+
+
+def by_patient(dims: int, patients: int, *, few: bool = False) -> Callable[[], None]:
     model, loss = network(dims, inplace=True), loss_function()
+    for module in model.modules() if few else ():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            module.requires_grad_(module in list(model.decoder.seg_layers)[-1:])
     image, target = patches(dims, PATCHES * patients)
     noise = SecureNoise()
     gradients = PatientGradients(
@@ -91,7 +110,7 @@ def by_patient(dims: int, patients: int) -> Callable[[], None]:
 
 
 def hooks(dims: int, patients: int) -> Callable[[], None]:
-    model, loss = GradSampleModule(network(dims, inplace=False), loss_reduction="mean"), loss_function()
+    model, loss = GradSampleModule(for_opacus(network(dims, inplace=False)), loss_reduction="mean"), loss_function()
     image, target = patches(dims, PATCHES * patients)
 
     def step() -> None:
@@ -107,7 +126,7 @@ def hooks(dims: int, patients: int) -> Callable[[], None]:
 
 def ghost(dims: int, patients: int) -> Callable[[], None]:
     model = GradSampleModuleFastGradientClipping(
-        network(dims, inplace=False), max_grad_norm=1, use_ghost_clipping=True, loss_reduction="mean"
+        for_opacus(network(dims, inplace=False)), max_grad_norm=1, use_ghost_clipping=True, loss_reduction="mean"
     )
     loss = loss_function()
     image, target = patches(dims, PATCHES * patients)
@@ -125,7 +144,13 @@ def ghost(dims: int, patients: int) -> Callable[[], None]:
     return step
 
 
-METHODS = {"plain": plain, "by patient": by_patient, "Opacus, hooks": hooks, "Opacus, ghost": ghost}
+METHODS = {
+    "plain": plain,
+    "by patient": by_patient,
+    "by patient, norm, heads": norm_and_heads,
+    "Opacus, hooks": hooks,
+    "Opacus, ghost": ghost,
+}
 
 
 def measure(name: str, dims: int, patients: int, repeats: int, queue: multiprocessing.Queue[object]) -> None:

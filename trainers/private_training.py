@@ -79,7 +79,7 @@ class PrivateTraining:
         run_id: names the run in the ledger.
 
     Raises:
-        PrivacyError: several processes, batch norm, a delta too large for the patients, or a budget that this run cannot end within.
+        PrivacyError: several processes, batch norm, a delta too large for the patients, or a budget that does not last.
     """
 
     def __init__(self, trainer: nnUNetTrainerFedHarm, options: PrivacyOptions, *, ledger: Ledger, run_id: str) -> None:

@@ -71,7 +71,7 @@ class PrivacyOptions:
         """
         if self.delta * patients >= 1:
             raise PrivacyError(
-                f"Delta {self.delta:g} is no guarantee for {patients} patients: publishing one of them at random would fulfil it. "
+                f"Delta {self.delta:g} is no guarantee for {patients} patients: publishing one at random would fulfil it. "
                 f"Take one well below {1 / patients:.2g}."
             )
 
