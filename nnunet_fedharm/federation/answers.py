@@ -90,12 +90,17 @@ def _preflight(site: Site, request: Unpacked) -> RecordDict:
 
 
 def _summarize(site: Site, request: Unpacked) -> RecordDict:
+    from nnunet_fedharm.federation.secure.fingerprint import offer_summary
     from nnunet_fedharm.planning.private_summary import fingerprint_release, summarize_private
     from nnunet_fedharm.planning.summary import summarize_site
 
     values = request.values
     where: dict[str, Any] = {"site": site.name, "num_processes": site.num_processes}
     raw_dataset, noise = site.raw_dataset(values["dataset_name"]), values["noise"]
+    if values["summed_over"]:
+        exact = summarize_private(raw_dataset, noise_multiplier=0.0, **where)
+        told = offer_summary(site, request, exact)
+        return reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": told.to_dict()})
     if noise > 0:
         summary = answer_once(
             site,
@@ -104,8 +109,8 @@ def _summarize(site: Site, request: Unpacked) -> RecordDict:
             lambda: summarize_private(raw_dataset, noise_multiplier=noise, **where).to_dict(),
         )
         return reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": summary})
-    exact = summarize_site(raw_dataset, **where).to_dict()
-    content = reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": exact})
+    whole = summarize_site(raw_dataset, **where).to_dict()
+    content = reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": whole})
     enter_release(site.folder, messages.SUMMARIZE.name, values, content)
     return content
 

@@ -109,7 +109,7 @@ _STATISTICS = {
     "delta": Item(float, 1),
 }
 """Noise multiplier of what is asked for, and the budget of the run; zeros without differential privacy."""
-SUMMARIZE = Schema("summarize request", _STATISTICS)
+SUMMARIZE = Schema("summarize request", {**_STATISTICS, "summed_over": COUNT, "colluding": COUNT})
 SUMMARIZE_REPLY = Schema("summarize reply", {"site": SITE, "summary": Item(dict, 4 * _MIB)})
 PREPARE = Schema(
     "prepare request",

@@ -108,7 +108,9 @@ class Preparation:
 
         config = self.config
         noise = config.privacy.fingerprint_multiplier if config.privacy else 0.0
-        request = pack(SUMMARIZE, self._statistics(state, noise))
+        summed = len(self.roster.expected) if noise and config.secure_aggregation == "all" else 0
+        asked = self._statistics(state, noise) | {"summed_over": summed, "colluding": config.site_colluding}
+        request = pack(SUMMARIZE, asked)
         replies = self._from_all("summarize", request, SUMMARIZE_REPLY, lambda values: values["summary"])
         fingerprint = _plain_json(self._merged([replies[site] for site in self.roster.expected], state, noise))
         options = PlanOptions(
@@ -180,6 +182,7 @@ class Preparation:
 
     def _merged(self, replies: list[dict[str, Any]], state: ServerState, noise: float) -> dict[str, Any]:
         """The fingerprint of all sites."""
+        from nnunet_fedharm.federation.secure.fingerprint import summed_summaries
         from nnunet_fedharm.planning.merge import merge_summaries
         from nnunet_fedharm.planning.private_merge import expected_error, merge_private
         from nnunet_fedharm.planning.private_summary import PrivateSummary
@@ -187,6 +190,8 @@ class Preparation:
         if not noise:
             return merge_summaries([SiteSummary.from_dict(reply) for reply in replies])
         noisy = [PrivateSummary.from_dict(reply) for reply in replies]
+        if self.config.secure_aggregation == "all":
+            noisy = summed_summaries(self.roster, self.config, self.log, state.run_id, noisy)
         self.log.write("fingerprint_noise", noise_multiplier=noise, **expected_error(noisy).to_dict())
         return merge_private(noisy, n_channels=len(state.dataset_json["channel_names"]))
 

@@ -39,5 +39,5 @@ def count_release(site: Site, run_id: str, promised: SitePrivacy) -> int:
             f"Site {site.name} has shown its updates {count - 1} times in this run; the noise pays for {promised.releases} "
             "times. Start a new run."
         )
-    write_json(path, kept | {"releases": count, "unit": "site", "epsilon_of_all": promised.epsilon()})
+    write_json(path, kept | {"releases": count})
     return count
