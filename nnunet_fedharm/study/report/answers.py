@@ -90,10 +90,10 @@ def what_central_gives(found: StudyFindings) -> Answer:
     where, control = place(found), "plain nnU-Net with its own augmentation"
     headline = changes(found, asked, f"mean Dice {where} over {control}", f"mean Dice {where} against {control}")
     support = [
-        *_intervals(found, asked),
-        *_recovered(found, asked),
         *_by_site(found, asked),
+        *_recovered(found, asked),
         *_augment(found),
+        *_intervals(found, asked),
         *_baselines(found),
     ]
     return Answer(QUESTIONS[1], headline, tuple(support))

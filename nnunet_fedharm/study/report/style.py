@@ -15,7 +15,7 @@ border-radius:10px;padding:12px 16px}
 .question>p{margin:0 0 6px;font-size:17px;line-height:1.38;color:var(--ink);max-width:none}
 .question ul{padding-left:18px}.question li{font-size:13.5px;line-height:1.4;color:var(--muted);margin:0 0 2px;max-width:none}
 .question details.fold{margin-top:2px;font-size:13.5px;color:var(--muted)}.question details.fold>.inside{margin-top:3px}
-.question svg{margin:2px auto 8px 0}.armname{fill:var(--ink);font-size:13px}
+.question .key{font-size:13px;margin:0}.question svg{margin:2px auto 8px 0}.armname{fill:var(--ink);font-size:13px}
 .rule{stroke:var(--c1);stroke-width:1.6}.rule.zero{stroke:var(--c1)}.rule.control{stroke:var(--c1);stroke-dasharray:2 3}
 .rule.oracle{stroke:var(--c4);stroke-dasharray:7 3}
 .band{fill:var(--c2);fill-opacity:.12}.line.thin{stroke-width:1.3;fill:none}

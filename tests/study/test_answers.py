@@ -1,0 +1,182 @@
+"""What the first screen may say: never more than the tests allow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from nnunet_fedharm.differences.findings import Estimate
+from nnunet_fedharm.study.findings import ArmFinding, Comparison, CostFinding, Equivalence, GapFinding, StudyFindings
+from nnunet_fedharm.study.report.answers import (
+    answer_all,
+    how_close,
+    how_different,
+    what_central_gives,
+    what_privacy_costs,
+)
+
+NONE = Estimate(None)
+
+
+def arm(
+    name: str,
+    *,
+    kind: str = "none",
+    mode: str = "central",
+    epsilon: float | None = None,
+    site: str = "",
+    gap: float = -1,
+) -> ArmFinding:
+    share = Estimate(gap, gap - 0.1, gap + 0.1) if gap >= 0 else None
+    return ArmFinding(
+        name, name, kind, mode, True, epsilon, site, 3, {"A": Estimate(0.8), "B": Estimate(0.5)}, {}, "B", Estimate(0.5),
+        Estimate(0.5), GapFinding(("B",), share, Estimate(0.3, 0.2, 0.4)),
+    )  # fmt: skip
+
+
+def change(
+    first: str,
+    second: str,
+    value: float,
+    *,
+    p: float = 0.001,
+    half: float = 0.01,
+    seeds: int = 3,
+    equal: Equivalence | None = None,
+) -> Comparison:
+    difference = Estimate(value, value - half, value + half)
+    return Comparison("family", first, second, ("B",), difference, p, p, 20, seeds, equal)
+
+
+def equivalent(p: float, value: float, half: float, *, p_low: float | None = None) -> Equivalence:
+    return Equivalence(0.02, p, p if p_low is None else p_low, Estimate(value, value - half, value + half))
+
+
+@pytest.fixture
+def bare() -> StudyFindings:
+    """Arms without any comparison."""
+    arms = [
+        arm("central_none"),
+        arm("central_augment", kind="augment"),
+        arm("central_polarity", kind="polarity", gap=0.8),
+        arm("federated_polarity", kind="polarity", mode="federated"),
+        arm("central_none_epsilon-8", epsilon=8.0),
+    ]
+    cost = CostFinding("central_none_epsilon-8", 1.0, 1.0, 0, 0, 7.93, 1e-5, ("facts",), ("cpu",))
+    return StudyFindings(
+        name="s", dataset="D", created="2026-01-01", configuration="2d", sites=("A", "B"), labelled=("A",), reference="A",
+        targets=("B",), patients={"A": 10, "B": 20}, patients_total=30, control="central_none",
+        oracles={}, arms=arms, gaps={"B": Estimate(0.3, 0.2, 0.4)}, against_control=[], at_each_site=[], against_augment=[],
+        federated=[], points={}, private=[], at_reference=[], controls=[], costs=[cost], quality={}, epsilons=(),
+        modes=("central",), missing=[], settings={"margin": 0.02},
+    )  # fmt: skip
+
+
+def central(found: StudyFindings, *items: Comparison, **others: Any) -> str:
+    answer = what_central_gives(replace(found, against_control=list(items), **others))
+    return " ".join([answer.headline, *answer.support])
+
+
+def test_what_has_no_result_is_called_not_measured(bare: StudyFindings) -> None:
+    answers = answer_all(bare, None)
+    assert len(answers) == 4
+    for answer in answers[1:]:
+        assert "not measured in this study" in answer.headline
+        assert not answer.measured
+    assert "not measured in this study" in " ".join(answers[0].support)
+    assert "reaches Dice 0.80 at A and 0.50 at B" in answers[0].headline
+
+
+def test_a_clear_gain_is_said_with_its_size(bare: StudyFindings) -> None:
+    said = central(bare, change("central_polarity", "central_none", 0.2))
+    assert said.startswith(
+        "Polarity raises mean Dice at B (labels withheld) over plain nnU-Net with its own augmentation by 0.200"
+    )
+    assert "it recovers 80%" in said
+    assert "Exploratory" not in said
+
+
+@pytest.mark.parametrize(("p", "half"), [(0.2, 0.01), (0.001, 0.3), (0.05, 0.01)])
+def test_a_gain_that_one_test_does_not_carry_is_not_said(bare: StudyFindings, p: float, half: float) -> None:
+    said = central(bare, change("central_polarity", "central_none", 0.2, p=p, half=half))
+    assert "was not shown to change mean Dice" in said
+    for word in ("raises", "better", "higher"):
+        assert word not in said
+
+
+def test_a_loss_is_called_a_loss(bare: StudyFindings) -> None:
+    assert "lowers mean Dice" in central(bare, change("central_polarity", "central_none", -0.2))
+
+
+def test_few_trainings_make_a_sentence_exploratory(bare: StudyFindings) -> None:
+    said = central(bare, change("central_polarity", "central_none", 0.2, seeds=2))
+    assert said.startswith("Exploratory, 2 trainings of each arm: Polarity raises")
+    one = what_central_gives(replace(bare, against_control=[change("central_polarity", "central_none", 0.2, seeds=1)]))
+    assert one.headline.startswith("Exploratory, 1 training of each arm")
+
+
+def test_strong_augmentation_and_baselines_that_do_as_well_are_told(bare: StudyFindings) -> None:
+    gain = change("central_polarity", "central_none", 0.2)
+    other = change("central_augment", "central_none", 0.15)
+    said = central(bare, gain, other, against_augment=[change("central_polarity", "central_augment", 0.01, p=0.4)])
+    assert "was not shown to change mean Dice against strong random augmentation" in said
+    assert "Without any network in front, strong augmentation raises mean Dice too" in said
+    assert "Strong random augmentation was not measured in this study" in central(bare, gain)
+
+
+def test_the_gain_is_placed_site_by_site(bare: StudyFindings) -> None:
+    wide = replace(bare, targets=("B", "C"))
+    gain = change("central_polarity", "central_none", 0.2)
+    sites = [replace(gain, sites=("B",)), replace(change("central_polarity", "central_none", 0.0, p=1.0), sites=("C",))]
+    assert "at B Dice is higher; at C no change was shown" in central(wide, gain, at_each_site=sites)
+
+
+@pytest.mark.parametrize(
+    ("equal", "value", "words", "never"),
+    [
+        (equivalent(0.001, 0.0, 0.005), 0.0, "is as good as central within 0.02 Dice", "not shown"),
+        (equivalent(0.2, 0.0, 0.005), 0.0, "was not shown to be as good as central", "is as good"),
+        (equivalent(0.001, 0.0, 0.03), 0.0, "was not shown to be as good as central", "is as good"),
+        (equivalent(0.9, 0.05, 0.01, p_low=0.001), 0.05, "is not worse than central by 0.02 Dice or more", "as good as central"),
+        (equivalent(0.9, -0.05, 0.01), -0.05, "is worse than central, by 0.050", "as good as central within"),
+    ],
+)  # fmt: skip
+def test_as_good_as_needs_both_one_sided_tests_and_the_interval(
+    bare: StudyFindings, equal: Equivalence, value: float, words: str, never: str
+) -> None:
+    item = change(
+        "federated_polarity", "central_polarity", value, equal=equal, half=0.01, p=0.9 if not value else 0.001
+    )
+    answer = how_close(replace(bare, federated=[item]))
+    assert words in answer.headline
+    assert never not in answer.headline
+    assert "what is federated is the harmonizer" in " ".join(answer.support)
+
+
+def test_a_federation_with_two_trainings_is_exploratory(bare: StudyFindings) -> None:
+    item = change("federated_polarity", "central_polarity", 0.0, seeds=2, equal=equivalent(0.001, 0.0, 0.005))
+    assert how_close(replace(bare, federated=[item])).headline.startswith("Exploratory, 2 trainings")
+
+
+def test_privacy_has_a_price_at_each_epsilon_and_what_has_none_is_named(bare: StudyFindings) -> None:
+    answer = what_privacy_costs(replace(bare, private=[change("central_none_epsilon-8", "central_none", -0.04)]))
+    assert answer.headline == "Epsilon 8 costs 0.040 Dice."
+    support = " ".join(answer.support)
+    assert "each patient" in support
+    assert "8 asked, 7.93 spent" in support
+    assert "left: facts" in support
+
+
+def test_a_loss_that_was_not_shown_is_no_proof_of_no_loss(bare: StudyFindings) -> None:
+    item = change("central_none_epsilon-8", "central_none", -0.01, p=0.3, half=0.03)
+    said = what_privacy_costs(replace(bare, private=[item])).headline
+    assert "no change was shown" in said
+    assert "a loss of up to 0.040 remains possible" in said
+    assert "costs" not in said
+
+
+def test_a_gap_that_may_be_none_is_not_called_one(bare: StudyFindings) -> None:
+    answer = how_different(replace(bare, gaps={"B": Estimate(0.1, -0.1, 0.3)}), None)
+    assert "At B no gap to a training on the site's own labels was shown." in answer.support

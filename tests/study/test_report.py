@@ -1,0 +1,202 @@
+"""The report's folder: a page that needs nothing else, numbers, tables, methods, pictures, PDF."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.study.report.build import write_report
+from nnunet_fedharm.study.report.charts import band_chart, epsilon_chart, paired_chart
+from nnunet_fedharm.study.report.dot_plot import Column, Row, dot_plot
+from nnunet_fedharm.study.report.page import limits
+from nnunet_fedharm.study.report.pdf import BROWSERS, print_pdf
+from nnunet_fedharm.study.report.references import ENTRIES
+from nnunet_fedharm.study.statistics import analyse
+from tests.evaluation.test_site_report_page import Checked
+from tests.study.cells import CASES, Study
+
+METRIC = {
+    "before": {"value": 1.2},
+    "after": {"value": 0.3},
+    "change": {"value": -0.9, "low": -1.0, "high": -0.8},
+    "n": 8,
+}
+AGREEMENT = {"median": METRIC}
+QUALITY = {
+    "sites": {"B": {"0000": {"nrmse": METRIC, "ssim": METRIC, "edges_kept": METRIC, "cnr_over_truth": METRIC}}},
+    "features": {"sites": {"B": AGREEMENT}, "icc": AGREEMENT},
+    "site_classifier": {
+        state: {"balanced_accuracy": {"value": 0.8, "low": 0.7, "high": 0.9}, "null_high": 0.5} for state in ("before", "after")
+    },
+    "lesions": {"B": {"n_lesions": 9, "lesion_recall": METRIC, "false_lesions": METRIC, "false_lesions_on_lesion_free": METRIC}},
+}  # fmt: skip
+
+
+def whole_study(folder: Path) -> Study:
+    study = Study(folder, simulated=True)
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    study.arm("central_augment", {"A": 0.84, "B": 0.6})
+    study.arm("central_polarity", {"A": 0.85, "B": 0.74}, quality=QUALITY)
+    study.arm("federated_polarity", {"A": 0.85, "B": 0.739}, quality=QUALITY)
+    study.arm("local_B_none", {"B": 0.8})
+    study.arm("central_none_epsilon-8", {"A": 0.8, "B": 0.42})
+    return study
+
+
+def write_images(study: Study) -> None:
+    """Every test case of B, and what the first trainings made of it."""
+    generator = np.random.default_rng(0)
+    label = np.zeros((20, 24, 12), dtype=np.uint8)
+    label[8:14, 6:12, 4:8] = 1
+    cells = [study.folder / "cells" / f"{name}_seed-0" for name in ("central_none", "central_polarity")]
+    test = study.folder / "data" / "test" / "B"
+    for index in range(CASES):
+        image = generator.normal(100, 10, label.shape).astype(np.float32) + 60 * label
+        files = {
+            test / "images" / f"B_case{index}_0000.nii.gz": image,
+            cells[1] / "harmonized" / "B" / f"B_case{index}_0000.nii.gz": image,
+            test / "labels" / f"B_case{index}.nii.gz": label,
+            cells[0] / "predictions" / "B" / f"B_case{index}.nii.gz": label,
+            cells[1] / "predictions" / "B" / f"B_case{index}.nii.gz": label,
+        }
+        for path, array in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    study = whole_study(tmp_path_factory.mktemp("report"))
+    write_images(study)
+    return write_report(study.results(), study.folder / "report", pdf=False).parent
+
+
+def test_the_page_is_whole_needs_no_network_and_escapes_names(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    Checked(page)
+    assert "<script" not in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert not re.findall(r"url\(|@import", page)
+    assert "&lt;Blobs&gt;" in page
+    assert "<Blobs>" not in page
+    for question in (
+        "How different are the sites?",
+        "How close does federated training come?",
+        "What does privacy cost?",
+    ):
+        assert page.index(question) < page.index('id="dice"')
+    for section in (
+        "gap",
+        "federated",
+        "privacy",
+        "pictures",
+        "quality",
+        "lesions",
+        "controls",
+        "cost",
+        "methods",
+        "limits",
+    ):
+        assert f'id="{section}"' in page
+
+
+def test_pictures_are_of_the_median_case_and_sites_without_are_named(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert "No pictures of A" in page
+
+
+def test_all_numbers_are_in_json_and_tables(report: Path) -> None:
+    content = json.loads((report / "study.json").read_text())
+    assert [item["question"][:3] for item in content["answers"]] == ["How", "Wha", "How", "Wha"]
+    assert len(content["arms"]) == 6
+    rows = list(csv.DictReader((report / "tables" / "cases.csv").open()))
+    assert len(rows) == 3 * (5 * 2 * CASES + CASES)
+    comparisons = list(csv.DictReader((report / "tables" / "comparisons.csv").open()))
+    assert {row["family"] for row in comparisons} >= {"arms against the control", "federated against central"}
+    costs = {row["arm"]: row for row in csv.DictReader((report / "tables" / "costs.csv").open())}
+    assert costs["central_none_epsilon-8"]["epsilon"] == "7.9"
+    controls = list(csv.DictReader((report / "tables" / "controls.csv").open()))
+    assert ("known inverse", "passed") in {(row["control"], row["result"]) for row in controls}
+    assert (report / "tables" / "arms.csv").is_file()
+
+
+def test_every_citation_of_the_methods_has_its_entry(report: Path) -> None:
+    written, references = (report / "methods.md").read_text(), (report / "references.bib").read_text()
+    cited = set(re.findall(r"@(\w+)\]", written))
+    assert cited
+    assert cited <= set(re.findall(r"@\w+\{(\w+),", references)) & {*ENTRIES}
+    assert "nnunetv2 2.8.1" in written
+    assert "DP-SGD" in written
+    assert "simulated" in written
+    for entry in ENTRIES.values():
+        assert entry.count("{") == entry.count("}")
+
+
+def test_the_report_is_refused_without_the_control_and_made_of_it_alone(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.arm("central_polarity", {"A": 0.85, "B": 0.74})
+    with pytest.raises(DataError, match="central_none"):
+        write_report(study.results(), tmp_path / "report", pdf=False)
+    study.arm("central_none", {"A": 0.85, "B": 0.5}, seeds=[0])
+    page = write_report(study.results(), tmp_path / "report", pdf=False).read_text()
+    assert "Exploratory, 1 training of each arm" in page
+    assert page.count("not measured in this study") >= 3
+
+
+def test_a_site_report_in_the_studys_folder_answers_the_first_question(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    empty: dict[str, list[str]] = {name: [] for name in ("sites", "variants", "failures", "shared")}
+    content = {"dataset": "D", "created": "2026-01-01", "mode": "pooled", "settings": {}, **empty}
+    (study.folder / "site-report").mkdir()
+    (study.folder / "site-report" / "report.json").write_text(json.dumps(content))
+    assert "Nothing was measured." in write_report(study.results(), tmp_path / "report", pdf=False).read_text()
+    (study.folder / "site-report" / "report.json").write_text("{}")
+    with pytest.raises(DataError, match="report"):
+        write_report(study.results(), tmp_path / "report", pdf=False)
+
+
+def test_limits_name_small_sites_few_trainings_and_what_is_missing(tmp_path: Path) -> None:
+    study = Study(tmp_path, seeds=(0, 1))
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    said = " ".join(limits(analyse(study.results(), resamples=50), ["Lesion safety"]))
+    assert "exploratory" in said
+    assert "central_polarity_seed-0" in said
+    assert "lesion safety" in said
+    assert "Energy was not measured" in said
+
+
+def test_charts_of_nothing_are_empty_and_hold_their_numbers_as_words(report: Path) -> None:
+    assert dot_plot([], [Column("A", "A", "")], label="x") == ""
+    assert band_chart([], margin=0.02, x_label="x", label="x") == ""
+    assert paired_chart([], ["A"], margin=0.02, label="x") == ""
+    assert epsilon_chart([], label="x") == ""
+    page = (report / "report.html").read_text()
+    assert "polarity (central): A 0.8" in page
+    assert dot_plot([Row("g", "n", "s", {})], [Column("A", "A", "")], label="x") == ""
+
+
+def test_without_a_browser_the_reason_is_one_sentence(
+    report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = print_pdf(report / "report.html", tmp_path / "report.pdf")
+    assert said is not None
+    assert "Chromium" in said
+    assert said.count("\n") == 0
+
+
+@pytest.mark.skipif(not any(shutil.which(name) for name in BROWSERS), reason="no Chromium or Chrome here")
+def test_a_browser_prints_the_page(report: Path, tmp_path: Path) -> None:
+    said = print_pdf(report / "report.html", tmp_path / "report.pdf")
+    assert said is None
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
