@@ -150,7 +150,9 @@ _STYLE = (
 .line.quiet{stroke:var(--muted);stroke-width:1;opacity:.5}
 .key .mean{background:var(--ink)}.key .quiet{background:var(--muted)}
 .key .worst{background:repeating-linear-gradient(90deg,var(--alarm) 0 5px,transparent 5px 8px)}
-.card b{font-size:17px}.cards{grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}.numbers .long{min-width:130px}
+.card b{font-size:17px}.cards{grid-template-columns:repeat(auto-fit,minmax(128px,1fr))}
+.numbers .long{min-width:110px;overflow-wrap:anywhere}
+.cards{gap:8px}.card{padding:8px 10px}
 .figures{grid-template-columns:repeat(auto-fill,minmax(min(265px,100%),1fr))}main{max-width:1240px}
 """
 )

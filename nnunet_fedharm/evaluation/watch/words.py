@@ -98,7 +98,7 @@ def round_row(entry: RoundView, run: RunView) -> list[str]:
         duration(entry.seconds) + again,
         loss_of(entry.metrics),
         number(entry.metrics.get("dice"), 3),
-        worst(entry),
+        worst(entry) if entry.ended else DASH,
         ", ".join(entry.sites) or DASH,
         "; ".join(f"{site}: {reason}" for site, reason in entry.set_aside.items()) or DASH,
         human_bytes(entry.bytes_down),
@@ -121,5 +121,5 @@ def facts(run: RunView) -> list[tuple[str, str]]:
         rows.append((worst(latest, secure=run.secure), "worst site"))
     rows.append((f"{human_bytes(run.bytes_down)} / {human_bytes(run.bytes_up)}", "to the sites / from them"))
     if epsilon(run):
-        rows.append((epsilon(run), "epsilon spent, of the budget"))
+        rows.append((epsilon(run), "epsilon spent, of the budget" if run.epsilon_budget else "epsilon spent"))
     return rows

@@ -223,6 +223,8 @@ def _expected_end(
 ) -> datetime | None:
     """Rounds that are left, times the median of the last ones; None while a phase with rounds left has none done."""
     left = 0.0
+    running = story.rounds[story.current] if story.current else RoundStory()
+    spent = (now - running.started).total_seconds() if running.started else 0.0
     for phase in _PHASES:
         done = [entry.seconds for entry in rounds if entry.phase == phase and entry.seconds is not None]
         remaining = totals.get(phase, 0) - len(done)
@@ -230,7 +232,8 @@ def _expected_end(
             continue
         if not done:
             return None
-        left += remaining * statistics.median(done[-_LAST:])
-    entry = story.rounds.get(story.current) if story.current else None
-    spent = (now - entry.started).total_seconds() if entry is not None and entry.started is not None else 0.0
-    return now + timedelta(seconds=max(0.0, left - spent)) if left else None
+        usual = statistics.median(done[-_LAST:])
+        left += remaining * usual
+        if story.current and story.current[0] == phase:
+            left -= min(spent, usual)  # a late round is over at any moment; those after it take their time
+    return now + timedelta(seconds=left) if left else None

@@ -49,6 +49,7 @@ def test_a_site_that_takes_much_longer_than_usual_is_late(log: Log) -> None:
     assert states(read_run(log.folder, now=at(65)))["B"] == "training"
     run = read_run(log.folder, now=at(80))
     assert states(run) == {"A": "took part", "B": "late", "C": "late"}
+    assert run.expected_end == at(80 + 8 * 20), "those after it still take their time"
     assert run.sites[1].detail == "40 s in this round, usually 10 s"
 
 
