@@ -63,6 +63,8 @@ def _left(name: str) -> Html:
 
 def _rounds(run: RunView) -> Html:
     newest = list(run.rounds)[: -SHOWN_ROUNDS - 1 : -1]
+    if not newest:
+        return Html("<p>No round has begun.</p>")
     older = len(run.rounds) - len(newest)
     rows = []
     for entry in newest:

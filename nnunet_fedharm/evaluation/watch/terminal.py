@@ -57,7 +57,7 @@ def layout(run: RunView, width: int) -> Group:
     if run.reason:
         parts.append(Text(run.reason, style="bold red"))
     parts += [Text(f"warning: {text}", style="yellow") for text in run.warnings]
-    parts += [Text(), _sites(run, width), _rounds(run, width)]
+    parts += [Text(), _sites(run, width), *([_rounds(run, width)] if run.rounds else [])]
     return Group(*parts)
 
 

@@ -126,7 +126,8 @@ def _joined(story: Story, event: Event) -> None:
 
 
 def _step(story: Story, event: Event) -> None:
-    story.step = str(event.get("step", ""))
+    report = "site report: " if story.step.startswith("site report") else ""
+    story.step = report + str(event.get("step", ""))
 
 
 def _ready(story: Story, event: Event) -> None:
