@@ -2,8 +2,8 @@
 
     python docs/experiments/cyclegan/lesions.py --data DATA --harmonizer NAME KIND DIMS WEIGHTS OPTIONS [--harmonizer ...]
 
-WEIGHTS is a `state_dict` written by one of the experiments (- for a harmonizer without weights), OPTIONS the harmonizer's section
-of the plans as JSON. No training has seen a blob. Each volume gets six: radius 1, 2 and 3 voxels, each brighter and darker
+WEIGHTS is a `state_dict` written by one of the experiments, or a `harmonizers/*.npz` of `benchmarks/learned_harmonizers.py`
+(- for a harmonizer without weights), OPTIONS the harmonizer's section of the plans as JSON. No training has seen a blob. Each volume gets six: radius 1, 2 and 3 voxels, each brighter and darker
 than its surroundings by STRENGTH standard deviations, on top of the tissue that is there. Two numbers per blob:
 
 - contrast-to-noise ratio kept: of the output over the input's, with the sign turned at a site that is inverted;
@@ -24,6 +24,7 @@ import torch
 from nnunet_fedharm.datasets.travelling import TravellingData, load_travelling
 from nnunet_fedharm.evaluation.lesions import contrast_to_noise, surroundings
 from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
+from nnunet_fedharm.trainers.weights import load_weights
 
 SITES = ("A", "B", "C", "D")
 INVERTED = "D"
@@ -92,7 +93,10 @@ def main() -> None:
     for name, kind, dims, weights, options in arguments.harmonizer:
         shape = {"num_channels": 1, "spatial_dims": int(dims), "styles": data.styles, "reference": data.styles[0]}
         harmonizer = build_harmonizer(kind, json.loads(options), **shape)
-        if weights != "-":
+        if weights.endswith(".npz"):
+            stored = np.load(weights)
+            load_weights(harmonizer, {key.removeprefix("harmonizer."): stored[key] for key in stored.files})
+        elif weights != "-":
             harmonizer.load_state_dict(torch.load(weights, weights_only=True))
         for site, rows in lesions(harmonizer, data, int(dims)).items():
             kept, low, lost = np.median(rows[:, 1]), np.quantile(rows[:, 1], 0.1), np.mean(rows[:, 1] < 0.8)
