@@ -21,6 +21,8 @@ StartLimitIntervalSec=0
 
 [Service]
 User={user}
+# Caches of torch and triton go below HOME; the rest of the machine is read-only.
+Environment="HOME={folder}"
 ExecStart="{program}" {command} start "{folder}"
 Restart=always
 RestartSec=30
@@ -54,7 +56,7 @@ _CONTAINER = """\
 #   podman build -t {image} -f {file} .
 # Run it{note}:
 #   podman run --rm --name {image} --userns=keep-id:uid=1000,gid=1000 {options} \\
-#     -v "{folder}:{folder}:Z" {image}
+#     --env "HOME={folder}" -v "{folder}:{folder}:Z" {image}
 FROM docker.io/library/python:3.11-slim
 
 RUN apt-get update \\
