@@ -30,7 +30,6 @@ from nnunet_fedharm.harmonizers.ddim import DDIMProcess
 from nnunet_fedharm.harmonizers.flow_networks import ResNet3d, UNet2d
 from nnunet_fedharm.harmonizers.flow_process import FlowProcess, Process
 from nnunet_fedharm.harmonizers.flow_training import FlowTraining
-from nnunet_fedharm.harmonizers.lesions import paint_lesions
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
@@ -75,8 +74,6 @@ class FlowConfig:
     """Share of training samples with tone curves of any shape."""
     noise: float = 0.15
     """Largest standard deviation of the noise added in training."""
-    lesion_share: float = 0.0
-    """Share of training samples that lesions are painted into, in the image and in its target alike, so that they are kept."""
 
     def __post_init__(self) -> None:
         if self.width < 2 or self.width % 2 or self.depth < 1:
@@ -89,7 +86,7 @@ class FlowConfig:
             raise PlanError(f"harmonizer.process must be one of {', '.join(PROCESSES)}, got {self.process!r}.")
         if not 0 < self.ddim_start <= 1:
             raise PlanError(f"harmonizer.ddim_start must lie in (0, 1], got {self.ddim_start}.")
-        for name in ("start_share", "style_dropout", "block_share", "inverted_share", "free_share", "lesion_share"):
+        for name in ("start_share", "style_dropout", "block_share", "inverted_share", "free_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise PlanError(f"harmonizer.{name} must lie in [0, 1], got {getattr(self, name)}.")
         if self.inverted_share + self.free_share > 1:
@@ -214,8 +211,6 @@ class FlowHarmonizer(JudgedHarmonizer):
         own, mask = self.bank_quantiles[sites], image != 0
         reference = self.reference_quantiles.expand_as(own)
         with torch.no_grad():
-            if self.config.lesion_share:
-                image = paint_lesions(image, mask, self.config.lesion_share, generator)
             target = image + mask * apply_displacement(image, quantile_map(own, reference))
             seen, style = random_appearance(
                 target, mask, reference, self.bank_quantiles, self.bank_offset, self.config.appearance, generator

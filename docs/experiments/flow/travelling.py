@@ -68,8 +68,6 @@ ARMS: dict[str, Arm] = {
     "flow, no gradient loss": Arm("diffusion", {"gradient_weight": 0.0}),
     "flow, blocks only": Arm("diffusion", {"block_share": 1.0}),
     "flow, width 12": Arm("diffusion", {"width": 12}),
-    "flow, lesions in half": Arm("diffusion", {"lesion_share": 0.5}),
-    "flow, lesions in all": Arm("diffusion", {"lesion_share": 1.0}),
 }
 ARMS |= {f"{name}, 2d": replace(arm, dims=2) for name, arm in ARMS.items() if arm.kind == "diffusion"}
 """Name -> arm, those of the diffusion harmonizer in 3d and in 2d."""
