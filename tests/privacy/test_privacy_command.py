@@ -9,7 +9,7 @@ import pytest
 from nnunet_fedharm.cli import main
 from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
 from nnunet_fedharm.privacy.ledger import Ledger
-from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, SUBSAMPLED, Release
+from nnunet_fedharm.privacy.releases import ANNOUNCED, GAUSSIAN, NONE, SUBSAMPLED, Release
 
 
 def enter(root: Path, *, unbounded: bool) -> None:
@@ -57,6 +57,18 @@ def test_show_adds_rounds_up_and_says_what_epsilon_means(tmp_path: Path, capsys:
     assert "with or without one patient's data" in first
     assert "Total: unbounded. Without noise left this site: validation Dice." in second
     assert "Nothing has been entered yet." in third
+
+
+def test_what_is_public_by_agreement_is_said_and_costs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter(tmp_path, unbounded=False)
+    Ledger(tmp_path / "fedharm").record(Release(what="facts: numbers of cases", mechanism=ANNOUNCED))
+    assert main(["privacy", "show", "--site-root", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "Public by agreement, not hidden by any noise: facts: numbers of cases." in shown
+    epsilon = epsilon_of([Noise(8.0), Noise(1.5, 0.1, 20)], 1e-5)
+    assert f"Total: epsilon {epsilon:.3g} at delta 1e-05." in shown
 
 
 def test_show_lists_every_entry_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
