@@ -48,6 +48,7 @@ def whole_study(folder: Path) -> Study:
     study.arm("federated_polarity", {"A": 0.85, "B": 0.739}, quality=QUALITY)
     study.arm("local_B_none", {"B": 0.8})
     study.arm("central_none_epsilon-8", {"A": 0.8, "B": 0.42})
+    study.arm("central_polarity_epsilon-8", {"A": 0.8, "B": 0.7}, quality=QUALITY)
     return study
 
 
@@ -108,6 +109,12 @@ def test_the_page_is_whole_needs_no_network_and_escapes_names(report: Path) -> N
         assert f'id="{section}"' in page
 
 
+def test_dice_and_radiomics_are_drawn_against_epsilon(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    assert page.count('aria-label="Dice over the target sites against epsilon') == 2
+    assert page.count('aria-label="Median ICC of radiomics features against epsilon') == 1
+
+
 def test_pictures_are_of_the_median_case_and_sites_without_are_named(report: Path) -> None:
     page = (report / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5
@@ -117,9 +124,9 @@ def test_pictures_are_of_the_median_case_and_sites_without_are_named(report: Pat
 def test_all_numbers_are_in_json_and_tables(report: Path) -> None:
     content = json.loads((report / "study.json").read_text())
     assert [item["question"][:3] for item in content["answers"]] == ["How", "Wha", "How", "Wha"]
-    assert len(content["arms"]) == 6
+    assert len(content["arms"]) == 7
     rows = list(csv.DictReader((report / "tables" / "cases.csv").open()))
-    assert len(rows) == 3 * (5 * 2 * CASES + CASES)
+    assert len(rows) == 3 * (6 * 2 * CASES + CASES)
     comparisons = list(csv.DictReader((report / "tables" / "comparisons.csv").open()))
     assert {row["family"] for row in comparisons} >= {"arms against the control", "federated against central"}
     costs = {row["arm"]: row for row in csv.DictReader((report / "tables" / "costs.csv").open())}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from nnunet_fedharm.differences.findings import Estimate, Findings
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.html import Html, figure, figures, key
@@ -98,33 +101,51 @@ def _bands(found: StudyFindings, width: int = 560) -> Html:
 
 
 def epsilon_figure(found: StudyFindings) -> Html:
-    """Dice against epsilon."""
-    return _epsilon_lines(found)
+    """Dice, and where it was measured the reproducibility of radiomics, against epsilon."""
+    icc = {name: estimate for name, report in found.quality.items() if (estimate := _icc(report)) is not None}
+    chart = _epsilon_lines(found)
+    radiomics = _epsilon_chart(found, icc, "Median ICC of radiomics features against epsilon, 95% intervals")
+    if not radiomics:
+        return chart
+    return figures([figure("mean Dice", chart), figure("median ICC of radiomics features", radiomics)])
 
 
 def _epsilon_lines(found: StudyFindings, height: int = 290) -> Html:
+    targets = {arm.arm: arm.target for arm in found.arms if arm.target is not None}
+    return _epsilon_chart(found, targets, "Dice over the target sites against epsilon, 95% intervals", height=height)
+
+
+def _epsilon_chart(found: StudyFindings, values: Mapping[str, Estimate], label: str, height: int = 290) -> Html:
+    """A line for each kind and mode.
+
+    Args:
+        values: arm -> what is drawn; arms without are left out.
+    """
     lines: dict[tuple[str, str], dict[float, Estimate]] = {}
+    free: dict[tuple[str, str], Estimate] = {}
     for arm in found.arms:
-        if arm.epsilon is not None and arm.target is not None:
-            lines.setdefault((arm.kind, arm.mode), {})[arm.epsilon] = arm.target
+        if arm.arm in values and arm.epsilon is not None:
+            lines.setdefault((arm.kind, arm.mode), {})[arm.epsilon] = values[arm.arm]
+        elif arm.arm in values and arm.augmentation and not arm.site:
+            free[arm.kind, arm.mode] = values[arm.arm]
     if not lines:
         return Html("")
-    free = {
-        (arm.kind, arm.mode): arm.target
-        for arm in found.arms
-        if arm.epsilon is None and arm.augmentation and not arm.site
-    }
     drawn, marks = [], []
     for kind, mode in lines:
-        style = ("series-1" if mode == "central" else "series-4") if kind == CONTROL else (
-            "series-2" if mode == "central" else "series-3"
-        )  # fmt: skip
+        plain, harmonized = ("series-1", "series-2") if mode == "central" else ("series-4", "series-3")
+        style = plain if kind == CONTROL else harmonized
         drawn.append((f"{kind_name(kind)}, {mode}", style, lines[kind, mode], free.get((kind, mode))))
         marks.append((f'<i class="{style}"></i>', f"{kind_name(kind)}, {mode}"))
-    return Html(
-        key(marks)
-        + epsilon_chart(drawn, label="Dice over the target sites against epsilon, 95% intervals", height=height)
-    )
+    return Html(key(marks) + epsilon_chart(drawn, label=label, height=height))
+
+
+def _icc(report: Mapping[str, Any]) -> Estimate | None:
+    """Median over features of harmonized volumes, all sites together."""
+    icc = (report.get("features") or {}).get("icc")
+    if not icc:
+        return None
+    after = icc["median"]["after"]
+    return Estimate(after["value"], after.get("low"), after.get("high"))
 
 
 def answer_figure(found: StudyFindings, sites: Findings | None, question: int) -> Html:

@@ -57,7 +57,7 @@ def render_study(found: StudyFindings, extras: Extras) -> str:
         ("dice", "Dice at each site", dice_figure(found) + _dice_tables(found), _DICE),
         ("gap", "Share of the gap recovered", gap_figure(found) + paragraphs(_gap_words(found)), _GAP),
         ("federated", "Federated against central", federated_figure(found), _federated_lead(found)),
-        ("privacy", "Dice against epsilon", epsilon_figure(found), _EPSILON),
+        ("privacy", "Dice and radiomics against epsilon", epsilon_figure(found), _EPSILON),
         ("pictures", "Before and after", _strips(extras), _PICTURES),
         ("quality", "Harmonization quality", tables.quality_tables(found), _QUALITY),
         ("lesions", "Lesion safety", tables.lesion_table(found), _LESIONS),

@@ -148,21 +148,15 @@ def _overview(found: StudyFindings) -> Html:
         metrics: Mapping[str, Any] = next(iter(sites.get("all", next(iter(sites.values()), {})).values()), {})
         cells: list[object] = [_change(metrics.get(metric), digits) for metric, (_, digits) in QUALITY_METRICS.items()]
         features = report.get("features") or {}
-        agreement = list((features.get("sites") or {}).values())
-        cells.append(" / ".join(_both(entry["median"]) for entry in agreement) or DASH)
+        agreement = (features.get("sites") or {}).items()
+        lines = [f"{text(site)} {_both(entry['median'])}" for site, entry in agreement]
+        cells.append(Html("<br>".join(lines)) if lines else DASH)
         cells.append(_both(features["icc"]["median"]) if features.get("icc") else DASH)
         classifier = report.get("site_classifier") or {}
         cells.append(_recognised(classifier) if classifier.get("before") else DASH)
         rows.append((found.arm(name).title, *cells))
-    first = next(iter(found.quality.values()))
-    sites = ", ".join((first.get("features") or {}).get("sites") or {})
-    head = (
-        "arm",
-        *(title for title, _ in QUALITY_METRICS.values()),
-        f"median CCC at {sites}",
-        "median ICC",
-        "site recognised",
-    )
+    metrics_head = [title for title, _ in QUALITY_METRICS.values()]
+    head = ("arm", *metrics_head, "median CCC", "median ICC", "site recognised")
     return table(head, rows)
 
 
