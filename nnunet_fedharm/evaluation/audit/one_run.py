@@ -165,16 +165,3 @@ def audit_scores(
         count, int(included.sum()), best["score"], best["guesses"], best["correct"], best["epsilon_low"], most, delta,
         confidence, tuple(tried),
     )  # fmt: skip
-
-
-def canaries_needed(epsilon: float, *, delta: float, confidence: float, tests: int) -> int:
-    """Fewest canaries whose guesses, all right, would refute epsilon; to the next power of two.
-
-    Args:
-        tests: scores times numbers of guesses that are tried.
-    """
-    each = 1 - (1 - confidence) / tests
-    count = 2
-    while count < 2**24 and epsilon_lower_bound(count, count, count, delta=delta, confidence=each) <= epsilon:
-        count *= 2
-    return count

@@ -1,0 +1,312 @@
+"""Three attacks on the same training with and without differential privacy: membership, canaries, gradient inversion.
+
+    python benchmarks/privacy_audit.py run    --data DATA --work WORK
+    python benchmarks/privacy_audit.py report --work WORK > docs/benchmarks/privacy-audit.md
+
+DATA is the nnU-Net raw dataset `Dataset910_HippocampusSites`. Site A's 60 cases are split by a coin into 20 members, 20
+non-members and 20 for reference models. One 2d network is trained on the members without and with differential privacy, three
+reference models on 14 others each, and the commands that a user would type attack them. The canary audit also runs on
+mechanisms that are broken on purpose. What is done already is not done again, so an interrupted run goes on. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update({"nnUNet_compile": "f", "nnUNet_def_n_proc": "1", "MPLBACKEND": "Agg"})
+
+import numpy as np
+import torch
+
+from nnunet_fedharm import cli
+from nnunet_fedharm.evaluation.audit.gradient_canaries import CanaryOptions, audit_gradients
+from nnunet_fedharm.evaluation.audit.site import AuditedSite, audit_trainer, find_plans
+from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.planning.central import CentralOptions, plan_central
+from nnunet_fedharm.planning.planner import PlanOptions
+from nnunet_fedharm.planning.section import Schedule
+from nnunet_fedharm.privacy.options import PrivacyOptions
+from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
+from nnunet_fedharm.trainers.results import make_trainer
+
+NAME = "Dataset910_HippocampusSites"
+TRAINER = "nnUNetTrainerFedHarmNone"
+EPSILON, DELTA = 8.0, 1e-3
+PRIVACY = PrivacyOptions(epsilon=EPSILON, delta=DELTA, patients_per_step=8, patches_per_patient=2)
+SCHEDULE = Schedule(
+    harmonizer_epochs=0, segmenter_epochs=15, iterations_per_epoch=20, val_iterations_per_epoch=1,
+    initial_lr=0.05, momentum=0.9, seed=0,
+)  # fmt: skip
+PARTS = {"members": 20, "others": 20, "references": 20}
+REFERENCE_CASES, REFERENCES = 14, 3
+
+
+def prepare(data: Path, work: Path) -> None:
+    """Three raw datasets of site A, split by a seeded coin; linked, not copied."""
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (data / "labelsTr").glob("A_*.nii.gz"))
+    cases = np.random.default_rng(910).permutation(cases).tolist()
+    for part, count in PARTS.items():
+        chosen, cases = cases[:count], cases[count:]
+        folder = work / part / "nnUNet_raw" / NAME
+        for sub in ("imagesTr", "labelsTr"):
+            (folder / sub).mkdir(parents=True, exist_ok=True)
+        for case in chosen:
+            for sub, name in (("imagesTr", f"{case}_0000.nii.gz"), ("labelsTr", f"{case}.nii.gz")):
+                if not (folder / sub / name).exists():
+                    (folder / sub / name).symlink_to((data / sub / name).resolve())
+        description = json.loads((data / "dataset.json").read_text())
+        (folder / "dataset.json").write_text(json.dumps({**description, "numTraining": count}))
+
+
+def plans_of(root: NnunetRoot, name: str, privacy: PrivacyOptions | None) -> dict[str, Any]:
+    """Plans of the part, made once."""
+    path = root.preprocessed / NAME / f"{name}.json"
+    if not path.is_file():
+        options = CentralOptions(
+            configurations=("2d",), kind="none", schedule=SCHEDULE, privacy=privacy,
+            plan=PlanOptions(
+                base_features=32, max_features=128, batch_size=8, patch_size=(32, 32), plans_name=name
+            ),
+        )  # fmt: skip
+        plan_central(root.create(), "910", options)
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def train(root: NnunetRoot, plans: dict[str, Any], fold: int | str) -> Path:
+    """nnU-Net's own training; returns TRAINER__PLANS__2d."""
+    folder = root.results / NAME / f"{TRAINER}__{plans['plans_name']}__2d"
+    if not (folder / f"fold_{fold}" / "checkpoint_final.pth").is_file():
+        os.environ["nnUNet_n_proc_DA"] = "0"
+        began = time.process_time()
+        with root.activate():
+            description = json.loads((root.preprocessed / NAME / "dataset.json").read_text())
+            make_trainer(TRAINER, plans, "2d", fold, description).run_training()
+        del os.environ["nnUNet_n_proc_DA"]
+        note(root.path.parent, f"training {folder.name} fold {fold}", time.process_time() - began)
+    return folder
+
+
+def note(work: Path, what: str, seconds: float) -> None:
+    with (work / "seconds.jsonl").open("a") as stream:
+        stream.write(json.dumps({"what": what, "cpu_s": seconds}) + "\n")
+
+
+def command(work: Path, name: str, words: list[Any]) -> None:
+    """One audit by its command, unless its report is there."""
+    output = work / "reports" / name
+    if not (output / "report.json").is_file():
+        began = time.process_time()
+        print(f"nnunet-fedharm audit {' '.join(map(str, words))}", flush=True)
+        cli.main(["audit", *map(str, words), "-o", str(output)])
+        note(work, f"audit {name}", time.process_time() - began)
+
+
+def no_noise(trainer: nnUNetTrainerFedHarm) -> None:
+    trainer._gradients.noise = lambda shape, device: torch.zeros(shape, device=device)
+
+
+def no_clipping(trainer: nnUNetTrainerFedHarm) -> None:
+    gradients = trainer._gradients
+    honest = gradients.end_patient
+
+    def end_patient() -> float:
+        clip, gradients.clip = gradients.clip, float("inf")
+        norm = honest()
+        gradients.clip = clip
+        return norm
+
+    gradients.end_patient = end_patient
+
+
+def repeated_noise(trainer: nnUNetTrainerFedHarm) -> None:
+    gradients, calls = trainer._gradients, [0]
+    source, tensors = gradients.noise, len(gradients.parameters)
+
+    def noise(shape: torch.Size, device: torch.device) -> torch.Tensor:
+        source._calls = calls[0] % tensors
+        calls[0] += 1
+        return source(shape, device)
+
+    gradients.noise = noise
+
+
+def noise_of_a_mean(trainer: nnUNetTrainerFedHarm) -> None:
+    gradients, honest = trainer._gradients, trainer._gradients.noise
+    gradients.noise = lambda shape, device: honest(shape, device) / gradients.expected_patients
+
+
+BROKEN: dict[str, Callable[[nnUNetTrainerFedHarm], None]] = {
+    "noise off": no_noise,
+    "clipping off": no_clipping,
+    "the same noise in every step": repeated_noise,
+    "noise divided by the patients of a step": noise_of_a_mean,
+}
+
+
+def broken(work: Path, root: NnunetRoot, plans_name: str) -> None:
+    """The canary audit on mechanisms that are broken on purpose."""
+    site = AuditedSite(
+        root=root, dataset_name=NAME, plans=find_plans(root, NAME, plans_name, "2d"), configuration="2d", fold="all"
+    )
+    for name, breaking in BROKEN.items():
+        path = work / "reports" / f"broken {name}.json"
+        if path.is_file():
+            continue
+        began = time.process_time()
+        with audit_trainer(site, PRIVACY) as trainer:
+            breaking(trainer)
+            found = audit_gradients(trainer, CanaryOptions(canaries=1000, steps=20), delta=DELTA)
+        path.write_text(json.dumps({"gradient_canaries": found.to_dict()}))
+        note(work, f"canaries, {name}", time.process_time() - began)
+
+
+def run(data: Path, work: Path) -> None:
+    torch.set_num_threads(1)
+    prepare(data, work)
+    members, references = NnunetRoot(work / "members"), NnunetRoot(work / "references")
+    models = {
+        "open": train(members, plans_of(members, "open", None), "all"),
+        "private": train(members, plans_of(members, "private", PRIVACY), "all"),
+    }
+    plans = plans_of(references, "open", None)
+    splits = references.preprocessed / NAME / "splits_final.json"
+    if not splits.is_file():
+        cases = sorted(
+            path.name.removesuffix(".nii.gz") for path in (references.raw / NAME / "labelsTr").glob("*.nii.gz")
+        )
+        folds = []
+        for fold in range(REFERENCES):
+            order = np.random.default_rng(fold).permutation(cases).tolist()
+            folds.append({"train": order[:REFERENCE_CASES], "val": order[REFERENCE_CASES:]})
+        splits.write_text(json.dumps(folds))
+    for fold in range(REFERENCES):
+        others = train(references, plans, fold)
+    sets = ["--members", members.raw / NAME / "imagesTr", members.raw / NAME / "labelsTr"]
+    held = work / "others" / "nnUNet_raw" / NAME
+    sets += ["--non-members", held / "imagesTr", held / "labelsTr"]
+    for name, model in models.items():
+        command(work, f"membership {name}", ["membership", "-m", model, *sets, "--reference-models", others])
+    site = ["--site-root", members.path, "-d", 910, "-c", "2d", "-p", "private"]
+    command(work, "canaries", ["canaries", *site, "--canaries", 1000, "--steps", 20, "--patients", 10])
+    broken(work, members, "private")
+    attack = ["--patch-size", 24, 24, "--targets", 2, "--iterations", 800]
+    command(work, "inversion", ["inversion", *site, *attack])
+
+
+def report(work: Path) -> str:
+    """The page."""
+
+    def read(name: str) -> dict[str, Any]:
+        path = work / "reports" / name
+        content: dict[str, Any] = json.loads((path / "report.json" if path.is_dir() else path).read_text())
+        return content
+
+    machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    lines = [HEAD.format(cpu=_minutes(work), machine=machine), ""]
+    lines += ["## Membership", "", MEMBERSHIP]
+    lines += ["| attack | AUC without DP | p | AUC, epsilon 8 | p |", "|---|---|---|---|---|"]
+    opened, private = read("membership open"), read("membership private")
+    for a, b in zip(
+        [*opened["attacks"], opened["blind_control"]], [*private["attacks"], private["blind_control"]], strict=True
+    ):
+        cells = [f"{x['auc']:.2f} ({x['auc_low']:.2f} to {x['auc_high']:.2f}) | {x['p_value']:.3f}" for x in (a, b)]
+        lines.append(f"| {a['name']} | {' | '.join(cells)} |")
+    for name, found in (("without DP", opened), ("epsilon 8", private)):
+        loss = found["mean_loss"]
+        claim = found["claimed"]
+        said = "no claim" if claim is None else f"claimed at most {claim['epsilon']:.2f}"
+        lines += [
+            "",
+            f"{name[0].upper()}{name[1:]}: loss {loss['members']:.3f} of members, {loss['non_members']:.3f} of non-members; "
+            f"epsilon >= {found['epsilon_low']:.2f} ({said}; a perfect attack would show {found['largest_possible_bound']:.2f}).",
+        ]
+    lines += ["", "## Canaries", "", CANARIES]
+    lines += ["| mechanism | right guesses | epsilon >= | claimed <= | verdict | what the gradients show |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for name, file in [("as it is", "canaries"), *((n, f"broken {n}.json") for n in BROKEN)]:
+        audit = read(file)["gradient_canaries"]
+        best = audit["found"]
+        verdict = "**refuted**" if audit["refuted"] else "not refuted"
+        lines.append(
+            f"| {name} | {best['correct']} of {best['guesses']} | {best['epsilon_low']:.2f} | {audit['claimed']:.2f} | "
+            f"{verdict} | "
+            f"{' '.join(audit['suspicions']) or 'as promised'} |"
+        )
+    patients = read("canaries")["patients"]
+    lines += [
+        "",
+        f"Real patients as canaries: {patients['found']['correct']} of {patients['found']['guesses']} guesses right in "
+        f"{patients['steps']} steps, epsilon >= {patients['found']['epsilon_low']:.2f} (claimed {patients['claimed']:.2f}); "
+        f"{patients['found']['canaries']} patients could show {patients['found']['most']:.2f} at most.",
+    ]
+    lines += ["", "## Gradient inversion", "", INVERSION]
+    lines += ["| patch | update | correlation | with another patch | PSNR, dB | SSIM | own patch is nearest |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    inversion = read("inversion")
+    for number, target in enumerate(inversion["targets"], start=1):
+        for r in target["updates"]:
+            lines.append(
+                f"| {number} | {r['update']} | {r['correlation']:.2f} | {r['nearest_other']:.2f} | {r['psnr_db']:.1f} | "
+                f"{r['ssim']:.2f} | {'yes' if r['recognized'] else 'no'} |"
+            )
+        lines.append(f"| {number} | none: the likest other patch | {target['likeness_of_another_patch']:.2f} | | | | |")
+    return "\n".join(lines)
+
+
+def _minutes(work: Path) -> str:
+    spent = [json.loads(line) for line in (work / "seconds.jsonl").read_text().splitlines()]
+    return f"{sum(entry['cpu_s'] for entry in spent) / 60:.0f}"
+
+
+HEAD = """# Audits with and without differential privacy
+
+    python benchmarks/privacy_audit.py run    --data DATA --work WORK
+    python benchmarks/privacy_audit.py report --work WORK > docs/benchmarks/privacy-audit.md
+
+Site A of Dataset910 (60 hippocampus crops), split by a coin into 20 members, 20 non-members and 20 for reference models. A 2d
+nnU-Net (features 32 to 128, patches 32 x 32) is trained for 300 steps on the members: as nnU-Net does, and under differential
+privacy by patient with epsilon 8 at delta 1e-3, 8 of 20 patients a step. {cpu} CPU minutes in all, one thread ({machine}). One run
+each: what differs by little may differ by chance. [What the audits do and what they do not show](../how-to/audit.md)."""
+MEMBERSHIP = """\
+`nnunet-fedharm audit membership` with three reference models, each trained on 14 of the 20 cases that are neither members nor
+non-members. AUC 0.5 is chance; in brackets its 95% bootstrap interval; p by permutation. Features alone are the control
+without a model.
+"""
+CANARIES = """\
+`nnunet-fedharm audit canaries`: 1000 canary patients, half of them put into 20 private steps of the trainer by a coin;
+bounds with 95% confidence by Steinke, Nasr, Jagielski (2023). The claim is the accountant's epsilon of these 20 steps. Below
+it the same audit on mechanisms that are broken on purpose.
+"""
+INVERSION = """\
+`nnunet-fedharm audit inversion`: patches of 24 x 24 voxels from one update, labels known to the attacker, 800 iterations.
+A reconstruction is compared with its own patch and with those of 12 other cases at most.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "report"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--restart", action="store_true", help="forget what was done before")
+    arguments = parser.parse_args()
+    if arguments.restart:
+        shutil.rmtree(arguments.work, ignore_errors=True)
+    if arguments.action == "run":
+        run(arguments.data, arguments.work)
+    else:
+        print(report(arguments.work))
+
+
+if __name__ == "__main__":
+    main()
