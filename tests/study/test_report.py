@@ -115,6 +115,17 @@ def test_dice_and_radiomics_are_drawn_against_epsilon(report: Path) -> None:
     assert page.count('aria-label="Median ICC of radiomics features against epsilon') == 1
 
 
+def test_every_finished_cell_gets_a_model_card(report: Path) -> None:
+    cells = report.parent / "cells"
+    card = (cells / "central_none_epsilon-8_seed-1" / "MODEL_CARD.md").read_text()
+    assert "epsilon 8, delta 1e-5; unit: patient; spent 7.90" in card
+    assert "facts" in card
+    assert "| A | GE, 3 T, T1w | images and labels |" in card
+    assert "| B | not stated (simulated) | images |" in card
+    own = json.loads((cells / "local_B_none_seed-0" / "model_card.json").read_text())
+    assert [site["name"] for site in own["sites"]] == ["B"]
+
+
 def test_pictures_are_of_the_median_case_and_sites_without_are_named(report: Path) -> None:
     page = (report / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5

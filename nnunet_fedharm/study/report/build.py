@@ -17,6 +17,7 @@ from nnunet_fedharm.differences.findings import Findings, to_json
 from nnunet_fedharm.differences.findings_file import from_json
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.sites.files import read_json, write_text
+from nnunet_fedharm.study.cell_card import write_cell_card
 from nnunet_fedharm.study.report.answers import answer_all
 from nnunet_fedharm.study.report.files import write_tables
 from nnunet_fedharm.study.report.methods import methods
@@ -35,7 +36,7 @@ SITE_REPORT = ("findings.json", "report.json")
 def write_report(
     results: StudyResults, folder: Path, *, pdf: bool = True, show: Callable[[str], None] = lambda line: None
 ) -> Path:
-    """Compute everything and write all files.
+    """Compute everything and write all files, and a model card into each finished cell's folder.
 
     Args:
         results: finished cells, at least one.
@@ -61,6 +62,8 @@ def write_report(
     written = methods(results, found)
     extras = Extras(sites, strips, notes, label_names(results), written, bibtex(results.study))
     content = {**to_json(found), "answers": to_json(answer_all(found, sites))}
+    for cell in results.finished:
+        write_cell_card(results.study, cell)
     page = folder / PAGE
     write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", folder / JSON)
     write_tables(results, found, folder / "tables")

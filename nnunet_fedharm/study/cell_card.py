@@ -1,0 +1,77 @@
+"""The model card of a finished cell, beside its model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nnunet_fedharm.planning.central import DEFAULT_PLANS
+from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_text
+from nnunet_fedharm.study.model_card import CardFacts, CardPrivacy, card_data, model_card
+from nnunet_fedharm.study.model_facts import read_scores, scanner_sites
+from nnunet_fedharm.study.results import ENVIRONMENT_FILE, CellResult
+from nnunet_fedharm.study.study_file import StudyFile
+from nnunet_fedharm.trainers.names import trainer_name_for
+
+CARD, CARD_DATA = "MODEL_CARD.md", "model_card.json"
+
+
+def write_cell_card(study: StudyFile, result: CellResult) -> Path:
+    """Write the card as Markdown and JSON into the cell's folder.
+
+    Returns:
+        The Markdown file.
+
+    Raises:
+        DataError: a file of the dataset or of the cell is damaged.
+        SetupError: the folder cannot be written.
+    """
+    facts = cell_facts(study, result)
+    write_text(model_card(facts), result.folder / CARD)
+    write_text(json.dumps(card_data(facts), indent=1, allow_nan=False) + "\n", result.folder / CARD_DATA)
+    return result.folder / CARD
+
+
+def cell_facts(study: StudyFile, result: CellResult) -> CardFacts:
+    """What a cell tells about its model."""
+    arm, training = result.cell.arm, study.training
+    description = read_dataset_json(study.raw_dataset, site="study")
+    environment = result.folder / ENVIRONMENT_FILE
+    recorded = read_json(environment, what="The environment of a cell") if environment.is_file() else {}
+    labelled = (arm.site,) if arm.site else study.labelled_sites
+    sites = tuple(site for site in scanner_sites(study.registry, labelled) if not arm.site or site.name == arm.site)
+    learned = f" after {training.harmonizer_epochs} of the harmonizer" if arm.harmonizer != "none" else ""
+    trained = (
+        f"{training.segmenter_epochs} epochs of {training.iterations_per_epoch} steps{learned}, seed {result.cell.seed}"
+    )
+    return CardFacts(
+        name=f"{study.subject.name}, {arm.title}, seed {result.cell.seed}",
+        dataset=study.raw_dataset.name,
+        configuration=study.subject.configuration,
+        trainer=trainer_name_for(arm.harmonizer),
+        plans=DEFAULT_PLANS,
+        folds=(study.subject.fold,),
+        checkpoint="checkpoint_final.pth",
+        channels=tuple(str(name) for name in description["channel_names"].values()),
+        labels=tuple(name for name in description["labels"] if name not in ("background", "ignore")),
+        harmonizer=arm.harmonizer,
+        reference=study.subject.reference,
+        mode=arm.mode,
+        sites=sites,
+        scores=read_scores(result.metrics),
+        score_source="Test cases held out by the study; intervals by bootstrap over cases.",
+        privacy=_privacy(result),
+        trained=trained + ("" if arm.augmentation else ", without nnU-Net's augmentation"),
+        versions=recorded.get("versions") or {},
+        notes=(
+            "It was trained for a comparison, for as long as every other arm: it may not be the best model of this data.",
+        ),
+        created=str(recorded.get("started", ""))[:10],
+    )
+
+
+def _privacy(result: CellResult) -> tuple[CardPrivacy, ...]:
+    asked, cost = result.cell.arm.epsilon, result.cost
+    if asked is None or cost.delta is None:
+        return ()
+    return (CardPrivacy("patient", asked, cost.delta, cost.epsilon, cost.without_noise),)
