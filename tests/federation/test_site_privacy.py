@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from nnunet_fedharm.errors import FederationError, FedHarmError, PrivacyError
+from nnunet_fedharm.evaluation.audit.model import read_claim
 from nnunet_fedharm.federation.aggregation import SiteUpdate
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig
@@ -207,7 +209,7 @@ def test_what_would_break_the_promise_is_refused_before_the_start(options: dict[
         FederateConfig(sites="A,B,C,D,E", **options)
 
 
-def test_the_statement_has_epsilon_unit_and_what_is_not_covered() -> None:
+def test_the_statement_has_epsilon_unit_and_what_is_not_covered(tmp_path: Path) -> None:
     facts = {name: {"n_labelled": 5} for name in "ABCDE"}
     config = FederateConfig(sites="A,B,C,D,E", segmenter_rounds=20, quorum=4, **{**SITE_DP, "site_noise": 4.0})
     said = privacy_statement(config, facts)["site_level"]
@@ -216,4 +218,8 @@ def test_the_statement_has_epsilon_unit_and_what_is_not_covered() -> None:
     assert said["surplus_of_variance"] == pytest.approx(5 / 3 - 1)
     assert "style" in said["not_covered"]
     both = privacy_statement(replace(config, epsilon=3.0), facts)
+    for content, claim in ((both, 3.0), ({"site_level": said}, None), ({"epsilon": 2.0, "unit": "patient"}, 2.0)):
+        (tmp_path / "privacy.json").write_text(json.dumps(content))
+        read = read_claim(tmp_path)
+        assert (None if read is None else read["epsilon"]) == claim, "an audit takes the promise to patients"
     assert (both["patient_level"]["unit"], both["patient_level"]["epsilon"]) == ("patient", 3.0)

@@ -171,9 +171,12 @@ def check_alike(model: AttackedModel, reference: AttackedModel) -> None:
 
 
 def read_claim(folder: Path) -> dict[str, Any] | None:
-    """`privacy.json` beside the checkpoint; None if the model makes no claim."""
+    """`privacy.json` beside the checkpoint, of a federation's server what it promises patients; None without any claim."""
     path = folder / "privacy.json"
-    return read_json(path, what="The privacy card") if path.is_file() else None
+    card = read_json(path, what="The privacy card") if path.is_file() else None
+    if card is not None and {"patient_level", "site_level"} & set(card):
+        return card.get("patient_level")
+    return card
 
 
 def _centres(labels: Any, count: int, generator: np.random.Generator) -> list[tuple[int, ...]]:
