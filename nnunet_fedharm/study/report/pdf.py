@@ -23,10 +23,12 @@ def print_pdf(page: Path, target: Path) -> str | None:
         words = [browser, "--headless", "--disable-gpu", f"--user-data-dir={profile}", "--no-pdf-header-footer"]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             words.append("--no-sandbox")  # Chromium refuses root otherwise
-        printed = Path(profile) / "page.pdf"
+        printed, opened = Path(profile) / "page.pdf", Path(profile) / page.name
+        # Paper cannot be clicked: what is folded is printed open.
+        opened.write_text(page.read_text(encoding="utf-8").replace("<details ", "<details open "), encoding="utf-8")
         try:
             done = subprocess.run(
-                [*words, f"--print-to-pdf={printed}", page.resolve().as_uri()],
+                [*words, f"--print-to-pdf={printed}", opened.resolve().as_uri()],
                 capture_output=True, text=True, check=False, timeout=SECONDS,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
