@@ -1,0 +1,143 @@
+"""What a round costs beyond the local epochs themselves, with and without warm workers, in a deployment and in simulation.
+
+Run from the repository's root: `PYTHONPATH=. python benchmarks/federation_overhead.py --case warm --steps 20`.
+One case a call, so that each is short; every call appends a line to `--out`, and `--table` prints all of them as Markdown.
+
+A round lasts from its `round_start` to the next one, so it holds the request, the sites' work, the aggregation, the checkpoint
+and the results folder. Local training is what the slower site measured for its local epochs, set-up of trainer and loaders
+included. The first round pays the start of the worker, so that medians are over the rounds after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.events import read_events
+from nnunet_fedharm.federation.launch import federate
+from tests.conftest import write_raw_dataset
+from tests.federation.deployment import Deployment
+
+SITES = ("A", "B")
+CASES = ("cold", "warm", "simulation")
+"""Deployment without and with warm workers, and `nnunet-fedharm federate`."""
+Event = dict[str, Any]
+
+
+def configuration(root: Path, *, steps: int, rounds: int, features: int) -> FederateConfig:
+    return FederateConfig(
+        root=str(root),
+        sites=",".join(SITES),
+        dataset="1",
+        segmenter_rounds=rounds,
+        iterations_per_epoch=steps,
+        val_iterations=1,
+        base_features=features,
+        batch_size=4,
+        patch_size="64x64",
+        deadline_s=600.0,
+        join_wait_s=120.0,
+        parallel_sites=len(SITES),
+    )
+
+
+def run(case: str, config: FederateConfig) -> list[Event]:
+    """All events of one run."""
+    root = Path(config.root)
+    if case == "simulation":
+        federate(config, show=lambda line: print(line, flush=True))
+        return read_events(root / "server" / "fedharm" / "events.jsonl")[0]
+    deployment = Deployment(root)
+    try:
+        deployment.start_superlink()
+        for site in SITES:
+            deployment.start_site(site, also="warm-minutes=0" if case == "cold" else "")
+        deployment.run(config)
+        deployment.wait_for(lambda event: event["event"] == "finished", seconds=900.0)
+        return deployment.events()
+    finally:
+        deployment.stop()
+
+
+def rounds_of(events: list[Event]) -> list[tuple[float, float]]:
+    """(seconds of the round, seconds of the slower site's local training) of every round that another one follows."""
+    starts = [event for event in events if event["event"] == "round_start"]
+    found = []
+    for start, following in pairwise(starts):
+        trained = [e for e in events if e["event"] == "site_trained" and e["round"] == start["round"]]
+        local = max(event["metrics"]["seconds"] for event in trained)
+        found.append(((_time(following) - _time(start)).total_seconds(), local))
+    return found
+
+
+def measure(case: str, *, steps: int, rounds: int, features: int) -> Event:
+    """One run, as a line of the results."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for index, site in enumerate(SITES):
+            raw = root / "sites" / site / "nnUNet_raw"
+            write_raw_dataset(raw, n_labelled=3, site=site, gain=1.0 + index, seed=index, shape=(24, 64, 64))
+        events = run(case, configuration(root, steps=steps, rounds=rounds, features=features))
+    measured = rounds_of(events)
+    rest = measured[1:] or measured
+    sent = next(event for event in events if event["event"] == "round_end")
+    return {
+        "case": case,
+        "steps": steps,
+        "MiB": round(sent["bytes_down"] / len(SITES) / 2**20, 1),
+        "first": round(measured[0][0] - measured[0][1], 1),
+        "local": round(statistics.median(local for _, local in rest), 1),
+        "round": round(statistics.median(whole for whole, _ in rest), 1),
+        "overhead": round(statistics.median(whole - local for whole, local in rest), 1),
+        "rounds": len(rest),
+    }
+
+
+def table(lines: list[Event]) -> str:
+    """Markdown."""
+    head = ["run", "steps", "MiB", "local training s", "round s", "overhead s", "overhead", "first round's overhead s"]
+    rows = [head, ["---"] * len(head)]
+    for line in lines:
+        share = f"{100 * line['overhead'] / line['local']:.0f} %"
+        shown = [line[key] for key in ("case", "steps", "MiB", "local", "round", "overhead")]
+        rows.append([*map(str, shown), share, str(line["first"])])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _time(event: Event) -> datetime:
+    return datetime.fromisoformat(event["time"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--features", type=int, default=32, help="of the network's first stage")
+    parser.add_argument("--out", type=Path, default=Path("federation_overhead.jsonl"))
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if options.case:
+        line = measure(options.case, steps=options.steps, rounds=options.rounds, features=options.features)
+        with options.out.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+    if options.table:
+        lscpu = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+        model = next(
+            (row.split(":")[1].strip() for row in lscpu.splitlines() if "Model name" in row), platform.processor()
+        )
+        print(f"{model}, Python {platform.python_version()}")
+        print(table([json.loads(line) for line in options.out.read_text().splitlines()]))
+
+
+if __name__ == "__main__":
+    main()
