@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from nnunet_fedharm.errors import FederationError, FedHarmError
+from nnunet_fedharm.errors import CheckpointError, FederationError, FedHarmError
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.federation.events import EVENTS_FILE, EventLog
@@ -18,6 +19,8 @@ from nnunet_fedharm.nnunet_root import NnunetRoot
 
 LOCK_WAIT_S = 30.0
 """The process of a killed SuperLink ends a few seconds later."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Config = TypeVar("Config", bound=FederateConfig | SiteReportConfig)
 
@@ -54,6 +57,7 @@ def locked_server(config: FederateConfig | SiteReportConfig) -> Iterator[tuple[N
 
     Raises:
         FederationError: another run is using the root, or there is none.
+        CheckpointError: the disk is full.
     """
     root = NnunetRoot(server_folder(config)).create()
     log = EventLog(root.path / "fedharm" / EVENTS_FILE)
@@ -71,6 +75,10 @@ def locked_server(config: FederateConfig | SiteReportConfig) -> Iterator[tuple[N
         log.write("failed", error=str(error), **turned_away)
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            text = f"The disk of {root.path} is full. Free space, then run the same command again: no complete round is lost."
+            log.write("failed", error=text)
+            raise CheckpointError(text) from error
         # Unforeseen: the text may hold anything, so the event names the kind only; Flower's log has the traceback.
         log.write("failed", error=f"The server stopped with {type(error).__name__}; the traceback is in Flower's log.")
         raise
