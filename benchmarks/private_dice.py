@@ -402,10 +402,9 @@ def all_arms() -> list[Arm]:
     """One seed of everything first, so that an interrupted run has whole curves."""
     arms = []
     for seed in SEEDS:
-        several = [("simulated-large-batch", 8.0), ("public-all", 8.0), ("simulated-all", 8.0), ("simulated-all", 1.0)]
-        several += [("simulated-norm-heads", 8.0), ("simulated-large-batch", 1.0), ("public-all", 1.0)]
-        several += [("simulated-large-batch", epsilon) for epsilon in (NO_NOISE, 3.0, 32.0)]
-        several += [("simulated-norm-heads", 1.0), ("public-norm-heads", 8.0)]
+        several = [("public-all", 8.0), ("simulated-all", 8.0), ("simulated-all", 1.0), ("simulated-all", NO_NOISE)]
+        several += [("public-all", 1.0), ("simulated-all", 3.0), ("simulated-norm-heads", 8.0), ("simulated-all", 32.0)]
+        several += [("simulated-large-batch", 8.0), ("simulated-norm-heads", 1.0), ("public-norm-heads", 8.0)]
         arms += [Arm("", "reference", 0.0, seed)]
         arms += [Arm(name, "start", 0.0, seed) for name in ("public-all", "simulated-all") if seed == 0]
         arms += [Arm(name, mode, epsilon, seed) for name, epsilon in several for mode in MODES]
