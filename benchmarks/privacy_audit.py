@@ -275,8 +275,8 @@ HEAD = """# Audits with and without differential privacy
 
 Site A of Dataset910 (60 hippocampus crops), split by a coin into 20 members, 20 non-members and 20 for reference models. A 2d
 nnU-Net (features 32 to 128, patches 32 x 32) is trained for 300 steps on the members: as nnU-Net does, and under differential
-privacy by patient with epsilon 8 at delta 1e-3, 8 of 20 patients a step. {cpu} CPU minutes in all, one thread ({machine}). One run
-each: what differs by little may differ by chance. [What the audits do and what they do not show](../how-to/audit.md)."""
+privacy by patient with epsilon 8 at delta 1e-3, 8 of 20 patients a step. {cpu} CPU minutes in all, one thread ({machine}). One
+run each: what differs by little may differ by chance. [What the audits do and what they do not show](../how-to/audit.md)."""
 MEMBERSHIP = """\
 `nnunet-fedharm audit membership` with three reference models, each trained on 14 of the 20 cases that are neither members nor
 non-members. AUC 0.5 is chance; in brackets its 95% bootstrap interval; p by permutation. Features alone are the control
@@ -284,8 +284,8 @@ without a model.
 """
 CANARIES = """\
 `nnunet-fedharm audit canaries`: 1000 canary patients, half of them put into 20 private steps of the trainer by a coin;
-bounds with 95% confidence by Steinke, Nasr, Jagielski (2023). The claim is the accountant's epsilon of these 20 steps. Below
-it the same audit on mechanisms that are broken on purpose.
+bounds with 95% confidence by Steinke, Nasr, Jagielski (2023). The claim is the accountant's epsilon of these 20 steps at
+the audit's delta, 1e-5. Below it the same audit on mechanisms that are broken on purpose.
 """
 INVERSION = """\
 `nnunet-fedharm audit inversion`: patches of 24 x 24 voxels from one update, labels known to the attacker, 800 iterations.

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.evaluation.audit.measured import Measured, measure
-from nnunet_fedharm.evaluation.audit.one_run import CONFIDENCE, OneRun, audit_scores
+from nnunet_fedharm.evaluation.audit.one_run import CONFIDENCE, OneRun, audit_scores, audited_delta
 from nnunet_fedharm.evaluation.audit.site import claim_of
 from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
@@ -183,7 +183,7 @@ def audit_gradients(
 
     Args:
         trainer: under differential privacy, ready for `train_step`; its weights move.
-        delta: at which epsilon is claimed and bounded.
+        delta: of the claim; the audit takes a smaller one if it has to, see `audited_delta`.
         progress: show a bar.
 
     Raises:
@@ -191,6 +191,7 @@ def audit_gradients(
     """
     noise, rate = claim_of(trainer)
     assert trainer.private is not None
+    delta = audited_delta(delta, options.canaries)
     generator = np.random.default_rng(options.seed)
     included = generator.random(options.canaries) < 0.5
     signs = generator.permutation(np.resize([1.0, -1.0], options.steps))

@@ -32,6 +32,8 @@ Bits = npt.NDArray[np.bool_]
 GUESSED_SHARES = (0.02, 0.1, 0.25, 0.5, 1.0)
 """Shares of the canaries that are guessed, half of them as in and half as out; fixed before the run."""
 CONFIDENCE = 0.95
+DELTA_BY_CANARY = 0.01
+"""Delta times canaries, at most: with more, the theorem's last term leaves nothing to be shown."""
 _HIGHEST = 60.0
 """Epsilon above which nobody asks."""
 
@@ -63,6 +65,14 @@ class OneRun:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def audited_delta(delta: float, canaries: int) -> float:
+    """The delta to audit at: the claim's, or a smaller one where that would hide everything.
+
+    A mechanism whose noise is known has an epsilon at every delta, so the accountant is asked for the one at this delta.
+    """
+    return min(delta, DELTA_BY_CANARY / canaries)
 
 
 def p_value(canaries: int, guesses: int, correct: int, *, epsilon: float, delta: float) -> float:

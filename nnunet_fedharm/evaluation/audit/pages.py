@@ -21,6 +21,8 @@ PICTURE_WIDTH = 220
 CSS = (
     ".answer{font-size:18px;line-height:1.45;max-width:80ch;margin:6px 0 14px}.dot.series-1,.dot.series-2{fill-opacity:.55}"
     ".pictures{max-width:940px}.numbers td{text-align:right}.numbers th[scope=row]{text-align:left;font-weight:500}"
+    ".numbers th[scope=col]{text-align:right}.numbers th[scope=col]:first-child{text-align:left}"
+    ".pictures th:first-child{width:auto;text-align:center;padding:2px 6px}"
     ".pair{align-items:start}section ul{margin:0;padding-left:20px;color:var(--muted)}"
     "figcaption small{display:block;font-weight:400}"
 )
@@ -81,7 +83,7 @@ def canary_page(audit: GradientAudit | None, patients: PatientAudit | None, *, d
                 f"{run.epsilon_low:.2f}",
                 f"lower bound on the epsilon of {audit.steps} steps, {run.confidence:.0%} confidence",
             ),
-            (f"{audit.claimed:.3g}", f"upper bound by the accountant, delta {run.delta:g}"),
+            (f"{audit.claimed:.3g}", f"upper bound by the accountant, delta {run.delta:.1g}"),
             (f"{run.most:.2f}", f"the largest bound that {run.canaries} canaries could have shown"),
             (f"{run.correct} of {run.guesses}", f"right guesses of the best score, {run.score}"),
         ]
@@ -141,7 +143,7 @@ def inversion_page(audit: InversionAudit, *, dataset: str) -> str:
         _section(
             "Updates",
             table(words.INVERSION_HEAD, words.inversion_rows(audit)),
-            f"Patches of {size} voxels, {audit.options.iterations} iterations, {audit.options.restarts} starts.{private}",
+            f"Patches of {size} voxels, {audit.options.iterations} iterations, best of {audit.options.restarts} by its fit.{private}",
         )
         + body
     )

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.evaluation.audit.gradient_canaries import private_parameters
-from nnunet_fedharm.evaluation.audit.one_run import CONFIDENCE, OneRun, audit_scores
+from nnunet_fedharm.evaluation.audit.one_run import CONFIDENCE, OneRun, audit_scores, audited_delta
 from nnunet_fedharm.evaluation.audit.site import claim_of
 from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
@@ -78,7 +78,7 @@ def audit_patients(
     Args:
         trainer: under differential privacy, ready for `train_step`; its weights move.
         steps: to run and observe.
-        delta: at which epsilon is claimed and bounded.
+        delta: of the claim; the audit takes a smaller one if it has to, see `audited_delta`.
         confidence: of the bound.
         seed: of the coins.
         progress: show a bar.
@@ -91,6 +91,7 @@ def audit_patients(
     patients: list[Cases] = list(loader.patients)
     if len(patients) < 4:
         raise PrivacyError(f"An audit with real patients needs at least 4 of them, this site trains {len(patients)}.")
+    delta = audited_delta(delta, len(patients))
     included = np.random.default_rng(seed).random(len(patients)) < 0.5
     chosen = [patient for patient, inside in zip(patients, included, strict=True) if inside]
     private = PatientLoader(chosen, loader.sample_rate, loader._load)

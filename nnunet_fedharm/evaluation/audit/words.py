@@ -112,9 +112,20 @@ def measured_rows(audit: GradientAudit) -> Rows:
 MEASURED_HEAD = ("what", "promised", "measured")
 
 
+def _bound(run: OneRun) -> str:
+    return (
+        f"epsilon is at least {run.epsilon_low:.2f}" if run.epsilon_low > 0 else "no epsilon above 0 is shown by that"
+    )
+
+
 def canary_sentence(audit: GradientAudit) -> str:
     """The reading."""
-    run, claim = audit.found, f"epsilon {audit.claimed:.3g} that {audit.steps} steps are said to cost at most"
+    run, claim = (
+        audit.found,
+        (
+            f"epsilon {audit.claimed:.3g} that {audit.steps} steps are said to cost at most (delta {audit.found.delta:.1g})"
+        ),
+    )
     guessed = f"{run.correct} of {run.guesses} guesses about {run.canaries} canary patients were right"
     if audit.refuted:
         return (
@@ -128,12 +139,11 @@ def canary_sentence(audit: GradientAudit) -> str:
         )
     if run.most <= audit.claimed:
         return (
-            f"{guessed}: epsilon is at least {run.epsilon_low:.2f}. So few canaries could not contradict the {claim}; all right "
+            f"{guessed}: {_bound(run)}. So few canaries could not contradict the {claim}; all right "
             f"would show {run.most:.2f}. Noise, clipping and draws are as promised."
         )
     return (
-        f"{guessed}: epsilon is at least {run.epsilon_low:.2f}, which does not contradict the {claim}. Noise, clipping and draws "
-        "are as promised."
+        f"{guessed}: {_bound(run)}, which does not contradict the {claim}. Noise, clipping and draws are as promised."
     )
 
 
@@ -142,13 +152,13 @@ def patient_sentence(audit: PatientAudit) -> str:
     run = audit.found
     guessed = f"{run.correct} of {run.guesses} guesses about {run.canaries} real patients were right"
     if audit.refuted:
-        return f"{guessed}: epsilon is at least {run.epsilon_low:.2f}, more than the claimed {audit.claimed:.3g}."
+        return f"{guessed}: {_bound(run)}, more than the claimed {audit.claimed:.3g}."
     if run.most <= audit.claimed:
         return (
-            f"{guessed}: epsilon is at least {run.epsilon_low:.2f}. So few patients could show {run.most:.2f} at most, so this "
+            f"{guessed}: {_bound(run)}. So few patients could show {run.most:.2f} at most, so this "
             f"says nothing against the claimed {audit.claimed:.3g}, nor for it."
         )
-    return f"{guessed}: epsilon is at least {run.epsilon_low:.2f}, which does not contradict the claimed {audit.claimed:.3g}."
+    return f"{guessed}: {_bound(run)}, which does not contradict the claimed {audit.claimed:.3g}."
 
 
 INVERSION_HEAD = ("update", "correlation", "with another patch", "PSNR, dB", "SSIM", "fit", "own patch is nearest")
