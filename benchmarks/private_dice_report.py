@@ -26,7 +26,8 @@ def load(work: Path) -> tuple[Results, dict[tuple[str, str, float], list[dict[st
         arm = entry["arm"]
         key = (arm["recipe"], arm["mode"], arm["epsilon"])
         dice[key][arm["seed"]] = {
-            site: float(np.mean([case["dice"] for case in cases.values()])) for site, cases in entry["sites"].items()
+            site: float(np.mean([case["dice"] for name, case in cases.items() if name.startswith("travelling")]))
+            for site, cases in entry["sites"].items()
         }
         rest[key].append(entry)
     return dice, rest
@@ -50,14 +51,15 @@ def row(
     worst = [min(seed.values()) for seed in found.values()]
     wanted = float(np.mean(list(reference.values())))
     below = [float(np.mean(list(seed.values()))) for seed in start.values()] or [float("nan")]
-    gap = (np.mean(means) - np.mean(below)) / (wanted - np.mean(below))
+    whole = wanted - np.mean(below)
+    gap = f"{(np.mean(means) - np.mean(below)) / whole:.2f}" if whole > 0.02 else "no gap"
     return [
         str(len(found)),
         *sites,
         spread(means),
         f"{np.mean(worst):.3f}",
         f"{np.mean(means) / wanted:.0%}",
-        f"{gap:.2f}",
+        gap,
     ]
 
 
@@ -71,18 +73,20 @@ def tables(work: Path) -> str:
     dice, rest = load(work)
     by_seed = dice[("", "reference", 0.0)]
     reference = {site: float(np.mean([seed[site] for seed in by_seed.values()])) for site in SITES}
-    starts = {recipe: found for (recipe, mode, _), found in dice.items() if mode == "start"}
+    # Recipes that begin with the same word start from the same model.
+    starts = {recipe.split("-")[0]: found for (recipe, mode, _), found in dice.items() if mode == "start"}
     columns = ["epsilon", "mode", "seeds", *SITES, "mean", "worst site", "of non-private", "gap recovered"]
     parts = []
     for recipe in sorted({key[0] for key in dice if key[0]}):
         entry = next(entries[0]["recipe"] for key, entries in rest.items() if key[0] == recipe)
         text = ", ".join(f"{name} {value}" for name, value in entry.items() if value not in ("", "none"))
-        rows = [["no privacy", "central, 640 steps", *row(by_seed, reference, starts.get(recipe, {}))]]
+        rows = [["no privacy", "central, 640 steps", *row(by_seed, reference, starts.get(recipe.split("-")[0], {}))]]
         keys = sorted((key for key in dice if key[0] == recipe and key[1] in MODES), key=lambda key: (-key[2], key[1]))
         for key in keys:
-            rows.append([shown(key[2]), key[1], *row(dice[key], reference, starts.get(recipe, {}))])
-        if recipe in starts:
-            rows.append(["start", "no private label", *row(starts[recipe], reference, starts[recipe])])
+            rows.append([shown(key[2]), key[1], *row(dice[key], reference, starts.get(recipe.split("-")[0], {}))])
+        own = starts.get(recipe.split("-")[0])
+        if own:
+            rows.append(["start", "no private label", *row(own, reference, own)])
         seconds = [
             entry["cpu_s"] for key, entries in rest.items() if key[0] == recipe for entry in entries if key[1] in MODES
         ]
