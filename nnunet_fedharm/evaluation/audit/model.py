@@ -77,7 +77,7 @@ def load_model(folder: Path, *, fold: str | None, checkpoint: str, device: str) 
     where = torch.device(device)
     network = loaded.network.to(where).eval()
     return AttackedModel(
-        f"{folder.parent.parent.name}/{folder.name}",
+        f"{folder.parent.name}/{folder.name}",
         network,
         loss,
         loaded.plans,

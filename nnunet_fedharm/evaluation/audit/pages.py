@@ -143,7 +143,8 @@ def inversion_page(audit: InversionAudit, *, dataset: str) -> str:
         _section(
             "Updates",
             table(words.INVERSION_HEAD, words.inversion_rows(audit)),
-            f"Patches of {size} voxels, {audit.options.iterations} iterations, best of {audit.options.restarts} by its fit.{private}",
+            f"Patches of {size} voxels, {audit.options.iterations} iterations, best of {audit.options.restarts} by its "
+            f"fit.{private}",
         )
         + body
     )
@@ -159,7 +160,7 @@ def inversion_page(audit: InversionAudit, *, dataset: str) -> str:
 
 def _membership_lead(audit: MembershipAudit) -> str:
     return (
-        f"{audit.members} members, {audit.others} non-members, {audit.references} reference models. Mean loss "
+        f"{audit.members} members, {audit.others} non-members, reference models: {audit.references}. Mean loss "
         f"{audit.losses[0]:.3f} of members, {audit.losses[1]:.3f} of non-members. {audit.others} non-members resolve false "
         f"positive rates of {1 / audit.others:.1%} and above; finer ones are left out (-)."
     )
@@ -174,7 +175,7 @@ def _by_bit(scores: Sequence[tuple[float, bool]]) -> list[tuple[str, str, list[f
 def _strip(rows: Sequence[tuple[str, str, Sequence[float]]], *, label: str) -> str:
     """Dots of each row along one axis, moved up and down a little so that they do not hide each other."""
     values = [value for _, _, content in rows for value in content]
-    width, height, left = 900, 46 * len(rows) + 44, 110.0
+    width, height, left = 900, 46 * len(rows) + 44, 150.0
     marks = ticks(min(values), max(values), 7)
     x_of = scale(marks[0], marks[-1], left, width - 20.0)
     parts = [
