@@ -15,6 +15,10 @@ from nnunet_fedharm.differences.options import SIGNIFICANT
 FEWEST_SEEDS = 3
 """Trainings of an arm from which sentences speak of methods; with fewer they are called exploratory."""
 
+LEAST_DICE = 0.3
+"""Mean Dice below which an arm has not learned to segment: two that failed alike are not equally good (no assay sensitivity,
+ICH E10)."""
+
 BETTER, WORSE, UNCLEAR = "better", "worse", "unclear"
 
 
@@ -224,3 +228,15 @@ class StudyFindings:
     def arm(self, name: str) -> ArmFinding:
         """An arm by name."""
         return next(item for item in self.arms if item.arm == name)
+
+    def failed(self, name: str) -> bool:
+        """Whether an arm segments the target sites too badly to be a measure for another one."""
+        target = self.arm(name).target
+        return target is None or target.value is None or target.value < LEAST_DICE
+
+    @property
+    def control_dice(self) -> float | None:
+        """Mean Dice of the control over the sites whose labels it was trained with."""
+        found = [self.arm(self.control).dice.get(site) for site in self.labelled]
+        values = [estimate.value for estimate in found if estimate is not None and estimate.value is not None]
+        return sum(values) / len(values) if values else None

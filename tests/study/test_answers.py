@@ -160,6 +160,15 @@ def test_a_federation_with_two_trainings_is_exploratory(bare: StudyFindings) -> 
     assert how_close(replace(bare, federated=[item])).headline.startswith("Exploratory, 2 trainings")
 
 
+def test_two_arms_that_failed_alike_are_not_as_good_as_each_other(bare: StudyFindings) -> None:
+    arms = [replace(item, target=Estimate(0.01), dice={"A": Estimate(0.02), "B": Estimate(0.01)}) for item in bare.arms]
+    item = change("federated_polarity", "central_polarity", 0.0, p=1.0, equal=equivalent(0.001, 0.0, 0.005))
+    answer = answer_all(replace(bare, arms=arms, federated=[item]), None)[2]
+    assert answer.headline.startswith("The control did not learn to segment (Dice 0.02 at A): train longer first.")
+    assert "too badly (mean Dice below 0.3) to call federated as good" in answer.headline
+    assert "is as good" not in answer.headline
+
+
 def test_privacy_has_a_price_at_each_epsilon_and_what_has_none_is_named(bare: StudyFindings) -> None:
     answer = what_privacy_costs(replace(bare, private=[change("central_none_epsilon-8", "central_none", -0.04)]))
     assert answer.headline == "Epsilon 8 costs 0.040 Dice."

@@ -80,7 +80,7 @@ def paired_chart(
         return ""
     values = [value for _, x, y in points for value in (x, y)]
     centre, half = (min(values) + max(values)) / 2, max(max(values) - min(values), LEAST_RANGE) / 2
-    both = ticks(centre - half, centre + half, 4)
+    both = ticks(max(centre - half, 0.0), centre + half, 4)
     left, right, top, bottom = 44.0, 12.0, 8.0, 40.0
     x_of, y_of = scale(both[0], both[-1], left, size - right), scale(both[0], both[-1], size - bottom, top)
     parts = []

@@ -145,7 +145,8 @@ def _ticks_of(column: Column, rows: Sequence[Row]) -> list[float]:
     values += [place for _, place, _ in column.lines]
     values += list(column.x_range or ())
     centre, half = (min(values) + max(values)) / 2, max(max(values) - min(values), LEAST_RANGE) / 2
-    return ticks(centre - half, centre + half, 4)
+    low = max(centre - half, 0.0) if min(values) >= 0 else centre - half  # Dice is never negative
+    return ticks(low, centre + half, 4)
 
 
 def dot(row: Row, column: Column, x_of: Callable[[float], float], y: float) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.words import count, number, probability
-from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, Comparison, StudyFindings
+from nnunet_fedharm.study.findings import BETTER, LEAST_DICE, UNCLEAR, WORSE, Comparison, StudyFindings
 from nnunet_fedharm.study.report.names import kind_name, place
 from nnunet_fedharm.study.study_file import BASELINES, CONTROL
 
@@ -53,7 +53,8 @@ def changes(found: StudyFindings, items: Sequence[Comparison], raised: str, agai
 def closeness(found: StudyFindings, items: Sequence[Comparison]) -> str:
     """As good, not worse, or not shown, a sentence each."""
     groups: dict[str, list[Comparison]] = {"equal": [], "not worse": [], "unclear": []}
-    for item in items:
+    failed = [item for item in items if found.failed(item.second)]
+    for item in (item for item in items if item not in failed):
         equal = item.equivalence
         groups["equal" if equal and equal.shown else "not worse" if equal and equal.not_worse else "unclear"].append(
             item
@@ -79,6 +80,12 @@ def closeness(found: StudyFindings, items: Sequence[Comparison]) -> str:
             said.append(
                 f"Federated {arm_names(found, rest)} {verb} not shown to be as good as central within {margin:g} Dice."
             )
+    if failed:
+        verb = "segments" if len(failed) == 1 else "segment"
+        said.append(
+            f"Central {arm_names(found, failed)} {verb} these sites too badly (mean Dice below {LEAST_DICE:g}) to call federated "
+            "as good."
+        )
     return exploratory(items) + " ".join(said)
 
 
