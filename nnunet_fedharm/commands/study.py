@@ -144,7 +144,7 @@ def _report(args: argparse.Namespace) -> int:
         raise DataError(
             f"No cell of {study.folder} has a result yet. Run `nnunet-fedharm study run {args.folder}` first."
         )
-    page = write_report(results, args.output or study.folder / "report")
+    page = write_report(results, args.output or study.folder / "report", show=print)
     print(f"The report: {page}\n            {page.resolve().as_uri()}")
     return 0
 
