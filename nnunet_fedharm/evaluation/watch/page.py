@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from string import Template
 
@@ -109,8 +110,12 @@ def _chart(run: RunView, phase: str, metric: str, caption: str, *, worst: bool) 
     if worst:
         lowest = [(float(entry.number), found[1]) for entry in rounds if (found := entry.worst_site()) is not None]
         lines.append(Line("worst site", "worst", lowest))
-    drawn = [line for line in lines if line.points]
-    return figure(caption, line_chart(drawn, x_label="round", label=caption, whole_x=True))
+    return figure(caption, line_chart(_drawn(lines), x_label="round", label=caption, whole_x=True))
+
+
+def _drawn(lines: Sequence[Line]) -> list[Line]:
+    """Lines with points; a single point twice, which round ends of lines make a dot."""
+    return [Line(line.name, line.style, [*line.points[:1], *line.points]) for line in lines if line.points]
 
 
 def _seconds_chart(run: RunView) -> Html:
@@ -122,9 +127,7 @@ def _seconds_chart(run: RunView) -> Html:
             if entry.phase == phase and entry.seconds is not None
         ]
         lines.append(Line(phase, style, points))
-    chart = line_chart(
-        [line for line in lines if line.points], x_label="round", label="Seconds of a round", whole_x=True
-    )
+    chart = line_chart(_drawn(lines), x_label="round", label="Seconds of a round", whole_x=True)
     return figure("Seconds of a round", chart, "grey: harmonizer, blue: segmenter")
 
 

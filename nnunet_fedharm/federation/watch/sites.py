@@ -53,6 +53,8 @@ def _state_of(site: str, story: Story, rounds: Sequence[RoundView], run_state: s
         return _at_the_end(site, story)
     if story.current is not None:
         return _in_a_round(site, story, story.rounds[story.current], rounds, run_state, now)
+    if run_state == RUNNING and site not in story.there and not story.in_rounds:
+        return "not there yet", "the server has just begun to ask who is there" if story.rounds else ""
     if run_state == RUNNING and site not in story.there:
         return AWAY, "no node of it is connected"
     if site in story.aside:
@@ -60,8 +62,6 @@ def _state_of(site: str, story: Story, rounds: Sequence[RoundView], run_state: s
     if story.rounds:
         last = rounds[-1]
         return (TRAINED, "") if site in last.sites else ("no part in the last round", "")
-    if site not in story.there:
-        return "not there yet", ""
     if story.step and story.step not in story.ready.get(site, []):
         return f"works on {story.step}", ""
     return "ready", ""

@@ -35,6 +35,7 @@ class Story:
     Attributes:
         labelled: site -> number of labelled cases, as the site said it.
         there: sites with a node now.
+        in_rounds: whether a round has begun since the server's last start.
         seen: site -> last time that something came from it.
         aside: site -> where and why it was set aside last; gone once it takes part again.
         ready: site -> preparation steps that it has done.
@@ -55,6 +56,7 @@ class Story:
     rounds: dict[RoundKey, RoundStory] = field(default_factory=dict)
     totals: dict[str, int] = field(default_factory=dict)
     current: RoundKey | None = None
+    in_rounds: bool = False
     holds_model: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
     end: Event | None = None
@@ -107,7 +109,7 @@ def _is_number(value: object) -> bool:
 def _started(story: Story, event: Event) -> None:
     story.run_id = str(event.get("run_id", ""))
     story.started = story.started or time_of(event)
-    story.end, story.current, story.step = None, None, ""
+    story.end, story.current, story.step, story.in_rounds = None, None, "", False
     # A restarted server asks everybody anew who they are.
     story.there.clear()
     story.refused.clear()
@@ -142,7 +144,7 @@ def _round_start(story: Story, event: Event) -> None:
     key = (str(event.get("phase")), whole(event.get("round")))
     story.rounds[key] = RoundStory(started=time_of(event))
     story.totals[key[0]] = whole(event.get("rounds"))
-    story.current, story.step = key, ""
+    story.current, story.step, story.in_rounds = key, "", True
 
 
 def _site_trained(story: Story, event: Event) -> None:

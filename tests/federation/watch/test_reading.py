@@ -80,6 +80,8 @@ def test_failed_and_resumed_runs_are_one_run_and_a_run_turned_away_is_none(log: 
     assert (run.state, run.reason) == ("failed", "Only 1 of 2 needed sites are connected.")
     assert run.is_bad()
     assert run.expected_end is None
+    log.begin(100, done=1, sites="")
+    assert set(states(read_run(log.folder, now=at(101))).values()) == {"not there yet"}
     log.begin(100, done=1)
     log.whole_round(110, 2)
     log.write(131, "failed", error="Another run is using the folder.", other_run=True)
