@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from fault_tries import Results, Try, configuration, last_event, make_sites, verdict
 
+from nnunet_fedharm.federation.progress import describe
 from tests.federation.deployment import Deployment
 from tests.federation.power_cuts import rounds_lost
 
@@ -81,7 +82,7 @@ def process_kills(root: Path, expected: Results, seed: int, *, kills: int, longe
         killer.finish()
         outcome = verdict(expected, killer.config)
     except AssertionError as error:
-        outcome = str(error)
+        outcome = f"{error}; before it: {[describe(event) for event in killer.deployment.events()[-15:]]}"
     finally:
         killer.deployment.stop()
     lost = rounds_lost(killer.config) if (root / "server" / "fedharm" / "events.jsonl").exists() else 0
