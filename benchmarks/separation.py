@@ -18,6 +18,7 @@ import os
 import pwd
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -210,12 +211,20 @@ def try_the_doors(trial: Trial, server: Place, sites: dict[str, Place], ends: di
             found.stdout.strip() == str(status),
         )
     for name, place in sites.items():
-        listing = subprocess.run(
-            ["ip", "netns", "exec", place.space, "ss", "-Hltn"], capture_output=True, text=True, check=True
-        )
-        doors = [line.split()[3] for line in listing.stdout.splitlines()]
+        doors = doors_of(place)
         outside = [door for door in doors if not door.startswith("127.")]
         trial.note(f"ports that {name} opens to others", ", ".join(outside) or "none", not outside and bool(doors))
+
+
+def doors_of(place: Place) -> list[str]:
+    """Addresses on which anybody listens in a network, as soon as there is one."""
+    command = ["ip", "netns", "exec", place.space, "ss", "-Hltn"]
+    for _ in range(120):
+        listing = subprocess.run(command, capture_output=True, text=True, check=True)
+        if listing.stdout.strip():
+            break
+        time.sleep(0.5)
+    return [line.split()[3] for line in listing.stdout.splitlines()]
 
 
 def start(place: Place, command: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -318,6 +327,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if os.geteuid() or shutil.which("ip") is None:
         raise SystemExit("This benchmark makes users and network namespaces: run it as root, on Linux with iproute2.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that users and namespaces are removed then too
     base = arguments.root.resolve()
     base.mkdir(parents=True, exist_ok=True)
     base.chmod(0o711)
