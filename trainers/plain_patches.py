@@ -22,7 +22,7 @@ class PlainPatches(nnUNetTrainer):
             self.get_training_transforms = self._validation_transforms
         return super().get_dataloaders()
 
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:  # noqa: N802 - nnU-Net's name
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:
         """Base values; without augmentation no larger patch to rotate in, and no mirroring, at prediction neither."""
         rotation, dummy, initial, mirror = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         if self.augmented:
@@ -33,7 +33,7 @@ class PlainPatches(nnUNetTrainer):
     def _validation_transforms(
         self,
         patch_size: Any,
-        rotation_for_DA: Any,  # noqa: N803 - nnU-Net's name
+        rotation_for_DA: Any,
         deep_supervision_scales: Any,
         mirror_axes: Any,
         do_dummy_2d_data_aug: bool,

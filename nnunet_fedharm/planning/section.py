@@ -51,7 +51,8 @@ class Schedule:
     finetune_lr_factor: float = 0.1
     """Learning rate of the harmonizer in `finetune`, as a share of the segmenter's."""
     augmentation: bool = True
-    """nnU-Net's augmentation of the segmenter's patches; without it a study sees what it gives. Mirroring at prediction goes with it."""
+    """nnU-Net's augmentation of the segmenter's patches. Without it a study sees what it gives; mirroring at prediction goes
+    with it."""
     trained_groups: str = ""
     """Groups of the segmenter's tensors that are trained, comma separated: norm, encoder, decoder, heads; empty: all. The others
     stay as they start, without gradient and without noise: for a training from the weights of another one."""

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nnunet_fedharm.commands import harmonize
-from nnunet_fedharm.evaluation.harmonize_folder import harmonize_folder
 from nnunet_fedharm.errors import CheckpointError, DataError, PlanError
+from nnunet_fedharm.evaluation.harmonize_folder import harmonize_folder
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS
 from nnunet_fedharm.harmonizers.tone import MIN_STEP, TONE_RANGE
 from tests.evaluation.conftest import AFFINE, style, write_case

@@ -3,8 +3,9 @@
     python docs/experiments/cyclegan/lesions.py --data DATA --harmonizer NAME KIND DIMS WEIGHTS OPTIONS [--harmonizer ...]
 
 WEIGHTS is a `state_dict` written by one of the experiments, or a `harmonizers/*.npz` of `benchmarks/learned_harmonizers.py`
-(- for a harmonizer without weights), OPTIONS the harmonizer's section of the plans as JSON. No training has seen a blob. Each volume gets six: radius 1, 2 and 3 voxels, each brighter and darker
-than its surroundings by STRENGTH standard deviations, on top of the tissue that is there. Two numbers per blob:
+(- for a harmonizer without weights), OPTIONS the harmonizer's section of the plans as JSON. No training has seen a blob. Each
+volume gets six: radius 1, 2 and 3 voxels, each brighter and darker than its surroundings by STRENGTH standard deviations, on
+top of the tissue that is there. Two numbers per blob:
 
 - contrast-to-noise ratio kept: of the output over the input's, with the sign turned at a site that is inverted;
 - response: the change of the output that the blob makes inside itself, over STRENGTH, sign turned likewise. A monotone map
