@@ -52,8 +52,9 @@ class Proxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: Any) -> None:
+        server: Any = None
         try:
-            server: Any = socket.create_connection(("127.0.0.1", self.target))
+            server = socket.create_connection(("127.0.0.1", self.target))
             if self.tls is not None:
                 certificate, key, authority = self.tls
                 inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -68,19 +69,34 @@ class Proxy:
         except OSError:
             pass  # either side may leave at any time
         finally:
-            client.close()
+            for end in (client, server):
+                if end is not None:
+                    end.close()
 
     def _pass_on(self, client: Any, server: Any, kept: tuple[bytearray, bytearray]) -> None:
         while self._open:
             waiting = [end for end in (client, server) if isinstance(end, ssl.SSLSocket) and end.pending()]
             ready = waiting or select.select([client, server], [], [], 1.0)[0]
             for end in ready:
-                data = end.recv(65536)
+                data = _read(end)
+                if data is None:
+                    continue
                 if not data:
                     return
                 other, whose = (server, 0) if end is client else (client, 1)
                 kept[whose].extend(data)
                 other.sendall(data)
+
+
+def _read(end: Any) -> bytes | None:
+    """What is there; None where only TLS's own words were (session tickets), for which a blocking read would wait for ever."""
+    end.settimeout(0)
+    try:
+        return bytes(end.recv(65536))
+    except (ssl.SSLWantReadError, BlockingIOError):
+        return None
+    finally:
+        end.settimeout(None)
 
 
 def http_parts(stream: bytes) -> Iterator[tuple[str, bytes]]:
