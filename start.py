@@ -178,7 +178,9 @@ def run_tests(venv: Path, extra: list[str]) -> int:
         "ruff format": call(python, "-m", "ruff", "format", "--check", "."),
         "mypy": call(python, "-m", "mypy"),
         "import-linter": call(lint_imports),
-        "pytest": call(python, "-m", "pytest", "-n", min(TEST_WORKERS, os.cpu_count() or 1), *extra),
+        "pytest": call(
+            python, "-m", "pytest", "-n", min(TEST_WORKERS, os.cpu_count() or 1), "--dist", "loadgroup", *extra
+        ),
         "wheel": check_wheel(venv),
     }
     for name, status in results.items():

@@ -31,7 +31,11 @@ from tests.federation.deploy.real import TINY, RealConsortium, listening
 from tests.federation.deploy.recording import http_parts, messages_from_sites
 from tests.federation.test_flower import check_results
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("real consortium"),  # one process runs all of them, in their order
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
 
 SITES = ("hospital-north", "hospital-south")
 RESULTS = "nnUNet_results/Dataset001_Blobs/nnUNetTrainerFedHarmNone__nnUNetFedHarmPlans__2d"
