@@ -177,7 +177,7 @@ def broken(work: Path, root: NnunetRoot, plans_name: str) -> None:
         if path.is_file():
             continue
         began = time.process_time()
-        with audit_trainer(site, PRIVACY) as trainer:
+        with audit_trainer(site, site.privacy({})) as trainer:
             breaking(trainer)
             found = audit_gradients(trainer, CanaryOptions(canaries=CANARIES, steps=STEPS), delta=DELTA)
         path.write_text(json.dumps({"gradient_canaries": found.to_dict()}))
@@ -224,12 +224,14 @@ def report(work: Path) -> str:
 
     machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     lines = [HEAD.format(cpu=_minutes(work), machine=machine), ""]
-    lines += ["## Membership", "", MEMBERSHIP]
+    lines += ["## Membership", "", MEMBERSHIP_TEXT]
     found = {name: read(f"membership {arm}") for arm, (name, _, _) in ARMS.items()}
     lines += [f"| attack | {' | p | '.join(found)} | p |", "|---|" + "---|---|" * len(found)]
     tables = [[*audit["attacks"], audit["blind_control"]] for audit in found.values()]
     for row in zip(*tables, strict=True):
-        cells = [f"{x['auc']:.2f} ({x['auc_low']:.2f} to {x['auc_high']:.2f}) | {x['p_value']:.3f}" for x in row]
+        cells = [
+            f"{x['auc']:.2f} ({x['auc_low']:.2f} to {x['auc_high']:.2f}) | {max(x['p_value'], 0.001):.3f}" for x in row
+        ]
         lines.append(f"| {row[0]['name']} | {' | '.join(cells)} |")
     lines += ["", "| model | loss of members | of non-members | epsilon >= | claimed <= | a perfect attack shows |"]
     lines += ["|---|---|---|---|---|---|"]
@@ -240,7 +242,8 @@ def report(work: Path) -> str:
             f"| {name} | {loss['members']:.3f} | {loss['non_members']:.3f} | {audit['epsilon_low']:.2f} | {said} | "
             f"{audit['largest_possible_bound']:.2f} |"
         )
-    lines += ["", "## Canaries", "", CANARIES]
+    lines += ["", *(f"- {name}: {audit['reading']}" for name, audit in found.items())]
+    lines += ["", "## Canaries", "", CANARY_TEXT]
     lines += ["| mechanism | right guesses | epsilon >= | claimed <= | verdict | what the gradients show |"]
     lines += ["|---|---|---|---|---|---|"]
     for name, file in [("as it is", "canaries"), *((n, f"broken {n}.json") for n in BROKEN)]:
@@ -259,7 +262,7 @@ def report(work: Path) -> str:
         f"{patients['steps']} steps, epsilon >= {patients['found']['epsilon_low']:.2f} (claimed {patients['claimed']:.2f}); "
         f"{patients['found']['canaries']} patients could show {patients['found']['most']:.2f} at most.",
     ]
-    lines += ["", "## Gradient inversion", "", INVERSION]
+    lines += ["", "## Gradient inversion", "", INVERSION_TEXT]
     lines += ["| patch | update | correlation | with another patch | PSNR, dB | SSIM | own patch is nearest |"]
     lines += ["|---|---|---|---|---|---|---|"]
     inversion = read("inversion")
@@ -270,6 +273,7 @@ def report(work: Path) -> str:
                 f"{r['ssim']:.2f} | {'yes' if r['recognized'] else 'no'} |"
             )
         lines.append(f"| {number} | none: the likest other patch | {target['likeness_of_another_patch']:.2f} | | | | |")
+    lines += ["", inversion["reading"]]
     return "\n".join(lines)
 
 
@@ -288,17 +292,17 @@ nnU-Net (features 32 to 128, patches 32 x 32) is trained on the members: for 300
 augmentation, so that it memorizes what it can; and for 300 steps under differential privacy by patient with epsilon 8 at delta
 1e-3, 4 of 20 patients a step. {cpu} CPU minutes in all, one thread ({machine}). One
 run each: what differs by little may differ by chance. [What the audits do and what they do not show](../how-to/audit.md)."""
-MEMBERSHIP = """\
+MEMBERSHIP_TEXT = """\
 `nnunet-fedharm audit membership` with three reference models, each trained on 14 of the 20 cases that are neither members nor
-non-members. AUC 0.5 is chance; in brackets its 95% bootstrap interval; p by permutation. Features alone are the control
-without a model.
+non-members. AUC 0.5 is chance; in brackets its 95% bootstrap interval; p by permutation, 0.001 at least. Features alone
+are the control without a model.
 """
-CANARIES = """\
+CANARY_TEXT = """\
 `nnunet-fedharm audit canaries`: 2000 canary patients, half of them put into 20 private steps of the trainer by a coin;
 bounds with 95% confidence by Steinke, Nasr, Jagielski (2023). The claim is the accountant's epsilon of these 20 steps at
 the audit's delta, 5e-6. Below it the same audit on mechanisms that are broken on purpose.
 """
-INVERSION = """\
+INVERSION_TEXT = """\
 `nnunet-fedharm audit inversion`: patches of 24 x 24 voxels from one update, labels known to the attacker, 600 iterations.
 A reconstruction is compared with its own patch and with those of 12 other cases at most.
 """
