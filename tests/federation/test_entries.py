@@ -12,6 +12,7 @@ from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.codec import encode
 from nnunet_fedharm.federation.entries import RELEASES, digest_of, enter_release
+from nnunet_fedharm.federation.messages import json_hash, reply
 from nnunet_fedharm.privacy.ledger import Ledger
 
 TRAIN = {"phase": "segmenter", "round": 2, "run_id": "run"}
@@ -33,6 +34,22 @@ def test_the_same_reply_once_more_is_one_entry_and_another_one_is_another(tmp_pa
         enter_release(tmp_path, messages.TRAIN.name, TRAIN, content)
     assert len(Ledger(tmp_path).releases()) == 2
     assert digest_of(answer(1.0, n_cases=3)) != digest_of(answer(1.0, n_cases=4))
+
+
+def test_a_round_that_took_longer_the_second_time_is_the_same_round() -> None:
+    def digest(dice: float, seconds: float) -> str:
+        values = {
+            "site": "A",
+            "phase": "segmenter",
+            "round": 2,
+            "plans_hash": json_hash({}),
+            "n_steps": 1,
+            "n_cases": 1,
+        }
+        values |= {"metrics": {"dice": dice, "seconds": seconds}, "seconds": seconds}
+        return digest_of(reply(messages.TRAIN_REPLY, values, encode({"w": np.ones(3, dtype=np.float32)})))
+
+    assert digest(0.5, 1.0) == digest(0.5, 2.0) != digest(0.6, 1.0)
 
 
 def test_what_tells_nothing_about_patients_is_not_entered(tmp_path: Path) -> None:
