@@ -7,7 +7,7 @@ process can serve several sites one after the other, each inside `NnunetRoot(...
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,22 +59,24 @@ class NnunetRoot:
     @contextmanager
     def activate(self) -> Iterator[NnunetRoot]:
         """Point nnU-Net's environment variables at this root, for this process and its children, until the block ends."""
-        before = {name: os.environ.get(name) for name in _VARIABLES}
-        os.environ.update(
-            {
-                "nnUNet_raw": str(self.raw),
-                "nnUNet_preprocessed": str(self.preprocessed),
-                "nnUNet_results": str(self.results),
-            }
-        )
-        try:
+        folders = (self.raw, self.preprocessed, self.results)
+        with environment(dict(zip(_VARIABLES, map(str, folders), strict=True))):
             yield self
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, for this process and its children, until the block ends."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def environment_paths() -> tuple[Path, Path, Path]:

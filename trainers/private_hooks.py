@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from nnunet_fedharm.nnunet_root import environment
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
 from nnunet_fedharm.trainers.patient_loader import PatientDraw, PatientLoader, from_stock_loader
 from nnunet_fedharm.trainers.plain_patches import PlainPatches
@@ -43,7 +41,8 @@ class PrivateHooks(PlainPatches):
         if self.private is None:
             return super().get_dataloaders()
         workers = get_allowed_n_proc_DA()
-        with _in_this_process():
+        # No worker processes for nnU-Net's loaders: threads of our own load for DP.
+        with environment({"nnUNet_n_proc_DA": "0"}):
             train, validation = super().get_dataloaders()
         phase = self.private.phases[SEGMENTER]
         load = from_stock_loader(train.data_loader, self.private.options.patches_per_patient)
@@ -104,17 +103,3 @@ class PrivateHooks(PlainPatches):
             folder = Path(self.output_folder)
             shutil.copyfile(folder / "checkpoint_final.pth", folder / "checkpoint_best.pth")
             self.private.write_card(folder)
-
-
-@contextmanager
-def _in_this_process() -> Iterator[None]:
-    """nnU-Net's loaders without worker processes: threads of our own load for DP."""
-    name, before = "nnUNet_n_proc_DA", os.environ.get("nnUNet_n_proc_DA")
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

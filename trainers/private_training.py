@@ -28,7 +28,7 @@ from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 from nnunet_fedharm.privacy.accounting import Noise
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.noise import SecureNoise
-from nnunet_fedharm.privacy.options import RESERVE, PrivacyOptions, common_noise
+from nnunet_fedharm.privacy.options import PRIVACY_FILE, RESERVE, PrivacyOptions, common_noise
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients, draw_patients, refuse_mixing_layers
 from nnunet_fedharm.privacy.releases import GAUSSIAN, SUBSAMPLED, Release
 from nnunet_fedharm.sites.files import write_json
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 
 HARMONIZER, SEGMENTER, VOTES = "harmonizer training", "segmenter training", "votes on polarity"
-CARD = "privacy.json"
-"""Beside the checkpoints: what the training cost."""
 VOTE_NOISE = 8.0
 """Least noise multiplier of the votes: one such release costs an epsilon of about 0.5 at delta 1e-5."""
 VOTE_ERROR = 0.25
@@ -161,7 +159,7 @@ class PrivateTraining:
                     for what, phase in self.phases.items()
                 },
             },
-            folder / CARD,
+            folder / PRIVACY_FILE,
         )
 
     def gradients(self, what: str, parameters: Any) -> PatientGradients:

@@ -14,7 +14,7 @@ from typing import Any
 
 from nnunet_fedharm.errors import DataError, FederationError, FedHarmError
 from nnunet_fedharm.federation.policy import POLICY_FILE, Policy, load_policy
-from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.nnunet_root import NnunetRoot, environment
 
 SITE_LOG = "site.log"
 _IMAGE_FOLDERS = ("imagesTr", "labelsTr", "imagesUnlabelled", "imagesTs", "labelsTs")
@@ -126,13 +126,8 @@ def locate_site(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -
 def training_environment(device: str) -> Iterator[None]:
     """On a CPU: no compile and no worker processes, unless the site's own environment says otherwise."""
     wanted = {"nnUNet_compile": "f", "nnUNet_n_proc_DA": "0"} if device == "cpu" else {}
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
+    with environment({name: value for name, value in wanted.items() if name not in os.environ}):
         yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 def describe_error(site: Site, error: Exception) -> tuple[str, str]:

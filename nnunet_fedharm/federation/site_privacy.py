@@ -29,8 +29,6 @@ NOISY_MEAN = "noisy mean"
 """Name of the one reply that the mean of a round is."""
 NOT_COVERED = ("facts", "fingerprint summary", "style", "who takes part")
 """What tells about a site beside its updates."""
-PRIVACY_FILE = "privacy.json"
-"""Beside the server's checkpoints: what the run promised to whom."""
 _MEANS = ("fedavg", "fedavgm", "fedadam", "fedyogi")
 _SUMMED = ("curve",)
 

@@ -19,7 +19,7 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.nnunet_root import NnunetRoot, environment
 from nnunet_fedharm.planning.section import CONFIGURATIONS
 from nnunet_fedharm.sites.files import read_json, write_json
 
@@ -202,13 +202,5 @@ def _planning_environment(raw: Path) -> Iterator[None]:
     changed = {"nnUNet_raw": str(raw)}
     if os.environ.get("nnUNet_n_proc_DA") == "0":
         changed["nnUNet_n_proc_DA"] = "1"
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
+    with environment(changed):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -13,6 +13,8 @@ from nnunet_fedharm.privacy.accounting import Noise, epsilon_of, rdp_epsilon
 from nnunet_fedharm.privacy.gaussian import gaussian_sigma
 from nnunet_fedharm.privacy.releases import Budget
 
+PRIVACY_FILE = "privacy.json"
+"""Beside the checkpoints: what the training cost, or what a federation promised."""
 RESERVE = 0.05
 """Share of further steps that the noise is calibrated for: an epoch that a crash repeats is charged again."""
 

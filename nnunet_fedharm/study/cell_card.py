@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from nnunet_fedharm.planning.central import DEFAULT_PLANS
 from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_text
-from nnunet_fedharm.study.model_card import CardFacts, CardPrivacy, card_data, model_card
+from nnunet_fedharm.study.model_card import CARD, CardFacts, CardPrivacy, card_files
 from nnunet_fedharm.study.model_facts import read_scores, scanner_sites
 from nnunet_fedharm.study.results import ENVIRONMENT_FILE, CellResult
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.trainers.names import trainer_name_for
-
-CARD, CARD_DATA = "MODEL_CARD.md", "model_card.json"
 
 
 def write_cell_card(study: StudyFile, result: CellResult) -> Path:
@@ -26,9 +23,8 @@ def write_cell_card(study: StudyFile, result: CellResult) -> Path:
         DataError: a file of the dataset or of the cell is damaged.
         SetupError: the folder cannot be written.
     """
-    facts = cell_facts(study, result)
-    write_text(model_card(facts), result.folder / CARD)
-    write_text(json.dumps(card_data(facts), indent=1, allow_nan=False) + "\n", result.folder / CARD_DATA)
+    for name, text in card_files(cell_facts(study, result)).items():
+        write_text(text, result.folder / name)
     return result.folder / CARD
 
 

@@ -8,6 +8,7 @@ References:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.words import count, number, scientific
 
 NOT_STATED = "not stated"
+CARD = "MODEL_CARD.md"
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,12 @@ def model_card(facts: CardFacts) -> str:
 def card_data(facts: CardFacts) -> dict[str, Any]:
     """The same as JSON values."""
     return {**asdict(facts), "versions": dict(facts.versions), "limits": limits(facts)}
+
+
+def card_files(facts: CardFacts) -> dict[str, str]:
+    """File name -> text: the card for people and for programs."""
+    data = json.dumps(card_data(facts), indent=1, allow_nan=False) + "\n"
+    return {CARD: model_card(facts), "model_card.json": data}
 
 
 def limits(facts: CardFacts) -> list[str]:

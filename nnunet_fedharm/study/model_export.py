@@ -27,9 +27,8 @@ import torch
 
 from nnunet_fedharm.errors import CheckpointError, DataError, SetupError
 from nnunet_fedharm.sites.files import read_json
-from nnunet_fedharm.study.model_card import CardFacts, card_data, model_card
+from nnunet_fedharm.study.model_card import CardFacts, card_files
 
-CARD, CARD_DATA = "MODEL_CARD.md", "model_card.json"
 NEEDED = ("network_weights", "trainer_name", "init_args", "inference_allowed_mirroring_axes")
 """Entries of a checkpoint that nnU-Net's predictor reads."""
 EMPTIED: dict[str, Any] = {
@@ -117,8 +116,7 @@ def _texts(model: Path, facts: CardFacts) -> dict[str, str]:
     plans = read_json(model / "plans.json", what="The plans")
     dataset = _without_cases(read_json(model / "dataset.json", what="The dataset description"))
     return {
-        CARD: model_card(facts),
-        CARD_DATA: json.dumps(card_data(facts), indent=1, allow_nan=False) + "\n",
+        **card_files(facts),
         "plans.json": json.dumps(plans, indent=2, sort_keys=False),
         "dataset.json": json.dumps(dataset, indent=2, sort_keys=False),
     }

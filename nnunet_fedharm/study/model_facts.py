@@ -10,11 +10,11 @@ from typing import Any
 
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, read_section
+from nnunet_fedharm.privacy.options import PRIVACY_FILE
 from nnunet_fedharm.sites.files import read_json
 from nnunet_fedharm.sites.registry import SitesFile
 from nnunet_fedharm.study.model_card import CardFacts, CardPrivacy, CardScore, CardSite
 
-PRIVACY_FILE = "privacy.json"
 PACKAGES = ("nnunet_fedharm", "nnunetv2", "torch")
 ALL = "all"
 

@@ -23,7 +23,7 @@ from nnunet_fedharm.planning.situation import find_device
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.study.data import BASE_PLANS, StudyData, plan_options
 from nnunet_fedharm.study.matrix import Cell
-from nnunet_fedharm.study.study_file import CONTROL
+from nnunet_fedharm.study.study_file import CONTROL, StudyFile
 from nnunet_fedharm.trainers.names import trainer_name_for
 
 
@@ -84,7 +84,7 @@ def _central(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
     with root.activate(), training_environment(device):
         _run_nnunet(data, trainer_name, model, device)
     sites = (arm.site,) if arm.site else study.sites
-    spent = _spent([root.path / "fedharm"], cell, study.privacy)
+    spent = _spent([root.path / "fedharm"], cell, study)
     # One model serves all sites: each is predicted with its own style, as at its own results folder.
     styles = dict.fromkeys(sites, "stored") if arm.site else {site: site for site in sites}
     return Trained(dict.fromkeys(sites, str(model)), styles, epsilon=spent[0], without_noise=spent[1])
@@ -120,7 +120,7 @@ def _federated(data: StudyData, cell: Cell, folder: Path, device: str) -> Traine
     models = {site: str(results_folder(root, data, trainer_name)) for site, root in roots.items()}
     events, _ = read_events(server_folder(config) / "fedharm" / EVENTS_FILE)
     rounds = [event for event in events if event["event"] == "round_end"]
-    spent = _spent([root.path / "fedharm" for root in roots.values()], cell, study.privacy)
+    spent = _spent([root.path / "fedharm" for root in roots.values()], cell, study)
     for root in roots.values():  # made anew in a minute, and each cell would keep a copy of every case
         shutil.rmtree(root.preprocessed)
     return Trained(
@@ -212,12 +212,10 @@ def _harmonizer_epochs(data: StudyData, cell: Cell) -> int:
     return data.study.training.harmonizer_epochs if cell.arm.harmonizer in LEARNED else 0
 
 
-def _spent(folders: list[Path], cell: Cell, privacy: Mapping[str, Any]) -> tuple[float | None, tuple[str, ...]]:
+def _spent(folders: list[Path], cell: Cell, study: StudyFile) -> tuple[float | None, tuple[str, ...]]:
     """Largest epsilon of the ledgers, and what left without noise."""
     if cell.arm.epsilon is None:
         return None, ()
-    from nnunet_fedharm.privacy.options import PrivacyOptions
-
-    delta = float(privacy.get("delta", PrivacyOptions.delta))
+    delta = study.private(cell.arm.epsilon).delta
     costs = [Ledger(folder).spent(delta) for folder in folders]
     return max(cost.epsilon for cost in costs), tuple(sorted({name for cost in costs for name in cost.unbounded}))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.evaluation.harmonize import load_network
+from nnunet_fedharm.privacy.options import PRIVACY_FILE
 from nnunet_fedharm.sites.files import CaseFiles, cases_in, read_json
 
 
@@ -172,7 +173,7 @@ def check_alike(model: AttackedModel, reference: AttackedModel) -> None:
 
 def read_claim(folder: Path) -> dict[str, Any] | None:
     """`privacy.json` beside the checkpoint, of a federation's server what it promises patients; None without any claim."""
-    path = folder / "privacy.json"
+    path = folder / PRIVACY_FILE
     card = read_json(path, what="The privacy card") if path.is_file() else None
     if card is not None and {"patient_level", "site_level"} & set(card):
         return card.get("patient_level")

@@ -6,7 +6,6 @@ Nothing of an audit enters the site's ledger, because nothing of it leaves the s
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fedharm.errors import DataError, PlanError, PrivacyError
-from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.nnunet_root import NnunetRoot, environment
 from nnunet_fedharm.planning.central import EnvironmentRoot
 from nnunet_fedharm.planning.section import SECTION, read_section, with_section
 from nnunet_fedharm.privacy.ledger import Ledger
@@ -29,6 +28,9 @@ from nnunet_fedharm.trainers.results import make_trainer
 from nnunet_fedharm.trainers.seeds import seed_everything
 
 log = logging.getLogger(__name__)
+
+IN_THIS_PROCESS = {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
+"""No worker processes and no compilation: an audit takes few steps, and looks into them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ def audit_trainer(site: AuditedSite, options: PrivacyOptions | None) -> Iterator
     Raises:
         FedHarmError: data or plans cannot be used.
     """
-    with tempfile.TemporaryDirectory(prefix="fedharm-audit-") as scratch, _own_environment():
+    with tempfile.TemporaryDirectory(prefix="fedharm-audit-") as scratch, environment(IN_THIS_PROCESS):
         root = EnvironmentRoot(Path(scratch), site.root.raw, site.root.preprocessed, Path(scratch) / "results")
         description = read_json(site.root.preprocessed / site.dataset_name / "dataset.json", what="The description")
         with root.activate():
@@ -156,19 +158,3 @@ def _quietly_prepared(
         trainer.on_train_epoch_start()
     log.debug("%s", said.getvalue())
     return trainer
-
-
-@contextmanager
-def _own_environment() -> Iterator[None]:
-    """No worker processes and no compilation: an audit takes few steps, and looks into them."""
-    wanted = {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

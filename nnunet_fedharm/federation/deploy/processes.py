@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.errors import FederationError, SetupError
 from nnunet_fedharm.federation.daemon import stop_process
+from nnunet_fedharm.federation.durable import file_lock
 
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
@@ -104,6 +105,19 @@ def watch(family: Children, stopped: threading.Event, each: Callable[[], None] |
         family.check()
         if each is not None:
             each()
+
+
+@contextmanager
+def alone(lock: Path, who: str) -> Iterator[None]:
+    """Only one process at a time.
+
+    Raises:
+        SetupError: `who` runs already.
+    """
+    with file_lock(lock, wait_s=1.0) as held:
+        if not held:
+            raise SetupError(f"{who} runs already.")
+        yield
 
 
 @contextmanager

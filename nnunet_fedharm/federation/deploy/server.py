@@ -7,8 +7,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from nnunet_fedharm.federation.deploy.certificates import check_server, days_lef
 from nnunet_fedharm.federation.deploy.consortium import SITE_NAME, version_differences
 from nnunet_fedharm.federation.deploy.control import Operator, local_address, operator
 from nnunet_fedharm.federation.deploy.keys import parse_node_key
-from nnunet_fedharm.federation.deploy.processes import Children, children, stop_signals, watch
+from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals, watch
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, expected_site
-from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from nnunet_fedharm.federation.progress import describe
 from nnunet_fedharm.federation.registered import write_registered
@@ -60,7 +59,11 @@ def start_server(folder: ServerFolder, *, show: Show = print) -> None:
             f"The server's certificate ends in {left} days: `nnunet-fedharm server renew {folder.path}`, then restart."
         )
     environment = flower_environment(folder.flower_home, device="cpu", parallel_sites=1)
-    with _alone(folder), stop_signals() as stopped, children(folder.logs, environment) as family:
+    with (
+        alone(folder.flower_home / "server.lock", f"The server of {folder.path}"),
+        stop_signals() as stopped,
+        children(folder.logs, environment) as family,
+    ):
         module = "nnunet_fedharm.federation.deploy.superlink"
         family.start("superlink", [sys.executable, "-m", module, str(folder.path)])
         if not _wait_until_ready(folder, family, stopped):
@@ -242,14 +245,6 @@ def _sync_if_running(folder: ServerFolder) -> bool:
     except SetupError:
         return False
     return True
-
-
-@contextmanager
-def _alone(folder: ServerFolder) -> Iterator[None]:
-    with file_lock(folder.flower_home / "server.lock", wait_s=1.0) as held:
-        if not held:
-            raise SetupError(f"The server of {folder.path} runs already.")
-        yield
 
 
 def _wait_until_ready(folder: ServerFolder, family: Children, stopped: threading.Event) -> bool:

@@ -6,8 +6,7 @@ import json
 import os
 import threading
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from nnunet_fedharm.federation.daemon import flower_environment, free_port, prog
 from nnunet_fedharm.federation.deploy import app_bundle, keys
 from nnunet_fedharm.federation.deploy.certificates import check_server
 from nnunet_fedharm.federation.deploy.consortium import CONSORTIUM_FILE, SITE_NAME, Consortium, version_differences
-from nnunet_fedharm.federation.deploy.processes import Children, children, last_words, stop_signals, watch
-from nnunet_fedharm.federation.durable import file_lock
+from nnunet_fedharm.federation.deploy.processes import Children, alone, children, last_words, stop_signals, watch
 from nnunet_fedharm.federation.policy import POLICY_FILE, TEMPLATE
 from nnunet_fedharm.federation.policy_checks import checked_policy
 from nnunet_fedharm.nnunet_root import NnunetRoot
@@ -162,7 +160,11 @@ def start_site(folder: SiteFolder, *, show: Show = print) -> None:
     if trouble:
         show(f"{trouble} The site goes on trying.")
     environment = flower_environment(folder.flower_home, device=settings["device"], parallel_sites=1)
-    with _alone(folder), stop_signals() as stopped, children(folder.logs, environment) as family:
+    with (
+        alone(folder.home / "running.lock", f"The site of {folder.root}"),
+        stop_signals() as stopped,
+        children(folder.logs, environment) as family,
+    ):
         folder.flower_home.mkdir(parents=True, exist_ok=True)
         port = free_port()
         node = family.start("supernode", supernode_command(folder, settings, port))
@@ -303,11 +305,3 @@ def _settings_text(consortium: Consortium, options: JoinOptions) -> str:
         "[node_config]  # further keys of the node config, for example warm-minutes = 30.0",
     ]
     return "\n".join(lines) + "\n"
-
-
-@contextmanager
-def _alone(folder: SiteFolder) -> Iterator[None]:
-    with file_lock(folder.home / "running.lock", wait_s=1.0) as held:
-        if not held:
-            raise SetupError(f"The site of {folder.root} runs already.")
-        yield
