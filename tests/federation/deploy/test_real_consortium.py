@@ -1,6 +1,7 @@
 """The real thing over TLS with node keys: who is refused, what goes over the wire, what a run leaves behind.
 
-One SuperLink and two SuperNodes serve all tests of this file, which run in their order.
+One SuperLink and two SuperNodes serve the tests of this file. Each test asks for what it looks at (`real`, `trained`),
+so that any of them runs alone, on any test process.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from tests.federation.test_flower import check_results
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("real consortium"),  # one process runs all of them, in their order
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
@@ -93,42 +93,48 @@ def test_a_run_that_a_policy_forbids_ends_with_the_rule_at_the_server(real: Real
     )
 
 
-def test_a_training_over_tls_with_node_keys_leaves_standard_results_everywhere(real: RealConsortium) -> None:
+@pytest.fixture(scope="module")
+def trained(real: RealConsortium) -> RealConsortium:
+    """The consortium after one training of one round."""
     status, text = run(real, "--segmenter-rounds", "1")
     assert status == 0, text
     assert "segmenter round 1/1 done" in text
-    for home in (real.server.results, *(real.root / site for site in SITES)):
+    return real
+
+
+def test_a_training_over_tls_with_node_keys_leaves_standard_results_everywhere(trained: RealConsortium) -> None:
+    for home in (trained.server.results, *(trained.root / site for site in SITES)):
         check_results(home / RESULTS)
-    for log in real.server.logs.iterdir():
+    for log in trained.server.logs.iterdir():
         assert "case0" not in log.read_text(errors="replace"), "no case identifier in the server's logs"
 
 
-def test_a_site_opens_no_port_but_on_loopback(real: RealConsortium) -> None:
+def test_a_site_opens_no_port_but_on_loopback(trained: RealConsortium) -> None:
     for site in SITES:
-        sockets = listening(real.processes[site].pid)
+        sockets = listening(trained.processes[site].pid)
         assert sockets, "the SuperNode's own door"
         assert {address for address, _ in sockets} == {"0100007F"}, sockets
 
 
-def test_everything_that_left_a_site_fits_its_schema_and_no_tensor_is_an_image(real: RealConsortium) -> None:
-    known, least = known_tensors(real)
+def test_everything_that_left_a_site_fits_its_schema_and_no_tensor_is_an_image(trained: RealConsortium) -> None:
+    known, least = known_tensors(trained)
     seen: set[str] = set()
-    for message in messages_from_sites(real.inside):
+    for message in messages_from_sites(trained.inside):
         if not message.has_content():
             continue  # Flower's own error, without any content
         seen.add(check_message(message, known, least))
     assert seen >= set(REPLIES), "every kind of message was recorded"
 
 
-def test_no_other_request_than_flowers_own_left_a_site(real: RealConsortium) -> None:
-    asked = {line.split()[1] for sent in real.inside.sent for line, _ in http_parts(bytes(sent))}
+def test_no_other_request_than_flowers_own_left_a_site(trained: RealConsortium) -> None:
+    asked = {line.split()[1] for sent in trained.inside.sent for line, _ in http_parts(bytes(sent))}
     assert asked
     assert {path.removeprefix("/v1/fleet/") for path in asked} <= FLEET
 
 
-def test_the_network_sees_neither_tensors_nor_names(real: RealConsortium) -> None:
-    plain = b"".join(map(bytes, [*real.inside.sent, *real.inside.received]))
-    wire = b"".join(map(bytes, [*real.network.sent, *real.network.received]))
+def test_the_network_sees_neither_tensors_nor_names(trained: RealConsortium) -> None:
+    plain = b"".join(map(bytes, [*trained.inside.sent, *trained.inside.received]))
+    wire = b"".join(map(bytes, [*trained.network.sent, *trained.network.received]))
     assert len(wire) > len(plain) > 100_000
     for word in (*SITES, "\x93NUMPY", "segmenter.", "Dataset001_Blobs", "/v1/fleet/", "train_loss", "plans_hash"):
         data = word.encode("latin-1")
