@@ -24,10 +24,9 @@ from learned_training import (
     Bench,
     Harmonizer,
     claimed,
-    harmonizer_weights,
     model_folder,
     predict_and_score,
-    segmenter_weights,
+    trained_weights,
 )
 
 SEEDS = (0, 1, 2)
@@ -97,6 +96,15 @@ def one_left_out(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
                 yield Arm(Harmonizer(kind, dims, mode, seed, reference), f"not-{site}")
 
 
+def one_left_out_federated(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
+    """The same with harmonizer and segmenter federated: as many steps at each site as centralized ones in all."""
+    for seed in seeds:
+        for kind in ("polarity", "diffusion", "cyclegan"):
+            for site in reversed(SITES):
+                reference = "B" if site == "A" else "A"
+                yield Arm(Harmonizer(kind, dims, "federated", seed, reference), f"not-{site}")
+
+
 def long(dims: str, seeds: tuple[int, ...]) -> Iterator[Arm]:
     """Segmenters trained five times as long."""
     for seed in seeds:
@@ -137,12 +145,15 @@ GROUPS = {
     "n4": lambda: upright_only(SEEDS),
     "one-left-out-2": lambda: one_left_out("3d", SEEDS[1:2]),
     "one-left-out-3": lambda: one_left_out("3d", SEEDS[2:]),
+    "one-left-out-federated": lambda: one_left_out_federated("3d", SEEDS[:1]),
+    "one-left-out-2d": lambda: one_left_out("2d", SEEDS[:1]),
+    "one-left-out-2d-more": lambda: one_left_out("2d", SEEDS[1:]),
 }
 
 
 def measure(bench: Bench, arm: Arm) -> dict[str, Any]:
     """Scores of an arm at its test sites."""
-    segmenter = segmenter_weights(bench, arm.harmonizer, arm.scenario, augmentation=arm.augmentation)
+    weights = trained_weights(bench, arm.harmonizer, arm.scenario, augmentation=arm.augmentation)
     sites: dict[str, Any] = {}
     plain = (
         bench.work
@@ -155,10 +166,9 @@ def measure(bench: Bench, arm: Arm) -> dict[str, Any]:
             sites[site] = json.loads(plain.read_text())["sites"][site]
             continue
         folder = bench.work / "models" / arm.name / site
-        model = model_folder(bench, arm.harmonizer, segmenter, folder, site)
+        model = model_folder(bench, arm.harmonizer, weights, folder, site)
         scores, seconds = predict_and_score(bench, model, site, bench.work / "predictions" / arm.name / site)
         sites[site] = {"cases": scores, "cpu_s_per_volume": seconds, "model": str(model)}
-    weights = harmonizer_weights(bench, arm.harmonizer)
     return {
         "arm": {**vars(arm.harmonizer), "scenario": arm.scenario, "augmentation": arm.augmentation},
         "sites": sites,

@@ -57,7 +57,7 @@ def measure_new_site(bench: Bench, kind: str) -> None:
     apart = WithoutNewSite(bench.data, bench.work / "new-site", bench.options)
     apart.plans = bench.plans  # type: ignore[method-assign]
     apart.description = bench.description  # type: ignore[method-assign]
-    model = model_folder(apart, harmonizer, segmenter, bench.work / "new-site" / f"model_{kind}", "")
+    model = model_folder(apart, harmonizer, {**weights, **segmenter}, bench.work / "new-site" / f"model_{kind}", "")
     images = bench.work / "new-site" / "images"
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir()

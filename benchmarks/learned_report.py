@@ -131,10 +131,12 @@ def report(work: Path, n4: Path | None) -> None:
             one_site_table(results, rows, dims, "dice", 3, corrected)
             print(f"\n### Labels at A alone, {name}: HD95 in mm\n")
             one_site_table(results, rows, dims, "hd95_mm", 2, corrected)
-    print("\n### One site without labels, 3D: Dice at that site\n")
-    left_out_table(results, "dice", 3)
-    print("\n### One site without labels, 3D: HD95 in mm at that site\n")
-    left_out_table(results, "hd95_mm", 2)
+    for dims in ("3d", "2d"):
+        if results.rows(["not-D"], dims):
+            print(f"\n### One site without labels, {dims.upper()}: Dice at that site\n")
+            left_out_table(results, dims, "dice", 3)
+            print(f"\n### One site without labels, {dims.upper()}: HD95 in mm at that site\n")
+            left_out_table(results, dims, "hd95_mm", 2)
     print("\n### Polarity votes and gates\n")
     polarity_table(results)
     print("\n### Quality on travelling subjects\n")
@@ -199,39 +201,26 @@ def triples_of(
     return triples  # type: ignore[return-value]  # no None is left
 
 
-def left_out_table(results: Results, metric: str, digits: int) -> None:
-    """Rows of the seeds that every row has at a site; a row that lacks one of them shows nothing there."""
-    kinds = {(row.kind, row.mode, row.title) for row in results.rows([f"not-{site}" for site in SITES], "3d")}
+def left_out_table(results: Results, dims: str, metric: str, digits: int) -> None:
+    """Each row with the number of its seeds at A to D; its gap recovered is against the same seeds of the others."""
+    kinds = {(row.kind, row.mode, row.title) for row in results.rows([f"not-{site}" for site in SITES], dims)}
     order = ["none", "augment", "nyul", "curve", "polarity", "cyclegan", "diffusion"]
     with_gap = metric == "dice"
-    shared = {
-        site: results.seeds(Row(f"not-{site}", "none", "3d", "", True), site)
-        & results.seeds(Row(f"not-{site}", "diffusion", "3d", "central", True), site)
-        for site in SITES
-    }
-    print(f"| harmonizer | {' | '.join(SITES)}{' | worst | gap recovered at D' if with_gap else ''} |")
-    print("|---|" + "---|" * (4 + 2 * with_gap))
+    print(f"| harmonizer | seeds | {' | '.join(SITES)}{' | worst | gap recovered at D' if with_gap else ''} |")
+    print("|---|---|" + "---|" * (4 + 2 * with_gap))
     for kind, mode, title in sorted(kinds, key=lambda item: (order.index(item[0]), item[1])):
-        rows = {site: Row(f"not-{site}", kind, "3d", mode, True) for site in SITES}
-        found = {
-            site: results.scores(row, site, metric, shared[site])
-            if shared[site] and shared[site] <= results.seeds(row, site)
-            else None
-            for site, row in rows.items()
-        }
-        if all(scores is None for scores in found.values()):
-            continue
-        cells = [mean_cell(found[site], digits) for site in SITES]
+        rows = {site: Row(f"not-{site}", kind, dims, mode, True) for site in SITES}
+        found = {site: results.scores(row, site, metric) for site, row in rows.items()}
+        counts = [0 if scores is None else len(scores) for scores in found.values()]
+        cells = [str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))]
+        cells += [mean_cell(found[site], digits) for site in SITES]
         if with_gap:
             means = [float(scores.mean()) for scores in found.values() if scores is not None]
-            none = Row("not-D", "none", "3d", "", True)
-            triples = triples_of(results, rows["D"], none, "D", "3d")
+            triples = triples_of(results, rows["D"], Row("not-D", "none", dims, "", True), "D", dims)
             cells += [f"{min(means):.3f}", "0" if kind == "none" else gap_cell(triples)]
         print(f"| {title} | {' | '.join(cells)} |")
-    cells = [mean_cell(results.oracle(site, "3d", metric), digits) for site in SITES]
-    print(f"| oracle: the site's own labels alone | {' | '.join(cells)}{' | | 1' if with_gap else ''} |")
-    counts = ", ".join(f"{site} {len(seeds)}" for site, seeds in shared.items())
-    print(f"\nSeeds: {counts}.")
+    cells = [mean_cell(results.oracle(site, dims, metric), digits) for site in SITES]
+    print(f"| oracle: the site's own labels alone | | {' | '.join(cells)}{' | | 1' if with_gap else ''} |")
 
 
 def polarity_table(results: Results) -> None:

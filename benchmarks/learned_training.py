@@ -280,15 +280,21 @@ def _train_harmonizer(bench: Bench, harmonizer: Harmonizer) -> Weights:
     return {name: value for name, value in weights.items() if name.startswith("harmonizer.")}
 
 
-def federated_weights(bench: Bench, harmonizer: Harmonizer) -> Weights:
-    """`nnunet-fedharm federate` over the four sites: the harmonizer's rounds, and one short segmenter round."""
-    size, consortium = SIZES[harmonizer.dims], bench.work / "labels-A"
-    server = bench.work / "servers" / harmonizer.name
-    bench.root("A")
+def federated_weights(bench: Bench, harmonizer: Harmonizer, scenario: str = "A", segmenter_rounds: int = 1) -> Weights:
+    """`nnunet-fedharm federate` over the four sites; all tensors of its last checkpoint.
+
+    Args:
+        scenario: who has labels.
+        segmenter_rounds: of half an epoch at each labelled site; 1 where the harmonizer alone is wanted.
+    """
+    size, consortium = SIZES[harmonizer.dims], bench.work / f"labels-{scenario}"
+    name = harmonizer.name if segmenter_rounds == 1 else f"{scenario}_{harmonizer.name}"
+    server = bench.work / "servers" / name
+    bench.root(scenario)
     patch = "x".join(map(str, size.patch))
     command = ["nnunet-fedharm", "federate", "--root", consortium, "--server-root", server, "-d", "910"]
     command += ["-c", size.configuration, "--harmonizer", harmonizer.built, "--reference", harmonizer.reference]
-    command += ["--harmonizer-rounds", 2 * HARMONIZER_EPOCHS[harmonizer.built], "--segmenter-rounds", 1]
+    command += ["--harmonizer-rounds", 2 * HARMONIZER_EPOCHS[harmonizer.built], "--segmenter-rounds", segmenter_rounds]
     command += [
         "--local-epochs",
         1,
@@ -301,21 +307,35 @@ def federated_weights(bench: Bench, harmonizer: Harmonizer) -> Weights:
     ]
     command += ["--base-features", 8, "--max-features", 64, "--batch-size", size.batch, "--patch-size", patch]
     command += ["--harmonizer-lr", 2e-3, "--initial-lr", 0.1, "--momentum", 0.9, "--fold", "all"]
-    command += ["--plans-name", f"fed_{harmonizer.name}", "--parallel-sites", 1, "--weighting", "sites", "--restart"]
+    command += ["--plans-name", f"fed_{name}", "--parallel-sites", 1, "--weighting", "sites", "--restart"]
     command += [
         "--harmonizer-options",
         json.dumps(SIZES_OF.get(harmonizer.built, {})),
     ]  # as centralized, not by the rules
-    log = bench.work / "logs" / f"{harmonizer.name}.log"
+    log = bench.work / "logs" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
     began = time.monotonic()
     with log.open("w") as stream:
         subprocess.run([str(part) for part in command], check=True, stdout=stream, stderr=subprocess.STDOUT)
-    note(bench, f"harmonizer {harmonizer.name}", {"wall_s": time.monotonic() - began, "log": str(log)})
+    what = f"harmonizer {name}" if segmenter_rounds == 1 else f"both {name}"
+    note(bench, what, {"wall_s": time.monotonic() - began, "log": str(log)})
     (checkpoint,) = NnunetRoot(server).results.rglob("checkpoint_final.pth")
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)["network_weights"]
-    start = bench.start(harmonizer)
-    return {name: state[name].numpy() if name.startswith("harmonizer.") else value for name, value in start.items()}
+    return {name: state[name].numpy() for name in bench.start(harmonizer)}
+
+
+def trained_weights(bench: Bench, harmonizer: Harmonizer, scenario: str, *, augmentation: bool = True) -> Weights:
+    """Tensors of harmonizer and segmenter, gate open.
+
+    Both come from one federated run where the harmonizer is federated and labels are at several sites.
+    """
+    if harmonizer.mode == "federated" and scenario.startswith("not-"):
+        rounds = 2 * SIZES[harmonizer.dims].epochs
+        path = bench.work / "segmenters" / f"{scenario}_{harmonizer.name}.npz"
+        weights = once(path, lambda: federated_weights(bench, harmonizer, scenario, rounds))
+        return {**weights, "harmonizer.gate": np.ones_like(weights["harmonizer.gate"])}
+    segmenter = segmenter_weights(bench, harmonizer, scenario, augmentation=augmentation)
+    return {**harmonizer_weights(bench, harmonizer), **segmenter}
 
 
 def segmenter_weights(bench: Bench, harmonizer: Harmonizer, scenario: str, *, augmentation: bool = True) -> Weights:
@@ -370,7 +390,7 @@ def without_augmentation() -> str:
     return "nnUNetTrainerFedHarmNoneWithoutAugmentation"
 
 
-def model_folder(bench: Bench, harmonizer: Harmonizer, segmenter: Weights, folder: Path, site: str) -> Path:
+def model_folder(bench: Bench, harmonizer: Harmonizer, weights: Weights, folder: Path, site: str) -> Path:
     """A standard results folder that serves one site; returns TRAINER__PLANS__CONFIGURATION."""
     fold = write_results_folder(
         NnunetRoot(folder),
@@ -381,7 +401,7 @@ def model_folder(bench: Bench, harmonizer: Harmonizer, segmenter: Weights, folde
         SIZES[harmonizer.dims].configuration,
         "all",
         trainer_name_for(harmonizer.built),
-        {**harmonizer_weights(bench, harmonizer), **segmenter},
+        weights,
         epoch=SIZES[harmonizer.dims].epochs - 1,
         which=("final",),
         site=site,
