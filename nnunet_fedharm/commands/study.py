@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     init.add_argument(
         "--labelled-sites", nargs="+", default=[], metavar="SITE", help="sites whose labels are used (default: all)"
     )
+    init.add_argument(
+        "-c", "--configuration", choices=("2d", "3d_fullres"), default="3d_fullres", help="(default: 3d_fullres)"
+    )
     init.add_argument("--quick", action="store_true", help="lengths and sizes for two CPU cores and a small dataset")
     prepare = actions.add_parser("prepare", help="hold out test cases, plan and preprocess")
     run_ = actions.add_parser("run", help="run the cells that have no result yet")
@@ -55,7 +58,12 @@ def _init(args: argparse.Namespace) -> int:
     from nnunet_fedharm.study.template import write_template
 
     path = write_template(
-        args.folder, args.dataset, reference=args.reference, labelled_sites=args.labelled_sites, quick=args.quick
+        args.folder,
+        args.dataset,
+        reference=args.reference,
+        labelled_sites=args.labelled_sites,
+        configuration=args.configuration,
+        quick=args.quick,
     )
     print(f"Written: {path}. Read it, change what you like, then:")
     print(f"  nnunet-fedharm study run {args.folder} --dry-run")

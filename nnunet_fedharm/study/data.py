@@ -4,6 +4,7 @@ data/consortium/sites/<SITE>/…   training cases by site, with the labels that 
 data/own/sites/<SITE>/…          the same cases with each site's own labels, for what a site alone reaches
 data/pooled/…                    all sites' training cases in one nnU-Net root, planned and preprocessed once
 data/test/<SITE>/{images,labels} test cases, travelling subjects among them
+data/federated/<SITE>/…          preprocessed cases that federated cells share; see `shared_cases`
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ class StudyData:
         """One site with its own labels."""
         return NnunetRoot(self.folder / "own" / "sites" / site)
 
+    def preprocessed(self, site: str) -> Path:
+        """Preprocessed cases of a site that federated cells share."""
+        return self.folder / "federated" / site
+
     def test(self, site: str) -> Path:
         """Test cases of a site: `images` and `labels`."""
         return self.folder / "test" / site
@@ -79,7 +84,7 @@ class StudyData:
                         f"network size. Put them back in study.toml, or start a new study folder."
                     )
                 return
-            for name in ("consortium", "own", "pooled", "test"):  # of a preparation that was stopped
+            for name in ("consortium", "own", "pooled", "test", "federated"):  # of a preparation that was stopped
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             self._make()
             write_json(made, done)

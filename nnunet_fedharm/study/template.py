@@ -15,7 +15,7 @@ from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, write_
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
 from nnunet_fedharm.study.study_file import STUDY_FILE, Arms, Subject, Training, read_study
 
-QUICK: Mapping[str, Any] = {
+_QUICK: Mapping[str, Any] = {
     "harmonizer_epochs": 10,
     "segmenter_epochs": 16,
     "iterations_per_epoch": 40,
@@ -25,11 +25,15 @@ QUICK: Mapping[str, Any] = {
     "harmonizer_lr": 2e-3,
     "base_features": 8,
     "max_features": 64,
-    "batch_size": 2,
-    "patch_size": (32, 40, 32),
     "mirroring": False,
+    "num_processes": 1,  # a second process takes longer to start than so few small cases take
 }
-"""For a small dataset on two cores: minutes a cell. nnU-Net's momentum of 0.99 does not get going in so few steps."""
+QUICK: Mapping[str, Mapping[str, Any]] = {
+    "2d": {**_QUICK, "batch_size": 16, "patch_size": (40, 32)},
+    "3d_fullres": {**_QUICK, "batch_size": 2, "patch_size": (32, 40, 32)},
+}
+"""For a small dataset on two cores, by configuration: a minute a cell in 2d, some in 3d. nnU-Net's momentum of 0.99 does not get
+going in so few steps."""
 _TITLES = {
     "study": "The data and the question.",
     "arms": "What is compared with plain nnU-Net and its own augmentation, which is always there.",
@@ -38,9 +42,21 @@ _TITLES = {
 
 
 def write_template(
-    folder: Path, dataset: Path, *, reference: str | None, labelled_sites: Sequence[str], quick: bool
+    folder: Path,
+    dataset: Path,
+    *,
+    reference: str | None,
+    labelled_sites: Sequence[str],
+    configuration: str = "3d_fullres",
+    quick: bool,
 ) -> Path:
     """Write study.toml and check it.
+
+    Args:
+        reference: site to harmonize to; None: the first one with labels.
+        labelled_sites: sites whose labels are used; empty: all.
+        configuration: 2d or 3d_fullres.
+        quick: sizes and lengths for two cores and a small dataset, instead of nnU-Net's own.
 
     Raises:
         DataError: no dataset, no sites.json, or no site with labels.
@@ -61,9 +77,10 @@ def write_template(
             "dataset": str(dataset),
             "reference": reference or with_labels[0],
             "labelled_sites": tuple(labelled_sites),
+            "configuration": configuration,
         },
         "arms": {},
-        "training": dict(QUICK) if quick else {},
+        "training": dict(QUICK[configuration]) if quick else {},
     }
     write_text(_text(values), path)
     read_study(path.parent)

@@ -23,6 +23,7 @@ from nnunet_fedharm.planning.situation import find_device
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.study.data import BASE_PLANS, StudyData, plan_options
 from nnunet_fedharm.study.matrix import Cell
+from nnunet_fedharm.study.shared_cases import keep_cases, take_cases
 from nnunet_fedharm.study.study_file import CONTROL, StudyFile
 from nnunet_fedharm.trainers.names import trainer_name_for
 
@@ -114,6 +115,7 @@ def _federated(data: StudyData, cell: Cell, folder: Path, device: str) -> Traine
     for site in study.sites:
         root = NnunetRoot(folder / "sites" / site).create()
         link(data.consortium / "sites" / site / "nnUNet_raw" / data.dataset_name, root.raw / data.dataset_name)
+        take_cases(data.preprocessed(site), root, data.dataset_name)
     federate(config)
     trainer_name = trainer_name_for(cell.arm.harmonizer)
     roots = {site: NnunetRoot(folder / "sites" / site) for site in study.sites}
@@ -121,8 +123,10 @@ def _federated(data: StudyData, cell: Cell, folder: Path, device: str) -> Traine
     events, _ = read_events(server_folder(config) / "fedharm" / EVENTS_FILE)
     rounds = [event for event in events if event["event"] == "round_end"]
     spent = _spent([root.path / "fedharm" for root in roots.values()], cell, study)
-    for root in roots.values():  # made anew in a minute, and each cell would keep a copy of every case
-        shutil.rmtree(root.preprocessed)
+    for site, root in roots.items():
+        if cell.arm.epsilon is None:  # a private fingerprint is another one in every run, and so are the plans
+            keep_cases(root, data.dataset_name, data.preprocessed(site))
+        shutil.rmtree(root.preprocessed)  # or each cell would keep a copy of every case
     return Trained(
         models,
         dict.fromkeys(models, "stored"),

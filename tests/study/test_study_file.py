@@ -44,7 +44,11 @@ def study_of(folder: Path, dataset: Path, rest: str = "") -> StudyFile:
 
 
 def test_the_template_is_a_valid_study_whose_every_value_is_explained(tmp_path: Path, dataset: Path) -> None:
-    path = write_template(tmp_path / "s", dataset, reference=None, labelled_sites=["A"], quick=True)
+    for configuration, axes in (("2d", 2), ("3d_fullres", 3)):
+        folder = tmp_path / configuration
+        write_template(folder, dataset, reference=None, labelled_sites=["A"], configuration=configuration, quick=True)
+        assert len(read_study(folder).training.patch_size) == axes
+    path = write_template(tmp_path / "s", dataset, reference=None, labelled_sites=["A"], quick=False)
     study = read_study(path.parent)
     assert (study.subject.reference, study.labelled_sites, study.unlabelled_sites) == ("A", ("A",), ("B",))
     lines = path.read_text().splitlines()

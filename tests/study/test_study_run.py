@@ -102,6 +102,9 @@ def test_a_study_runs_from_one_file_and_goes_on_where_it_was_stopped(
         assert list(result.folder.rglob("checkpoint_final.pth"))
     by_name = {result.cell.arm.name: result for result in results.finished}
     assert by_name["federated_none"].cost.bytes_up > 0
+    for site in "AB":  # the next federated cell finds them
+        assert list(data.preprocessed(site).glob(f"{data.dataset_name}/*/*.pkl"))
+        assert not (by_name["federated_none"].folder / "sites" / site / "nnUNet_preprocessed").exists()
     assert by_name["central_polarity"].quality is not None
     assert (by_name["central_polarity"].folder / "harmonized" / "B").is_dir()
     assert results.scores(by_name["local_B_none"].cell.arm, "A", DICE) is None
