@@ -18,12 +18,13 @@ from nnunet_fedharm.evaluation.labels import Targets
 from nnunet_fedharm.evaluation.segmentation import metrics_of, score_cases, write_metrics
 from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_json
 from nnunet_fedharm.study.data import TRAVELLING, StudyData
+from nnunet_fedharm.study.energy import Energy, measured
 from nnunet_fedharm.study.matrix import Cell
 from nnunet_fedharm.study.results import COST_FILE, ENVIRONMENT_FILE, METRICS_FILE, QUALITY_FILE, cell_folder
 from nnunet_fedharm.study.study_file import BASELINES, CONTROL, StudyFile
 from nnunet_fedharm.study.training import Trained, link, train
 
-TRAINED_FILE = "trained.json"
+TRAINED_FILE, CLOCK_FILE = "trained.json", "clock.json"
 PACKAGES = ("nnunet_fedharm", "nnunetv2", "torch", "flwr", "opacus", "diffusers", "numpy")
 PERMUTATIONS = 100
 """Of the site classifier's null in a cell's quality report."""
@@ -45,9 +46,9 @@ def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
     folder.mkdir(parents=True, exist_ok=True)
     show("data")
     data.prepare()
-    write_json(_environment(cell, device), folder / ENVIRONMENT_FILE)
+    write_json(_environment(study, cell, device), folder / ENVIRONMENT_FILE)
     show("train")
-    trained, seconds = _trained(data, cell, folder, device)
+    trained, spent = _trained(data, cell, folder, device)
     show("predict")
     per_volume = _predict(data, trained, folder, device)
     harmonizes = cell.arm.harmonizer not in (CONTROL, *BASELINES[:2])
@@ -58,7 +59,7 @@ def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
     show("score")
     metrics = _score(data, trained, folder, cell.seed)
     cost = {
-        "train_s": seconds,
+        **spent,
         "predict_s": per_volume,
         "bytes_up": trained.bytes_up,
         "bytes_down": trained.bytes_down,
@@ -72,22 +73,32 @@ def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
     return folder
 
 
-def _trained(data: StudyData, cell: Cell, folder: Path, device: str) -> tuple[Trained, float]:
-    """The models, and the seconds that they took; over several starts if it was stopped."""
+def _trained(data: StudyData, cell: Cell, folder: Path, device: str) -> tuple[Trained, dict[str, Any]]:
+    """The models, and the seconds and joules that they took; over several starts if it was stopped."""
     record = folder / TRAINED_FILE
     if not record.is_file():
-        clock = folder / "seconds.json"
-        before = float(read_json(clock, what="The cell's clock")["train_s"]) if clock.is_file() else 0.0
-        began = time.monotonic()
-        try:
-            trained = train(data, cell, folder, device=device)
-        finally:
-            write_json({"train_s": before + time.monotonic() - began}, clock)
-        seconds = before + time.monotonic() - began
-        write_json({"seconds": seconds, **asdict(trained)}, record)
+        trained = _train_on_the_clock(data, cell, folder, device)
+        write_json({**read_json(folder / CLOCK_FILE, what="The cell's clock"), **asdict(trained)}, record)
     content = read_json(record, what="The record of a trained cell")
-    seconds = float(content.pop("seconds"))
-    return Trained(**{**content, "without_noise": tuple(content["without_noise"])}), seconds
+    spent = {name: content.pop(name) for name in ("train_s", "energy_j", "counters")}
+    return Trained(**{**content, "without_noise": tuple(content["without_noise"])}), spent
+
+
+def _train_on_the_clock(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
+    clock = folder / CLOCK_FILE
+    before = read_json(clock, what="The cell's clock") if clock.is_file() else {"train_s": 0.0, "energy_j": 0.0}
+    began, energy = time.monotonic(), Energy()
+    try:
+        with measured() as energy:
+            return train(data, cell, folder, device=device)
+    finally:
+        joules = None if None in (before["energy_j"], energy.joules) else before["energy_j"] + (energy.joules or 0.0)
+        spent = {
+            "train_s": before["train_s"] + time.monotonic() - began,
+            "energy_j": joules,
+            "counters": list(energy.counters),
+        }
+        write_json(spent, clock)
 
 
 def _predict(data: StudyData, trained: Trained, folder: Path, device: str) -> float:
@@ -177,12 +188,15 @@ def _score(data: StudyData, trained: Trained, folder: Path, seed: int) -> dict[s
     return metrics_of(scores, site_of, Targets.from_dataset_json(description), seed=seed)
 
 
-def _environment(cell: Cell, device: str) -> Mapping[str, Any]:
-    """What a reader needs to repeat the cell."""
+def _environment(study: StudyFile, cell: Cell, device: str) -> Mapping[str, Any]:
+    """What a reader needs to repeat the cell; [report] as it stood when the cell was first begun."""
+    file = cell_folder(study, cell) / ENVIRONMENT_FILE
+    before = read_json(file, what="The environment of a cell") if file.is_file() else {}
     return {
         "cell": cell.name,
         "arm": asdict(cell.arm),
         "seed": cell.seed,
+        "report": before.get("report", asdict(study.report)),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in PACKAGES},
         "git": _git_hash(),

@@ -15,10 +15,6 @@ from nnunet_fedharm.differences.options import SIGNIFICANT
 FEWEST_SEEDS = 3
 """Trainings of an arm from which sentences speak of methods; with fewer they are called exploratory."""
 
-LEAST_DICE = 0.3
-"""Mean Dice below which an arm has not learned to segment: two that failed alike are not equally good (no assay sensitivity,
-ICH E10)."""
-
 BETTER, WORSE, UNCLEAR = "better", "worse", "unclear"
 
 
@@ -164,6 +160,7 @@ class CostFinding:
         bytes_up, bytes_down: of weights, all sites together.
         epsilon: the largest that any training spent; delta: its chance to fail.
         without_noise: releases about patients that have no epsilon.
+        energy_j: of the trainings that were measured; None where none was. counters: what was read.
     """
 
     arm: str
@@ -175,6 +172,8 @@ class CostFinding:
     delta: float | None
     without_noise: tuple[str, ...]
     devices: tuple[str, ...]
+    energy_j: float | None = None
+    counters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +231,12 @@ class StudyFindings:
     def failed(self, name: str) -> bool:
         """Whether an arm segments the target sites too badly to be a measure for another one."""
         target = self.arm(name).target
-        return target is None or target.value is None or target.value < LEAST_DICE
+        return target is None or target.value is None or target.value < self.least_dice
+
+    @property
+    def least_dice(self) -> float:
+        """Mean Dice below which an arm has not learned to segment."""
+        return float(self.settings["least_dice"])
 
     @property
     def control_dice(self) -> float | None:

@@ -14,10 +14,6 @@ from nnunet_fedharm.study.matrix import Arm
 from nnunet_fedharm.study.results import StudyResults
 from nnunet_fedharm.study.signed_rank import equivalence, signed_rank
 
-MARGIN = 0.02
-"""Difference in Dice within which two ways to train count as equally good; fixed before any result is seen. Experts differ by
-more among themselves in most structures and tumours (0.05 to 0.1)."""
-
 
 @dataclass(frozen=True)
 class Question:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from nnunet_fedharm.sites.files import read_json
 from nnunet_fedharm.study.matrix import Arm, Cell, arms_of, cells_of, control_arm
-from nnunet_fedharm.study.study_file import StudyFile
+from nnunet_fedharm.study.study_file import Report, StudyFile
 
 METRICS_FILE, COST_FILE, QUALITY_FILE, ENVIRONMENT_FILE = (
     "metrics.json",
@@ -36,6 +36,7 @@ class Cost:
         epsilon, delta: spent by each patient of the site that spent most; None without differential privacy.
         without_noise: releases about patients that have no epsilon.
         device: where it ran.
+        energy_j: of the training, as the counters that can be read tell it; None where there is none. counters: which.
     """
 
     train_s: float
@@ -46,6 +47,8 @@ class Cost:
     delta: float | None = None
     without_noise: tuple[str, ...] = ()
     device: str = "cpu"
+    energy_j: float | None = None
+    counters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,19 @@ def read_cell(study: StudyFile, cell: Cell) -> CellResult:
         cell,
         folder,
         read_json(folder / METRICS_FILE, what=f"The metrics of the cell {cell.name}"),
-        Cost(**{**cost, "without_noise": tuple(cost.get("without_noise", ()))}),
+        Cost(**{**cost, **{name: tuple(cost.get(name, ())) for name in ("without_noise", "counters")}}),
         read_json(quality, what="The harmonization quality") if quality.is_file() else None,
     )
+
+
+def fixed_beforehand(results: StudyResults) -> bool:
+    """Whether every finished cell was begun with the [report] that study.toml has now; cells that recorded none had defaults."""
+    asked, defaults = asdict(results.study.report), asdict(Report())
+    recorded = [read_environment(cell).get("report", defaults) for cell in results.finished]
+    return all(entry == asked for entry in recorded)
+
+
+def read_environment(cell: CellResult) -> dict[str, Any]:
+    """What a finished cell recorded of versions, machine and report options; empty if it is missing."""
+    path = cell.folder / ENVIRONMENT_FILE
+    return read_json(path, what="The environment of a cell") if path.is_file() else {}

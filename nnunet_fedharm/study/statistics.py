@@ -13,6 +13,7 @@ The oracle of a site is plain nnU-Net on the site's own labels; where the gap's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 
 import numpy as np
@@ -22,25 +23,22 @@ from nnunet_fedharm.study.controls import check_controls
 from nnunet_fedharm.study.draws import RESAMPLES, Drawn, Draws, Vector, combined
 from nnunet_fedharm.study.findings import ArmFinding, CostFinding, GapFinding, StudyFindings
 from nnunet_fedharm.study.matrix import Arm, cells_of
-from nnunet_fedharm.study.paired import MARGIN, Question, compare_family
-from nnunet_fedharm.study.results import DICE, HD95, StudyResults, is_finished
+from nnunet_fedharm.study.paired import Question, compare_family
+from nnunet_fedharm.study.results import DICE, HD95, StudyResults, fixed_beforehand, is_finished
 from nnunet_fedharm.study.study_file import BASELINES, CONTROL, StudyFile
 
 AUGMENT = Arm("central", "augment")
 
 
-def analyse(
-    results: StudyResults, *, margin: float = MARGIN, resamples: int = RESAMPLES, seed: int = 0
-) -> StudyFindings:
+def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0) -> StudyFindings:
     """All numbers of a study.
 
     Args:
         results: finished cells; arms without one are left out.
-        margin: of equivalence, in Dice.
         resamples: bootstrap draws.
         seed: of the draws.
     """
-    study = results.study
+    study, margin = results.study, results.study.report.margin
     draws = study_draws(results, resamples=resamples, seed=seed)
     targets = target_sites(study)
     plain = [arm for arm in results.by_arm if arm.epsilon is None and not arm.site]
@@ -101,7 +99,8 @@ def analyse(
         modes=study.arms.modes,
         missing=[cell.name for cell in cells_of(study) if not is_finished(study, cell)],
         settings={
-            "margin": margin,
+            **asdict(study.report),
+            "fixed_beforehand": fixed_beforehand(results),
             "resamples": resamples,
             "seed": seed,
             "level": 0.95,
@@ -236,6 +235,7 @@ def _cost(results: StudyResults, arm: Arm) -> CostFinding:
     costs = [cell.cost for cell in results.by_arm[arm]]
     spent = [cost.epsilon for cost in costs if cost.epsilon is not None]
     deltas = [cost.delta for cost in costs if cost.delta is not None]
+    energies = [cost.energy_j for cost in costs if cost.energy_j is not None]
     return CostFinding(
         arm=arm.name,
         train_s=float(np.mean([cost.train_s for cost in costs])),
@@ -246,6 +246,8 @@ def _cost(results: StudyResults, arm: Arm) -> CostFinding:
         delta=max(deltas, default=None),
         without_noise=tuple(dict.fromkeys(name for cost in costs for name in cost.without_noise)),
         devices=tuple(dict.fromkeys(cost.device for cost in costs)),
+        energy_j=float(np.mean(energies)) if energies else None,
+        counters=tuple(dict.fromkeys(name for cost in costs for name in cost.counters)),
     )
 
 

@@ -120,6 +120,18 @@ class Training:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """`[report]`: what counts as good, fixed before any result is seen; each cell records it."""
+
+    margin: float = 0.02
+    """Difference in mean Dice within which federated counts as good as central. Experts differ by more among themselves in most
+    structures and tumours (0.05 to 0.1)."""
+    least_dice: float = 0.3
+    """Mean Dice below which an arm has not learned to segment: two that failed alike are not equally good (no assay sensitivity,
+    ICH E10)."""
+
+
 @dataclass(frozen=True)
 class StudyFile:
     """A checked study.
@@ -133,6 +145,7 @@ class StudyFile:
     subject: Subject
     arms: Arms = field(default_factory=Arms)
     training: Training = field(default_factory=Training)
+    report: Report = field(default_factory=Report)
     privacy: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -178,7 +191,7 @@ def read_study(folder: Path) -> StudyFile:
         raise DataError(f"{path} is missing. Write one with `nnunet-fedharm study init`.") from error
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}). Mend the file.") from error
-    known = ("study", "arms", "training", "privacy")
+    known = ("study", "arms", "training", "report", "privacy")
     for key in content:
         if key not in known:
             raise DataError(f"{path} has the unknown table [{key}]. Known tables: {', '.join(known)}.")
@@ -187,6 +200,7 @@ def read_study(folder: Path) -> StudyFile:
         _read(Subject, content.get("study", {}), "study", path),
         _read(Arms, content.get("arms", {}), "arms", path),
         _read(Training, content.get("training", {}), "training", path),
+        _read(Report, content.get("report", {}), "report", path),
         _checked_privacy(content.get("privacy", {}), path),
     )
     _check(study, path)
@@ -246,6 +260,12 @@ def _check(study: StudyFile, path: Path) -> None:
         raise DataError(f"{path}: held_out_fraction must lie between 0 and 1, got {subject.held_out_fraction}.")
     if len(study.sites) < 2:
         raise DataError(f"{study.raw_dataset / SITES_FILE} lists {len(study.sites)} site; a study needs two or more.")
+    if not 0 < study.report.margin < 0.5:
+        raise DataError(f"{path}: margin in [report] must lie between 0 and 0.5 Dice, got {study.report.margin:g}.")
+    if not 0 <= study.report.least_dice < 1:
+        raise DataError(
+            f"{path}: least_dice in [report] must be at least 0 and below 1, got {study.report.least_dice:g}."
+        )
     for epsilon in arms.epsilons:
         study.private(epsilon)
     if arms.private_harmonizers and not arms.epsilons:

@@ -13,7 +13,7 @@ from nnunet_fedharm.errors import DataError, SetupError
 from nnunet_fedharm.planning.explain import field_docstrings
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, write_text
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
-from nnunet_fedharm.study.study_file import STUDY_FILE, Arms, Subject, Training, read_study
+from nnunet_fedharm.study.study_file import STUDY_FILE, Arms, Report, Subject, Training, read_study
 
 _QUICK: Mapping[str, Any] = {
     "harmonizer_epochs": 10,
@@ -38,6 +38,7 @@ _TITLES = {
     "study": "The data and the question.",
     "arms": "What is compared with plain nnU-Net and its own augmentation, which is always there.",
     "training": "Size and length, the same for every arm; a federated arm takes as many steps at each site.",
+    "report": "What counts as good. Fix it before the first result: the report says so where it was changed later.",
 }
 
 
@@ -81,6 +82,7 @@ def write_template(
         },
         "arms": {},
         "training": dict(QUICK[configuration]) if quick else {},
+        "report": {},
     }
     write_text(_text(values), path)
     read_study(path.parent)
@@ -89,7 +91,7 @@ def write_template(
 
 def _text(values: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
-    for table, part in (("study", Subject), ("arms", Arms), ("training", Training)):
+    for table, part in (("study", Subject), ("arms", Arms), ("training", Training), ("report", Report)):
         lines = [f"# {_TITLES[table]}", f"[{table}]"]
         meanings = field_docstrings(part)
         for item in fields(part):

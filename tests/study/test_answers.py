@@ -70,7 +70,7 @@ def bare() -> StudyFindings:
         targets=("B",), patients={"A": 10, "B": 20}, patients_total=30, control="central_none",
         oracles={}, arms=arms, gaps={"B": Estimate(0.3, 0.2, 0.4)}, against_control=[], at_each_site=[], against_augment=[],
         federated=[], points={}, private=[], at_reference=[], controls=[], costs=[cost], quality={}, epsilons=(),
-        modes=("central",), missing=[], settings={"margin": 0.02},
+        modes=("central",), missing=[], settings={"margin": 0.02, "least_dice": 0.3},
     )  # fmt: skip
 
 

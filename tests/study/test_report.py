@@ -218,3 +218,28 @@ def test_a_browser_prints_the_page(report: Path, tmp_path: Path) -> None:
     said = print_pdf(report / "report.html", tmp_path / "report.pdf")
     assert said is None
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_reports_margin_floor_and_energy_are_those_of_the_study(tmp_path: Path) -> None:
+    study = Study(tmp_path, more='baselines = ["augment"]\n[report]\nmargin = 0.05\nleast_dice = 0.8\n')
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    study.arm("central_polarity", {"A": 0.85, "B": 0.74})
+    study.arm("federated_polarity", {"A": 0.85, "B": 0.71})
+    for cell in study.folder.glob("cells/*polarity*/cost.json"):
+        cost = json.loads(cell.read_text())
+        cell.write_text(json.dumps({**cost, "energy_j": 7200.0, "counters": ["RAPL"]}))
+    found = analyse(study.results(), resamples=100)
+    assert found.federated[0].equivalence is not None
+    assert found.federated[0].equivalence.shown
+    page = write_report(study.results(), tmp_path / "report", pdf=False).read_text()
+    assert "within 0.05 Dice" in page
+    assert "mean Dice below 0.8" in page
+    assert "was changed after the first trainings" in page  # these cells recorded no [report], so they had the defaults
+    assert "training, Wh" in page
+    assert ">2.0<" in page
+    assert "what RAPL counted" in page
+    for cell in study.folder.glob("cells/*/environment.json"):
+        content = json.loads(cell.read_text())
+        cell.write_text(json.dumps({**content, "report": {"margin": 0.05, "least_dice": 0.8}}))
+    page = write_report(study.results(), tmp_path / "report", pdf=False).read_text()
+    assert "which was fixed beforehand" in page

@@ -7,8 +7,8 @@
 | as good as | TOST p < .05 (Holm), and the 90% interval lies within the margin on both sides |
 | not worse | the lower half of that only |
 | not shown to be as good | neither |
-| too badly to call federated as good | the central arm's mean Dice is below LEAST_DICE: both may have failed alike |
-| did not learn | the control's mean Dice on its own labels' sites is below LEAST_DICE |
+| too badly to call federated as good | the central arm's mean Dice is below least_dice of [report]: both may have failed alike |
+| did not learn | the control's mean Dice on its own labels' sites is below least_dice of [report] |
 | Exploratory, N trainings | a compared arm has fewer than three trainings; it stands before the sentence |
 | not measured in this study | an arm of the question has no result |
 """
@@ -22,7 +22,7 @@ from nnunet_fedharm.differences.findings import Findings
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.differences.summary import describe
 from nnunet_fedharm.evaluation.words import number, percent, scientific
-from nnunet_fedharm.study.findings import BETTER, LEAST_DICE, UNCLEAR, WORSE, Comparison, StudyFindings
+from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, Comparison, StudyFindings
 from nnunet_fedharm.study.report.names import kind_name, place
 from nnunet_fedharm.study.report.phrases import (
     amount,
@@ -76,7 +76,7 @@ def answer_all(found: StudyFindings, sites: Findings | None) -> list[Answer]:
 def _with_warning(found: StudyFindings, answer: Answer) -> Answer:
     """The answer, behind the sentence that the control did not learn where it did not: then nothing below means much."""
     reached = found.control_dice
-    if not answer.measured or reached is None or reached >= LEAST_DICE:
+    if not answer.measured or reached is None or reached >= found.least_dice:
         return answer
     words = f"The control did not learn to segment (Dice {number(reached)} at {joined(found.labelled)}): train longer first."
     return replace(answer, headline=f"{words} {answer.headline}")

@@ -25,6 +25,8 @@ COSTS = (
     "delta",
     "without_noise",
     "devices",
+    "energy_j",
+    "counters",
 )
 
 
@@ -89,7 +91,14 @@ def _cases(results: StudyResults) -> Iterator[Line]:
 def _costs(found: StudyFindings) -> Iterator[Line]:
     for item in found.costs:
         numbers = (item.train_s, item.predict_s, item.bytes_up, item.bytes_down, item.epsilon, item.delta)
-        yield (item.arm, *numbers, " ".join(item.without_noise), " ".join(item.devices))
+        yield (
+            item.arm,
+            *numbers,
+            " ".join(item.without_noise),
+            " ".join(item.devices),
+            item.energy_j,
+            " ".join(item.counters),
+        )
 
 
 def _interval(estimate: Estimate) -> Line:

@@ -8,10 +8,9 @@ from typing import Any
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.distances import CONVENTIONS
 from nnunet_fedharm.evaluation.words import count
-from nnunet_fedharm.sites.files import read_json
 from nnunet_fedharm.study.controls import KNOWN_INVERSE, TRAVELLING
 from nnunet_fedharm.study.findings import FEWEST_SEEDS, StudyFindings
-from nnunet_fedharm.study.results import ENVIRONMENT_FILE, StudyResults
+from nnunet_fedharm.study.results import StudyResults, read_environment
 from nnunet_fedharm.study.study_file import StudyFile
 
 HARMONIZERS = {
@@ -145,9 +144,14 @@ def _statistics(found: StudyFindings) -> str:
         "[@schuirmann1987tost] reject a "
         f"mean difference of {settings['margin']:g} Dice or more on either side (Holm, 0.05) and the 90% bootstrap interval "
         "lies within "
-        f"that margin, which was fixed beforehand. With fewer than {FEWEST_SEEDS} trainings of an arm, statements are "
+        f"that margin, {_when(settings['fixed_beforehand'])}, and the central arm's mean Dice is at least "
+        f"{settings['least_dice']:g}. With fewer than {FEWEST_SEEDS} trainings of an arm, statements are "
         "called exploratory. " + _controls(found)
     )
+
+
+def _when(fixed_beforehand: bool) -> str:
+    return "which was fixed beforehand" if fixed_beforehand else "which was changed after the first trainings"
 
 
 def _controls(found: StudyFindings) -> str:
@@ -161,7 +165,7 @@ def _controls(found: StudyFindings) -> str:
 
 
 def _software(results: StudyResults) -> str:
-    recorded = environments(results)
+    recorded = [entry for cell in results.finished if (entry := read_environment(cell))]
     if not recorded:
         return "Versions were not recorded."
     versions: dict[str, list[str]] = {}
@@ -176,12 +180,6 @@ def _software(results: StudyResults) -> str:
     if commits:
         words += f" Commit {joined([f'`{commit[:12]}`' for commit in commits])}."
     return words + (f" Trained on {joined(machines)}." if machines else "")
-
-
-def environments(results: StudyResults) -> list[dict[str, Any]]:
-    """What each finished cell recorded."""
-    paths = [cell.folder / ENVIRONMENT_FILE for cell in results.finished]
-    return [read_json(path, what="The environment of a cell") for path in paths if path.is_file()]
 
 
 def _distinct(recorded: Sequence[dict[str, Any]], key: str) -> list[str]:

@@ -116,8 +116,20 @@ def limits(found: StudyFindings, absent: Sequence[str] = ()) -> list[str]:
         said.append(f"No result yet: {', '.join(names)}{more}.")
     if absent:
         said.append(f"{NOT_MEASURED[:1].upper()}{NOT_MEASURED[1:]}: {', '.join(title.lower() for title in absent)}.")
-    said.append("Energy was not measured.")
+    if not found.settings["fixed_beforehand"]:
+        said.append("The margin or the least Dice in [report] was changed after the first trainings.")
+    said.append(_energy_words(found))
     return said
+
+
+def _energy_words(found: StudyFindings) -> str:
+    counters = list(dict.fromkeys(name for cost in found.costs for name in cost.counters))
+    if not counters:
+        return "Energy was not measured: no counter (RAPL, NVML) could be read where the trainings ran."
+    return (
+        f"Energy is what {joined(counters)} counted during training: processors of the whole machine, whatever else ran on it, and the "
+        "visible GPUs; memory, disks and cooling are not in it."
+    )
 
 
 def _lead(found: StudyFindings) -> str:

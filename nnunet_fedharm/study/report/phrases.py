@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.words import count, number, probability
-from nnunet_fedharm.study.findings import BETTER, LEAST_DICE, UNCLEAR, WORSE, Comparison, StudyFindings
+from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, Comparison, StudyFindings
 from nnunet_fedharm.study.report.names import kind_name, place
 from nnunet_fedharm.study.study_file import BASELINES, CONTROL
 
@@ -83,8 +83,8 @@ def closeness(found: StudyFindings, items: Sequence[Comparison]) -> str:
     if failed:
         verb = "segments" if len(failed) == 1 else "segment"
         said.append(
-            f"Central {arm_names(found, failed)} {verb} these sites too badly (mean Dice below {LEAST_DICE:g}) to call federated "
-            "as good."
+            f"Central {arm_names(found, failed)} {verb} these sites too badly (mean Dice below {found.least_dice:g}) to "
+            "call federated as good."
         )
     return exploratory(items) + " ".join(said)
 

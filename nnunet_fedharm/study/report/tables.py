@@ -206,8 +206,9 @@ def lesion_table(found: StudyFindings) -> Html:
 
 
 def cost_table(found: StudyFindings) -> Html:
-    """Time, traffic and epsilon of each arm."""
+    """Time, energy, traffic and epsilon of each arm."""
     rows = []
+    measured = any(cost.energy_j is not None for cost in found.costs)
     for cost in found.costs:
         arm = found.arm(cost.arm)
         spent = DASH if cost.epsilon is None else f"{cost.epsilon:.2f}"
@@ -216,6 +217,7 @@ def cost_table(found: StudyFindings) -> Html:
             (
                 arm.title,
                 f"{cost.train_s / 60:.1f}",
+                *([DASH if cost.energy_j is None else f"{cost.energy_j / 3600:.1f}"] if measured else ()),
                 f"{cost.predict_s:.2f}",
                 _bytes(cost.bytes_up),
                 _bytes(cost.bytes_down),
@@ -227,6 +229,7 @@ def cost_table(found: StudyFindings) -> Html:
     head = (
         "arm",
         "training, minutes",
+        *(("training, Wh",) if measured else ()),
         "prediction, s per volume",
         "sent by sites",
         "sent to sites",
