@@ -127,8 +127,8 @@ def _energy_words(found: StudyFindings) -> str:
     if not counters:
         return "Energy was not measured: no counter (RAPL, NVML) could be read where the trainings ran."
     return (
-        f"Energy is what {joined(counters)} counted during training: processors of the whole machine, whatever else ran on it, and the "
-        "visible GPUs; memory, disks and cooling are not in it."
+        f"Energy is what {joined(counters)} counted during training: processors of the whole machine, whatever else ran on "
+        "it, and the visible GPUs; memory, disks and cooling are not in it."
     )
 
 
