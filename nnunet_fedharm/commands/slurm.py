@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nnunet_fedharm.commands.slurm_scripts import NNUNET_VARIABLES, Cluster, Job, quoted, script
@@ -42,13 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     site = kinds.add_parser("site", help="this node takes part in a federation as a site that has joined it")
     site.add_argument("site_root", type=Path, metavar="FOLDER", help="the site's nnU-Net root, after `site join`")
     for kind, parser_of in (("preprocess", preprocess), ("train", train), ("simulate", simulate), ("site", site)):
-        _add_cluster(parser_of, gpus=0 if kind == "preprocess" else 1)
+        add_cluster(parser_of, gpus=0 if kind == "preprocess" else 1)
         if kind != "site":
             words = {"preprocess": "plan", "train": "nnUNetv2_train", "simulate": "federate"}[kind]
             parser_of.add_argument("words", nargs="*", help=f"after `--`: further words for {words}")
 
 
-def _add_cluster(parser: argparse.ArgumentParser, *, gpus: int) -> None:
+def add_cluster(parser: argparse.ArgumentParser, *, gpus: int, nnunet_root: bool = True) -> None:
+    """Options of the cluster; `study slurm` has them too, without nnU-Net's folders."""
     group = parser.add_argument_group("cluster")
     group.add_argument("-A", "--account", default="", help="project that pays")
     group.add_argument("--partition", default="", help="left out where the cluster needs none")
@@ -66,7 +67,9 @@ def _add_cluster(parser: argparse.ArgumentParser, *, gpus: int) -> None:
     group.add_argument(
         "--scratch", default="", metavar="FOLDER", help="the node's own fast disk, for example /scratch/local"
     )
-    group.add_argument("--nnunet-root", type=Path, help="folder of nnUNet_raw etc. (default: the environment's three)")
+    if nnunet_root:
+        words = "folder of nnUNet_raw etc. (default: the environment's three)"
+        group.add_argument("--nnunet-root", type=Path, help=words)
     group.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="another option: --sbatch=--reservation=NAME"
     )
@@ -80,9 +83,20 @@ def _add_cluster(parser: argparse.ArgumentParser, *, gpus: int) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the script, and say how it is submitted."""
+    return hand_over(_JOBS[args.kind](args), args, _paths(args))
+
+
+def hand_over(job: Job, args: argparse.Namespace, paths: Mapping[str, str]) -> int:
+    """Print, write or submit the script of a job, as the options of `add_cluster` say; returns the exit status.
+
+    Args:
+        paths: nnU-Net's variable -> folder.
+
+    Raises:
+        SetupError: an option that would be something else in the script, or no sbatch to submit with.
+    """
     output = args.output.expanduser().resolve()
-    job = _JOBS[args.kind](args)
-    text = script(job, _cluster(args, output))
+    text = script(job, _cluster(args, output, paths))
     if args.dry_run:
         print(text, end="")
         return 0
@@ -99,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         raise SetupError("sbatch is not on this machine. Run it on a login node of the cluster.") from error
 
 
-def _cluster(args: argparse.Namespace, logs: Path) -> Cluster:
+def _cluster(args: argparse.Namespace, logs: Path, paths: Mapping[str, str]) -> Cluster:
     return Cluster(
         account=args.account,
         partition=args.partition,
@@ -111,7 +125,7 @@ def _cluster(args: argparse.Namespace, logs: Path) -> Cluster:
         setup=tuple(args.setup) or _own_setup(args.container),
         container=args.container,
         scratch=args.scratch,
-        paths=_paths(args),
+        paths=paths,
         more=tuple(args.sbatch),
         logs=logs,
     )

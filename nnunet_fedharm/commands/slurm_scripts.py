@@ -78,6 +78,7 @@ class Job:
         name: of the job and its script.
         command: shell words, quoted where they have to be.
         array: bash variable -> its value in each task; all lists of the same length. Empty for a job without tasks.
+        at_once: tasks that may run at the same time; 0 leaves that to the cluster.
         before: lines between set-up and command.
         environment: variable -> value as it stands in the script, inside double quotes.
         binds: folders that a container has to see, beside nnU-Net's.
@@ -86,6 +87,7 @@ class Job:
     name: str
     command: Sequence[str]
     array: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    at_once: int = 0
     before: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     binds: Sequence[str] = ()
@@ -122,7 +124,7 @@ def _directives(job: Job, cluster: Cluster) -> list[str]:
         "ntasks": "1",
         "cpus-per-task": str(cluster.cpus),
         "gpus": str(cluster.gpus or ""),
-        "array": f"0-{count - 1}" if count else "",
+        "array": f"0-{count - 1}{f'%{job.at_once}' if job.at_once else ''}" if count else "",
         "output": shlex.quote(output) if " " in output else output,
         "open-mode": "append",
         "signal": f"B:USR1@{GRACE_S}",

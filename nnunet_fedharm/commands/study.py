@@ -1,4 +1,4 @@
-"""`nnunet-fedharm study init|prepare|run|status|report`: the whole comparison of a multi-site dataset from one file."""
+"""`nnunet-fedharm study init|prepare|run|slurm|status|report`: the whole comparison of a multi-site dataset from one file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from nnunet_fedharm.commands.slurm import add_cluster, hand_over
+from nnunet_fedharm.commands.slurm_scripts import Job, quoted
+from nnunet_fedharm.errors import SetupError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +25,7 @@ HELP = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="init|prepare|run|status|report")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="init|prepare|run|slurm|status|report")
     init = actions.add_parser("init", help="write study.toml for a dataset, every value explained")
     init.add_argument("folder", type=Path, help="new folder of the study")
     init.add_argument("-d", "--dataset", type=Path, required=True, help="nnU-Net raw dataset with sites.json")
@@ -42,16 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_.add_argument("--gpus", nargs="+", default=[], metavar="ID", help="GPUs that the parallel cells share out")
     run_.add_argument("--device", help="cpu or cuda (default: the study's)")
     run_.add_argument("--hours", type=float, metavar="H", help="start no cell that would end later, by the estimate")
+    slurm = actions.add_parser("slurm", help="write a job script that runs the cells without a result on a cluster")
+    slurm.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cells whose names begin so")
+    slurm.add_argument(
+        "--at-once", type=int, default=0, metavar="N", help="tasks at a time (default: as the cluster can)"
+    )
+    add_cluster(slurm, gpus=1, nnunet_root=False)
     status = actions.add_parser("status", help="what is finished, running, failed and waiting")
     report = actions.add_parser("report", help="one page with the answers, figures, tables and methods")
     report.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: report/ in the study's folder")
-    for action in (prepare, run_, status, report):
+    for action in (prepare, run_, slurm, status, report):
         action.add_argument("folder", type=Path, help="folder with study.toml")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen action."""
-    return {"init": _init, "prepare": _prepare, "run": _run, "status": _status, "report": _report}[args.action](args)
+    chosen = {"init": _init, "prepare": _prepare, "run": _run, "slurm": _slurm, "status": _status, "report": _report}
+    return chosen[args.action](args)
 
 
 def _init(args: argparse.Namespace) -> int:
@@ -80,14 +91,16 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from nnunet_fedharm.federation.daemon import terminate_as_interrupt
     from nnunet_fedharm.study.runner import find_cell, missing_cells, run_here, run_missing
 
     study = _study(args.folder)
     device = _device(args.device or study.subject.device)
     if args.cell:
-        mine = run_here(
-            study, find_cell(study, args.cell), device=device, show=lambda step: print(f"step: {step}", flush=True)
-        )
+        with terminate_as_interrupt():  # a cluster that needs the node back lets the cell write down how long it ran
+            mine = run_here(
+                study, find_cell(study, args.cell), device=device, show=lambda step: print(f"step: {step}", flush=True)
+            )
         print("finished" if mine else "another process runs this cell")
         return 0
     cells = missing_cells(study, args.only)
@@ -110,6 +123,31 @@ def _run(args: argparse.Namespace) -> int:
     for item in failed:
         print(f"\n{item.cell.name} failed; the end of its log.txt:\n{item.reason}")
     return 1 if failed else 0
+
+
+def _slurm(args: argparse.Namespace) -> int:
+    from nnunet_fedharm.study.data import StudyData
+    from nnunet_fedharm.study.runner import missing_cells
+
+    study = _study(args.folder)
+    cells = missing_cells(study, args.only)
+    if not cells:
+        raise SetupError("Every cell that was asked for has its result, so there is no job to write.")
+    command = ["nnunet-fedharm", "study", "run", str(study.folder), "--cell"]
+    job = Job(
+        name=args.job_name or "fedharm-study",
+        command=[*quoted(command), '"$cell"', "--device", "cuda" if args.gpus else "cpu"],
+        array={"cell": [cell.name for cell in cells]},
+        at_once=max(0, args.at_once),
+        # On a CPU nnU-Net's loader works in the training process.
+        environment={"nnUNet_n_proc_DA": "$SLURM_CPUS_PER_TASK"} if args.gpus else {},
+        binds=[str(study.folder), str(study.raw_dataset)],
+    )
+    if not StudyData(study).ready:
+        print(
+            "Run `nnunet-fedharm study prepare` first, or the tasks wait while the first of them does.", file=sys.stderr
+        )
+    return hand_over(job, args, {})
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -27,6 +27,7 @@ from nnunet_fedharm.study.study_file import CONTROL, StudyFile
 
 BASE_PLANS = "nnUNetStudyPlans"
 """Network and preprocessed cases of every central and local cell."""
+READY_FILE = "ready.json"
 TRAVELLING = ("imagesTravelling", "labelsTravelling")
 
 
@@ -67,6 +68,11 @@ class StudyData:
         """Test cases of a site: `images` and `labels`."""
         return self.folder / "test" / site
 
+    @property
+    def ready(self) -> bool:
+        """Whether `prepare` has made everything."""
+        return (self.folder / READY_FILE).is_file()
+
     def prepare(self) -> None:
         """Make everything that is missing; several processes may ask at once.
 
@@ -74,7 +80,7 @@ class StudyData:
             FedHarmError: the dataset cannot be used; its sentence.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        done = self.folder / "ready.json"
+        done = self.folder / READY_FILE
         with file_lock(self.folder / "data.lock"):
             made = _recipe(self.study)
             if done.is_file():
