@@ -25,6 +25,7 @@ from nnunet_fedharm.planning.facts import SiteFacts, check_agreement
 REJOIN_DEADLINE_S = 120.0
 """How long the run waits for an unknown node to say who it is, once training has begun."""
 _ATTEMPTS = 2
+"""How often in a row a node that says nothing is asked, while enough sites are there."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Roster:
     nodes: dict[str, int] = field(default_factory=dict)
     plans_hash: dict[str, str] = field(default_factory=dict)
     _attempts: Counter[int] = field(default_factory=Counter)
+    _refused: set[int] = field(default_factory=set)
 
     @property
     def missing(self) -> list[str]:
@@ -85,10 +87,13 @@ class Roster:
     ) -> list[str]:
         """Forget nodes that left and identify new ones; returns what sites said that were set aside (dead nodes say nothing)."""
         online = set(self.grid.get_node_ids())
+        self._refused &= online  # who left and comes back may have been mended
         for site in [name for name, node in self.nodes.items() if node not in online]:
             del self.nodes[site]
             self.log.write("site_lost", site=site)
-        known = set(self.nodes.values())
+            # Its new node may be among the silent ones: nobody waited for their answer while Flower listed the dead node.
+            self.ask_again()
+        known = set(self.nodes.values()) | self._refused
         unknown = sorted(node for node in online - known if self._attempts[node] < _ATTEMPTS)
         if not unknown:
             return []
@@ -101,6 +106,10 @@ class Roster:
         for text in failed:
             self.log.write("node_set_aside", reason=text)
         return [text for text in refused if text] + failed
+
+    def ask_again(self) -> None:
+        """Ask nodes that said nothing so far once more: a site is missing, and one of them may be it."""
+        self._attempts.clear()
 
     def _greet(self, nodes: list[int], check_data: bool, deadline_s: float) -> Answers[Hello]:
         values = {"run_id": self.run_id, "dataset": self.dataset, "check_data": check_data}
@@ -131,7 +140,7 @@ class Roster:
         """Whether a node uses a name that is not its key's; the run goes on without it."""
         reason = false_name(self.log.path.parent, node, hello.facts.site)
         if reason:
-            self._attempts[node] = _ATTEMPTS
+            self._refused.add(node)
             self.log.write("node_set_aside", reason=reason)
         return bool(reason)
 
@@ -139,7 +148,6 @@ class Roster:
         """Enter a site; returns why not, or an empty text."""
         site = hello.facts.site
         if site not in self.expected:
-            self._attempts[node] = _ATTEMPTS
             reason = (
                 f"Site {site} is not part of this run ({', '.join(self.expected)}). Add it to sites or stop its node."
             )
@@ -149,12 +157,12 @@ class Roster:
             self.log.write("site_refused", site=site, reason=reason)
             if strict:
                 raise SiteMismatchError(reason)
-            self._attempts[node] = _ATTEMPTS
+            self._refused.add(node)
             return reason
         former = self.nodes.get(site)
         if former is not None:
             # Flower lists a dead node for up to a minute; it must not be asked again for who it is.
-            self._attempts[former] = _ATTEMPTS
+            self._refused.add(former)
         self.nodes[site], self.facts[site], self.plans_hash[site] = node, hello.facts, hello.plans_hash
         self.log.write("site_joined", site=site, labelled=hello.facts.n_labelled, unlabelled=hello.facts.n_unlabelled)
         return ""

@@ -190,6 +190,7 @@ class RoundLoop:
             there = [site for site in wanted if site in self.roster.nodes]
             if len(there) >= quorum:
                 return there
+            self.roster.ask_again()
             if time.monotonic() - start > self.config.deadline_s:
                 absent = sorted(set(wanted) - set(there))
                 raise FederationError(

@@ -313,6 +313,66 @@ def test_a_dead_node_that_flower_still_lists_is_not_asked_again(tmp_path: Path) 
     assert bench.grid.sent.count(("query.preflight", 2)) == 1
 
 
+def test_a_node_that_nobody_waited_for_is_asked_again_once_the_dead_one_is_gone(tmp_path: Path) -> None:
+    """Flower lists a dead node for a minute; with a shorter deadline the new one used up its chances to answer by then."""
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3)]
+    bench = Bench(tmp_path, sites, quorum=1)
+    mean = bench.run(1)
+    bench.grid.clients[2] = lambda message: None
+    bench.grid.clients[9] = lambda message: None  # starts, and cannot answer yet
+    mean = bench.run(3, weights=mean)
+    assert bench.state.history[2]["sites"] == ["A"]
+    assert bench.grid.sent.count(("query.preflight", 9)) == 2
+    del bench.grid.clients[2]
+    bench.grid.clients[9] = sites[1]
+    bench.run(4, weights=mean)
+    assert bench.state.history[3]["sites"] == ["A", "B"]
+
+
+def test_a_site_may_leave_and_come_back_under_the_same_node_id_as_often_as_it_likes(tmp_path: Path) -> None:
+    """With node keys, Flower gives a site the same node id for ever."""
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3)]
+    bench = Bench(tmp_path, sites, quorum=1, segmenter_rounds=8)
+    mean = bench.run(1)
+    for again in range(3):
+        del bench.grid.clients[2]
+        mean = bench.run(2 * again + 2, weights=mean)
+        bench.grid.clients[2] = sites[1]
+        mean = bench.run(2 * again + 3, weights=mean)
+        assert bench.state.history[-1]["sites"] == ["A", "B"], again
+
+
+def test_a_site_that_was_refused_and_mended_is_let_in(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3)]
+    bench = Bench(tmp_path, sites, quorum=1)
+    mean = bench.run(1)
+    del bench.grid.clients[2]
+    mean = bench.run(2, weights=mean)
+    bench.grid.clients[2] = ScriptedSite("B", step=3, labels=("other",))
+    mean = bench.run(3, weights=mean)
+    assert len(bench.events("site_refused")) == 1
+    del bench.grid.clients[2]
+    mean = bench.run(4, weights=mean)
+    bench.grid.clients[2] = sites[1]
+    bench.run(5, weights=mean)
+    assert bench.state.history[4]["sites"] == ["A", "B"]
+
+
+def test_a_slow_site_is_asked_until_the_deadline_where_the_quorum_needs_it(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3)]
+    bench = Bench(tmp_path, sites, quorum=2, deadline_s=10.0)
+    del bench.grid.clients[2]
+    asked = []
+
+    def busy(message: Message) -> Message | None:
+        asked.append(message.metadata.message_type)
+        return sites[1](message) if len(asked) > 3 else Message(error_reply("B", "busy."), reply_to=message)
+
+    bench.grid.clients[9] = busy
+    bench.run(1)
+    assert bench.state.history[0]["sites"] == ["A", "B"]
+
+
 def test_a_site_that_comes_back_with_other_labels_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
     sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3), ScriptedSite("C", step=8)]
     bench = Bench(tmp_path, sites)
