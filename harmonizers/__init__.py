@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.augment import AugmentConfig, AugmentHarmonizer
-from nnunet_fedharm.harmonizers.base import SITE_LOCAL, SITE_ROWS, Harmonizer
+from nnunet_fedharm.harmonizers.base import SITE_LOCAL, SITE_ROWS, Harmonizer, Setting
 from nnunet_fedharm.harmonizers.curve import CurveConfig, CurveHarmonizer
 from nnunet_fedharm.harmonizers.cyclegan import CycleGANConfig, CycleGANHarmonizer
 from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer
@@ -71,7 +71,7 @@ def build_harmonizer(
     *,
     num_channels: int,
     spatial_dims: int,
-    styles: list[Style],
+    styles: Sequence[Style],
     reference: Style | None,
 ) -> Harmonizer:
     """Build a harmonizer without touching the global random state, so that the segmenter's start stays nnU-Net's own.
@@ -87,31 +87,27 @@ def build_harmonizer(
     Raises:
         PlanError: unknown kind or option.
     """
-    shape: dict[str, Any] = {
-        "num_channels": num_channels,
-        "spatial_dims": spatial_dims,
-        "styles": styles,
-        "reference": reference,
-    }
+    setting = Setting(num_channels=num_channels, spatial_dims=spatial_dims, styles=styles, reference=reference)
+    if kind not in KINDS:
+        raise PlanError(f"Unknown harmonizer {kind!r}. This release knows {', '.join(KINDS)}.")
+    known = _known(kind, options, _CONFIGS.get(kind))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # all sites start from the same weights; the federation overwrites them anyway
-        if kind == "augment":
-            return AugmentHarmonizer(**shape, config=AugmentConfig(**_known(kind, options, AugmentConfig)))
-        if kind == "curve":
-            return CurveHarmonizer(**shape, config=CurveConfig(**_known(kind, options, CurveConfig)))
-        if kind == "polarity":
-            return PolarityHarmonizer(**shape, config=PolarityConfig(**_known(kind, options, PolarityConfig)))
-        if kind == "cyclegan":
-            return CycleGANHarmonizer(**shape, config=CycleGANConfig(**_known(kind, options, CycleGANConfig)))
-        if kind == "diffusion":
-            return FlowHarmonizer(**shape, config=FlowConfig(**_known(kind, options, FlowConfig)))
-        if kind == "nyul":
-            _known(kind, options, None)
-            return NyulHarmonizer(**shape)
-        if kind == "none":
-            _known(kind, options, None)
-            return IdentityHarmonizer(**shape)
-    raise PlanError(f"Unknown harmonizer {kind!r}. This release knows {', '.join(KINDS)}.")
+        match kind:
+            case "augment":
+                return AugmentHarmonizer(setting, AugmentConfig(**known))
+            case "curve":
+                return CurveHarmonizer(setting, CurveConfig(**known))
+            case "polarity":
+                return PolarityHarmonizer(setting, PolarityConfig(**known))
+            case "cyclegan":
+                return CycleGANHarmonizer(setting, CycleGANConfig(**known))
+            case "diffusion":
+                return FlowHarmonizer(setting, FlowConfig(**known))
+            case "nyul":
+                return NyulHarmonizer(setting)
+            case _:
+                return IdentityHarmonizer(setting)
 
 
 def _known(kind: str, options: Mapping[str, Any], config: type | None) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_appearance
-from nnunet_fedharm.harmonizers.base import Harmonizer, Source
-from nnunet_fedharm.harmonizers.style import Style
+from nnunet_fedharm.harmonizers.base import Harmonizer, Setting, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +43,8 @@ class AugmentConfig:
 class AugmentHarmonizer(Harmonizer):
     """H(x) = x in evaluation mode; a random appearance of x in training mode. Gates do not matter."""
 
-    def __init__(
-        self,
-        *,
-        num_channels: int,
-        spatial_dims: int,
-        styles: list[Style],
-        reference: Style | None,
-        config: AugmentConfig,
-    ) -> None:
-        super().__init__(num_channels=num_channels, spatial_dims=spatial_dims, styles=styles, reference=reference)
+    def __init__(self, setting: Setting, config: AugmentConfig) -> None:
+        super().__init__(setting)
         self.config = config
         rest = 1 - config.inverted_share - config.free_share
         self.options = AppearanceOptions(

@@ -62,10 +62,11 @@ class Source:
         return self.polarity < INVERTED_BELOW
 
 
-class Harmonizer(nn.Module, ABC):
-    """H: (B, C, *spatial) -> (B, C, *spatial) on z-scored patches.
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every harmonizer is built for, whatever its kind.
 
-    Args:
+    Attributes:
         num_channels: C, number of MR channels.
         spatial_dims: 2 or 3.
         styles: the style bank, one style per site in the plans' order; may be empty.
@@ -74,6 +75,23 @@ class Harmonizer(nn.Module, ABC):
     Raises:
         PlanError: a style has another number of channels than the images.
     """
+
+    num_channels: int
+    spatial_dims: int
+    styles: Sequence[Style]
+    reference: Style | None
+
+    def __post_init__(self) -> None:
+        for style in [*self.styles, *([self.reference] if self.reference else [])]:
+            if style.quantiles.shape[0] != self.num_channels:
+                raise PlanError(
+                    f"A style in the plans has {style.quantiles.shape[0]} channels, the images have "
+                    f"{self.num_channels}. Make the plans again with `nnunet-fedharm plan`."
+                )
+
+
+class Harmonizer(nn.Module, ABC):
+    """H: (B, C, *spatial) -> (B, C, *spatial) on z-scored patches."""
 
     learned: bool = False
     """True when there are weights to train in the harmonizer phase."""
@@ -92,16 +110,11 @@ class Harmonizer(nn.Module, ABC):
     source_known: Tensor
     trained_epochs: Tensor
 
-    def __init__(self, *, num_channels: int, spatial_dims: int, styles: list[Style], reference: Style | None) -> None:
+    def __init__(self, setting: Setting) -> None:
         super().__init__()
-        for style in [*styles, *([reference] if reference else [])]:
-            if style.quantiles.shape[0] != num_channels:
-                raise PlanError(
-                    f"A style in the plans has {style.quantiles.shape[0]} channels, the images have {num_channels}. "
-                    "Make the plans again with `nnunet-fedharm plan`."
-                )
+        num_channels, styles, reference = setting.num_channels, setting.styles, setting.reference
         self.num_channels = num_channels
-        self.spatial_dims = spatial_dims
+        self.spatial_dims = setting.spatial_dims
         levels = len(QUANTILE_LEVELS)
         neutral = torch.zeros(num_channels, levels)
         self.register_buffer("gate", torch.ones(()))

@@ -21,9 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers.base import Harmonizer, Source
+from nnunet_fedharm.harmonizers.base import Harmonizer, Setting, Source
 from nnunet_fedharm.harmonizers.smooth import MaskedBlur, random_log_gain
-from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
+from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS
 from nnunet_fedharm.harmonizers.tone import apply_displacement, monotone_displacement, quantile_map
 
 
@@ -65,16 +65,9 @@ class CurveHarmonizer(Harmonizer):
 
     learned = True
 
-    def __init__(
-        self,
-        *,
-        num_channels: int,
-        spatial_dims: int,
-        styles: list[Style],
-        reference: Style | None,
-        config: CurveConfig,
-    ) -> None:
-        super().__init__(num_channels=num_channels, spatial_dims=spatial_dims, styles=styles, reference=reference)
+    def __init__(self, setting: Setting, config: CurveConfig) -> None:
+        super().__init__(setting)
+        num_channels = setting.num_channels
         self.config = config
         style_size = num_channels * len(QUANTILE_LEVELS)
         self.tone = nn.Sequential(
@@ -86,7 +79,7 @@ class CurveHarmonizer(Harmonizer):
             _zeroed(nn.Linear(config.width, num_channels * config.knots)),
         )
         if config.gain:
-            conv = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
+            conv = nn.Conv2d if setting.spatial_dims == 2 else nn.Conv3d
             self.gain = nn.Sequential(
                 conv(2 * num_channels, config.width // 4 + 1, kernel_size=1),
                 nn.SiLU(),

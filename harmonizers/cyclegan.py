@@ -28,11 +28,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers.base import Source
+from nnunet_fedharm.harmonizers.base import Setting, Source
 from nnunet_fedharm.harmonizers.cyclegan_training import CycleGANTraining
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
 from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator, ResidualNetwork
-from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
+from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,22 +101,8 @@ class CycleGANHarmonizer(JudgedHarmonizer):
 
     learned = True
 
-    def __init__(
-        self,
-        *,
-        num_channels: int,
-        spatial_dims: int,
-        styles: list[Style],
-        reference: Style | None,
-        config: CycleGANConfig,
-    ) -> None:
-        super().__init__(
-            num_channels=num_channels,
-            spatial_dims=spatial_dims,
-            styles=styles,
-            reference=reference,
-            judge_width=config.discriminator_width if config.polarity else None,
-        )
+    def __init__(self, setting: Setting, config: CycleGANConfig) -> None:
+        super().__init__(setting, judge_width=config.discriminator_width if config.polarity else None)
         self.config = config
         self.generator = self.new_generator()
         self.reference_discriminator = self.new_discriminator(conditional=False)

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_appearance
-from nnunet_fedharm.harmonizers.base import Source
+from nnunet_fedharm.harmonizers.base import Setting, Source
 from nnunet_fedharm.harmonizers.ddim import DDIMProcess
 from nnunet_fedharm.harmonizers.flow_networks import ResNet3d, UNet2d
 from nnunet_fedharm.harmonizers.flow_process import FlowProcess, Process
 from nnunet_fedharm.harmonizers.flow_training import FlowTraining
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
-from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
+from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 
@@ -112,22 +112,9 @@ class FlowHarmonizer(JudgedHarmonizer):
 
     learned = True
 
-    def __init__(
-        self,
-        *,
-        num_channels: int,
-        spatial_dims: int,
-        styles: list[Style],
-        reference: Style | None,
-        config: FlowConfig,
-    ) -> None:
-        super().__init__(
-            num_channels=num_channels,
-            spatial_dims=spatial_dims,
-            styles=styles,
-            reference=reference,
-            judge_width=config.judge_width if config.polarity else None,
-        )
+    def __init__(self, setting: Setting, config: FlowConfig) -> None:
+        super().__init__(setting, judge_width=config.judge_width if config.polarity else None)
+        num_channels, spatial_dims = setting.num_channels, setting.spatial_dims
         self.config = config
         self.process: Process = DDIMProcess(config.ddim_start) if config.process == "ddim" else FlowProcess()
         embedding = 4 * config.width

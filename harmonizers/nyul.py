@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nnunet_fedharm.harmonizers.base import Harmonizer, Source
-from nnunet_fedharm.harmonizers.style import Style
+from nnunet_fedharm.harmonizers.base import Harmonizer, Setting, Source
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
 
 
 class NyulHarmonizer(Harmonizer):
     """Landmark map; fixed by the style bank, so its gate is shut until `open_gate`."""
 
-    def __init__(self, *, num_channels: int, spatial_dims: int, styles: list[Style], reference: Style | None) -> None:
-        super().__init__(num_channels=num_channels, spatial_dims=spatial_dims, styles=styles, reference=reference)
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
         self.gate.zero_()
 
     def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:

@@ -8,8 +8,6 @@ Every site then lets it vote on its own patches. Judge and votes are shared; ima
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, Harmonizer, Source, patch_quantiles
+from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, Harmonizer, Setting, Source, patch_quantiles
 from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator
 from nnunet_fedharm.harmonizers.smooth import random_log_gain
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
@@ -101,8 +99,8 @@ class JudgedHarmonizer(Harmonizer):
         shape: arguments of `Harmonizer`.
     """
 
-    def __init__(self, *, judge_width: int | None, **shape: Any) -> None:
-        super().__init__(**shape)
+    def __init__(self, setting: Setting, *, judge_width: int | None) -> None:
+        super().__init__(setting)
         self.polarity_judge = None
         if judge_width is not None:
             self.polarity_judge = PolarityJudge(

@@ -18,9 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers.base import Source
+from nnunet_fedharm.harmonizers.base import Setting, Source
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer, dress, dressed_references, polarity_step
-from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 
 
@@ -39,22 +38,8 @@ class PolarityHarmonizer(JudgedHarmonizer):
 
     learned = True
 
-    def __init__(
-        self,
-        *,
-        num_channels: int,
-        spatial_dims: int,
-        styles: list[Style],
-        reference: Style | None,
-        config: PolarityConfig,
-    ) -> None:
-        super().__init__(
-            num_channels=num_channels,
-            spatial_dims=spatial_dims,
-            styles=styles,
-            reference=reference,
-            judge_width=config.judge_width,
-        )
+    def __init__(self, setting: Setting, config: PolarityConfig) -> None:
+        super().__init__(setting, judge_width=config.judge_width)
         self.gate.zero_()
 
     def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:
