@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.secure.checks import MODES, check_secure
+from nnunet_fedharm.federation.site_names import check_site_names
 from nnunet_fedharm.federation.site_privacy import check_site_privacy
 from nnunet_fedharm.federation.strategy import STRATEGIES
 from nnunet_fedharm.federation.strategy_checks import LOCAL_GROUPS, check_strategy, strategy_warnings
@@ -29,7 +30,6 @@ WEIGHTINGS = ("steps", "cases", "sites")
 DEVICES = ("cpu", "cuda", "mps")
 _RATES = ("initial_lr", "harmonizer_lr", "finetune_lr_factor")
 _DEADLINES = ("deadline_s", "prepare_deadline_s", "join_wait_s")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 UserValue = bool | int | float | str
 
@@ -280,11 +280,7 @@ def _check_ranges(config: FederateConfig) -> None:
 
 def _check_names(config: FederateConfig) -> None:
     names = config.site_names
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise FederationError(f"The site name {name!r} is not usable; use letters, digits, '.', '_' and '-'.")
-    if len(set(names)) != len(names):
-        raise FederationError(f"A site is named twice in sites: {config.sites}.")
+    check_site_names(names)
     if names and config.quorum > len(names):
         raise FederationError(
             f"quorum is {config.quorum}, but there are only {len(names)} sites. Use at most {len(names)}."

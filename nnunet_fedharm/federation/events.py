@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 _logger = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
+GOOD_ENDS = ("finished", "reported")
+_ENDS = (*GOOD_ENDS, "failed")
 
 
 class EventLog:
@@ -38,6 +40,20 @@ class EventLog:
         except OSError as error:
             # A full disk must not hide the error that is being reported.
             _logger.error("Cannot write the event %r to %s: %s", event, self.path, error.strerror)
+
+
+def ends_run(event: Mapping[str, Any]) -> bool:
+    """Whether an event is the last one of the run that goes on.
+
+    A run that was turned away because another one goes on in the same folder writes `failed` with `other_run`: the end of
+    itself alone.
+    """
+    return event["event"] in _ENDS and not is_turned_away(event)
+
+
+def is_turned_away(event: Mapping[str, Any]) -> bool:
+    """Whether an event says that a run could not begin, because another one goes on in the same folder."""
+    return bool(event.get("other_run"))
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:

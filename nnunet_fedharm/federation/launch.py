@@ -24,7 +24,7 @@ from nnunet_fedharm.federation.daemon import (
     stop_process,
     terminate_as_interrupt,
 )
-from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
+from nnunet_fedharm.federation.events import EVENTS_FILE, GOOD_ENDS, ends_run, is_turned_away, read_events
 from nnunet_fedharm.federation.progress import describe
 from nnunet_fedharm.federation.report.config import SiteReportConfig
 from nnunet_fedharm.federation.server_root import resolve_sites, server_folder
@@ -33,7 +33,6 @@ from nnunet_fedharm.nnunet_root import NnunetRoot
 
 RunConfig = FederateConfig | SiteReportConfig
 
-_GOOD_ENDS = ("finished", "reported")
 _POLL_S = 0.3
 _GRACE_S = 10.0
 """How long after the end of `flwr run` the server's last event may still come."""
@@ -82,7 +81,7 @@ def launch(config: RunConfig, *, show: Callable[[str], None] | None = None) -> M
         last = _follow(events, offset, (superlink, process), show or _print)
         if last:
             _let_end(process)
-    if last.get("event") in _GOOD_ENDS:
+    if last.get("event") in GOOD_ENDS:
         return last
     for line in _site_reasons(config, logs):
         (show or _print)(line)
@@ -145,20 +144,26 @@ def _flwr_run(config: RunConfig, home: Path, environment: Mapping[str, str]) -> 
 def _follow(
     events: Path, offset: int, processes: tuple[subprocess.Popen[bytes], ...], show: Callable[[str], None]
 ) -> Mapping[str, Any]:
-    """Show events until the run is over; returns the last one that ends it, or an empty one."""
+    """Show events until the run is over; returns the last one that ends it, or an empty one.
+
+    Where another run goes on in the same folder, both write into one log: who is turned away ends with its own processes.
+    """
     ended: float | None = None
+    turned_away: Mapping[str, Any] = {}
     while True:
         new, offset = read_events(events, offset)
         for event in new:
             line = describe(event)
             if line is not None:
                 show(line)
-            if event["event"] in (*_GOOD_ENDS, "failed"):
+            if ends_run(event):
                 return event
+            if is_turned_away(event):
+                turned_away = event
         if any(process.poll() is not None for process in processes):
             ended = ended or time.monotonic()
             if time.monotonic() - ended > _GRACE_S:
-                return {}
+                return turned_away
         time.sleep(_POLL_S)
 
 

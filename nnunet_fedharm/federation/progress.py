@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nnunet_fedharm.federation.events import is_turned_away
+
 
 def describe(event: Mapping[str, Any]) -> str | None:
     """One line for an event; None for events that nobody needs to see."""
@@ -103,5 +105,5 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "report_site_left_out": lambda event: f"  {event['site']} left out: {event['reason']}",
     "reported": lambda event: f"reported on {', '.join(event['sites'])}: {event['results']}",
     "finished": _finished,
-    "failed": lambda event: f"failed: {event['error']}",
+    "failed": lambda event: f"{'another run was turned away' if is_turned_away(event) else 'failed'}: {event['error']}",
 }

@@ -17,7 +17,7 @@ from nnunet_fedharm.federation.daemon import (
     program,
     wait_until_ready,
 )
-from nnunet_fedharm.federation.events import read_events
+from nnunet_fedharm.federation.events import ends_run, read_events
 from nnunet_fedharm.federation.launch import app_folder, write_run_config
 
 Process = subprocess.Popen[bytes]
@@ -88,7 +88,7 @@ class Deployment:
             for event in self.events()[after:]:
                 if what(event):
                     return event
-                if event["event"] == "failed":
+                if event["event"] == "failed" and ends_run(event):
                     raise AssertionError(f"the run failed: {event}")
             time.sleep(0.2)
         raise AssertionError(f"nothing came within {seconds} s; last events: {self.events()[-5:]}")

@@ -1,14 +1,17 @@
-"""How simulated sites share processors and GPUs."""
+"""How simulated sites share processors and GPUs, and whose end a follower takes for its run's."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from nnunet_fedharm.federation import launch
 from nnunet_fedharm.federation.config import FederateConfig
-from nnunet_fedharm.federation.launch import run_arguments
+from nnunet_fedharm.federation.events import EventLog
+from nnunet_fedharm.federation.launch import _follow, run_arguments
 
 
 def resources(**options: object) -> dict[str, float]:
@@ -31,3 +34,40 @@ def test_sites_get_equal_shares_of_whole_gpus(gpus: int, sites: int, share: floa
     assert found["client-resources-num-gpus"] == share
     assert found["init-args-num-gpus"] == gpus
     assert int(1 / share) * gpus >= sites, "all of them find a place at once"
+
+
+class Waiting:
+    """A process that ends when it is told so."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(["sleep", "60"])
+
+    def __enter__(self) -> subprocess.Popen[bytes]:
+        return self.process
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def test_who_follows_a_run_goes_on_when_another_one_is_turned_away(tmp_path: Path) -> None:
+    log, shown = EventLog(tmp_path / "events.jsonl"), []
+    log.write("failed", error="Another run is using the folder.", other_run=True)
+    log.write("finished", results="model", sites_without_model=[])
+    with Waiting() as process:
+        last = _follow(log.path, 0, (process,), shown.append)
+    assert last["event"] == "finished"
+    assert shown[0] == "another run was turned away: Another run is using the folder."
+
+
+def test_who_is_turned_away_says_why_once_its_own_processes_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_GRACE_S", 0.0)
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("failed", error="Another run is using the folder.", other_run=True)
+    with Waiting() as process:
+        process.kill()
+        process.wait()
+        last = _follow(log.path, 0, (process,), lambda line: None)
+    assert last["error"] == "Another run is using the folder."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,9 +18,9 @@ import nnunet_fedharm
 from nnunet_fedharm.errors import SetupError
 from nnunet_fedharm.federation.deploy.certificates import split_address
 from nnunet_fedharm.federation.deploy.keys import parse_signing_key
+from nnunet_fedharm.federation.site_names import check_site_names
 
 CONSORTIUM_FILE = "consortium.toml"
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _PACKAGES = ("nnunetv2", "torch", "flwr")
 
 
@@ -52,9 +51,7 @@ class Consortium:
             raise SetupError("A consortium needs an address by which sites reach its server.")
         for address in self.addresses:
             split_address(address)
-        for site in self.sites:
-            if not SITE_NAME.fullmatch(site):
-                raise SetupError(f"The site name {site!r} is not usable; use letters, digits, '.', '_' and '-'.")
+        check_site_names(self.sites, error=SetupError)
         parse_signing_key(self.signing_key)
 
     @property

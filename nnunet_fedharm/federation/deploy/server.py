@@ -18,15 +18,16 @@ from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.daemon import flower_environment, program
 from nnunet_fedharm.federation.deploy.app_bundle import app_hash, build_app
 from nnunet_fedharm.federation.deploy.certificates import check_server, days_left
-from nnunet_fedharm.federation.deploy.consortium import SITE_NAME, version_differences
+from nnunet_fedharm.federation.deploy.consortium import version_differences
 from nnunet_fedharm.federation.deploy.control import Operator, local_address, operator
 from nnunet_fedharm.federation.deploy.keys import parse_node_key
 from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals, watch
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, expected_site
-from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
+from nnunet_fedharm.federation.events import EVENTS_FILE, ends_run, is_turned_away, read_events
 from nnunet_fedharm.federation.progress import describe
 from nnunet_fedharm.federation.registered import write_registered
 from nnunet_fedharm.federation.report.config import SiteReportConfig
+from nnunet_fedharm.federation.site_names import check_site_names
 
 RunConfig = FederateConfig | SiteReportConfig
 _START_S = 90.0
@@ -34,7 +35,6 @@ _GRACE_S = 10.0
 _POLL_S = 0.5
 _ASK_S = 5.0
 _WARN_DAYS = 30
-_ENDS = ("finished", "reported", "failed")
 Show = Callable[[str], None]
 
 
@@ -94,8 +94,7 @@ def register_site(folder: ServerFolder, site: str, key_file: Path, *, replace_ke
     Raises:
         SetupError: the file is no public key, or the site or the key is registered already.
     """
-    if not SITE_NAME.fullmatch(site):
-        raise SetupError(f"The site name {site!r} is not usable; use letters, digits, '.', '_' and '-'.")
+    check_site_names([site], error=SetupError)
     try:
         line = key_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -193,6 +192,7 @@ def follow(
     """
     ended: float | None = None
     asked = time.monotonic()
+    why = f"The run ended without a result; {folder.logs}/superexec.log says why."
     with stop_signals() as stopped:
         while not stopped.wait(_POLL_S):
             new, offset = read_events(events, offset) if events.exists() else ([], offset)
@@ -200,15 +200,17 @@ def follow(
                 line = describe(event)
                 if line is not None:
                     show(line)
-                if event["event"] == "failed":
-                    raise FederationError(str(event["error"]))
-                if event["event"] in _ENDS:
+                if is_turned_away(event):
+                    why = str(event["error"])  # this run's end only where Flower says that it is over
+                elif ends_run(event):
+                    if event["event"] == "failed":
+                        raise FederationError(str(event["error"]))
                     return event
             if ended is None and time.monotonic() - asked > _ASK_S:
                 asked = time.monotonic()
                 ended = None if run_id in connection.active_runs() else asked
             if ended is not None and time.monotonic() - ended > _GRACE_S:
-                raise FederationError(f"The run ended without a result; {folder.logs}/superexec.log says why.")
+                raise FederationError(why)
     show(f"The run goes on. `nnunet-fedharm server watch {folder.path}` shows it, `server stop` ends it.")
     return {}
 

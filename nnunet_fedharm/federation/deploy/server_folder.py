@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 
 from nnunet_fedharm.errors import SetupError
 from nnunet_fedharm.federation.deploy import app_bundle, certificates, keys
-from nnunet_fedharm.federation.deploy.consortium import CONSORTIUM_FILE, SITE_NAME, Consortium, installed_versions
+from nnunet_fedharm.federation.deploy.consortium import CONSORTIUM_FILE, Consortium, installed_versions
+from nnunet_fedharm.federation.deploy.settings_file import read_settings
+from nnunet_fedharm.federation.site_names import check_site_names
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
 DEFAULT_PORT = 9092
@@ -109,13 +110,8 @@ class ServerFolder:
         Raises:
             SetupError: the file is missing or damaged.
         """
-        try:
-            values = tomllib.loads(self.settings_file.read_text(encoding="utf-8"))
-            return {"host": str(values["host"]), "port": int(values["port"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SetupError(
-                f"{self.settings_file} is missing or damaged. `nnunet-fedharm server init {self.path}` makes it."
-            ) from error
+        mend = f"`nnunet-fedharm server init {self.path}` makes it."
+        return read_settings(self.settings_file, {"host": str, "port": int}, mend=mend)
 
     def registered(self) -> dict[str, str]:
         """Site -> line of its public key, of all sites that were registered."""
@@ -151,9 +147,7 @@ def init_server(path: Path, options: ServerOptions) -> ServerFolder:
             f"{folder.path} is a consortium already. Its keys are never overwritten; `server sign` and `server renew` "
             "update it, another folder makes another consortium."
         )
-    for site in options.sites:
-        if not SITE_NAME.fullmatch(site):
-            raise SetupError(f"The site name {site!r} is not usable; use letters, digits, '.', '_' and '-'.")
+    check_site_names(options.sites, error=SetupError)
     for host in options.hosts:
         certificates.check_host(host)
     for made in (folder.path / "tls", folder.path / "app", folder.node_keys, folder.flower_home, folder.logs):

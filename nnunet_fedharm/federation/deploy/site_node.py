@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,12 @@ from nnunet_fedharm.errors import FederationError, SetupError
 from nnunet_fedharm.federation.daemon import flower_environment, free_port, program
 from nnunet_fedharm.federation.deploy import app_bundle, keys
 from nnunet_fedharm.federation.deploy.certificates import check_server
-from nnunet_fedharm.federation.deploy.consortium import CONSORTIUM_FILE, SITE_NAME, Consortium, version_differences
+from nnunet_fedharm.federation.deploy.consortium import CONSORTIUM_FILE, Consortium, version_differences
 from nnunet_fedharm.federation.deploy.processes import Children, alone, children, last_words, stop_signals, watch
+from nnunet_fedharm.federation.deploy.settings_file import read_settings
 from nnunet_fedharm.federation.policy import POLICY_FILE, TEMPLATE
 from nnunet_fedharm.federation.policy_checks import checked_policy
+from nnunet_fedharm.federation.site_names import check_site_names
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
 _SETTINGS = "site.toml"
@@ -89,15 +90,9 @@ class SiteFolder:
         Raises:
             SetupError: the file is missing or damaged.
         """
-        try:
-            values = tomllib.loads(self.settings_file.read_text(encoding="utf-8"))
-            node = dict(values.get("node_config", {}))
-            settings = {"site": str(values["site"]), "address": str(values["address"]), "device": str(values["device"])}
-            return {**settings, "num_processes": int(values["num_processes"]), "node_config": node}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SetupError(
-                f"{self.settings_file} is missing or damaged. Use `nnunet-fedharm site join` again."
-            ) from error
+        kinds = {"site": str, "address": str, "device": str, "num_processes": int, "node_config": dict}
+        mend = "Use `nnunet-fedharm site join` again."
+        return read_settings(self.settings_file, kinds, mend=mend, defaults={"node_config": {}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +230,7 @@ def _watch(folder: SiteFolder, site: str, family: Children, stopped: threading.E
 
 
 def _check_join(consortium: Consortium, folder: SiteFolder, options: JoinOptions) -> None:
-    if not SITE_NAME.fullmatch(options.site):
-        raise SetupError(f"The site name {options.site!r} is not usable; use letters, digits, '.', '_' and '-'.")
+    check_site_names([options.site], error=SetupError)
     if options.site not in consortium.sites:
         raise SetupError(
             f"{options.site} is not among the sites of {consortium.name}: {', '.join(consortium.sites) or 'none'}. Use the name "

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.site_names import check_site_names
 from nnunet_fedharm.sites.features.table import SCALES
 
 TASKS = ("train", "site-report")
 TASK_KEY, PREFIX = "task", "report-"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _SHARED = (
     "root server_root sites dataset seed device num_processes deadline_s prepare_deadline_s join_wait_s parallel_sites"
 )
@@ -163,11 +162,7 @@ def _check_ranges(config: SiteReportConfig) -> None:
 
 def _check_words(config: SiteReportConfig) -> None:
     names = config.site_names
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise FederationError(f"The site name {name!r} is not usable; use letters, digits, '.', '_' and '-'.")
-    if len(set(names)) != len(names):
-        raise FederationError(f"A site is named twice in sites: {config.sites}.")
+    check_site_names(names)
     least = 3 if config.secure_sums else 2
     if names and len(names) < least:
         raise FederationError(f"A report needs at least {least} sites, got {len(names)} ({config.sites}).")

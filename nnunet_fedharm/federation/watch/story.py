@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from nnunet_fedharm.federation.events import ends_run
+
 Event = Mapping[str, Any]
 RoundKey = tuple[str, int]
 
@@ -204,8 +206,7 @@ def _holds(story: Story, event: Event) -> None:
 
 
 def _ended(story: Story, event: Event) -> None:
-    # Another run that was turned away from the same folder is no news about this one.
-    if not event.get("other_run"):
+    if ends_run(event):
         story.end, story.current = event, None
 
 

@@ -1,0 +1,57 @@
+"""Following a run of a consortium by its event log, where another run is turned away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.deploy import server as module
+from nnunet_fedharm.federation.deploy.control import Operator
+from nnunet_fedharm.federation.deploy.server import follow
+from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
+from nnunet_fedharm.federation.events import EventLog
+
+
+@dataclass(frozen=True)
+class Door(Operator):
+    """The operator's door of a SuperLink that knows these runs."""
+
+    client: object = None
+    runs: dict[int, str] = field(default_factory=dict)
+
+    def active_runs(self) -> dict[int, str]:
+        return self.runs
+
+
+@pytest.fixture
+def log(server: ServerFolder, monkeypatch: pytest.MonkeyPatch) -> EventLog:
+    for name in ("_ASK_S", "_GRACE_S", "_POLL_S"):
+        monkeypatch.setattr(module, name, 0.01)
+    return EventLog(server.results / "fedharm" / "events.jsonl")
+
+
+def turn_away(log: EventLog) -> None:
+    log.write("failed", error="Another run is using the folder.", other_run=True)
+
+
+def test_a_run_that_goes_on_is_followed_to_its_own_end(server: ServerFolder, log: EventLog) -> None:
+    turn_away(log)
+    log.write("finished", results="model", sites_without_model=[])
+    last = follow(server, Door(runs={7: "running"}), 7, log.path, 0, lambda line: None)
+    assert last["event"] == "finished"
+
+
+def test_a_run_that_was_turned_away_ends_with_its_sentence_when_flower_says_so(
+    server: ServerFolder, log: EventLog
+) -> None:
+    turn_away(log)
+    with pytest.raises(FederationError, match="Another run is using the folder"):
+        follow(server, Door(runs={8: "running"}), 7, log.path, 0, lambda line: None)
+
+
+def test_a_run_that_ended_without_a_word_points_to_flowers_log(server: ServerFolder, log: EventLog) -> None:
+    log.write("started", run_id="a", resumed=False, rounds_done={})
+    with pytest.raises(FederationError, match=r"superexec\.log says why"):
+        follow(server, Door(), 7, log.path, 0, lambda line: None)
