@@ -101,14 +101,15 @@ def known_gate(harmonizer: Harmonizer, style: Style, polarity: Sequence[float]) 
     harmonized. Nearest alone would not do: a site that is missing from the bank may lie nearest to the reference, though
     far from it.
     """
-    bank = harmonizer.bank_quantiles.cpu().double()
-    inverted = harmonizer.bank_polarity.cpu() < INVERTED_BELOW
-    agrees = (inverted == (torch.tensor(polarity) < INVERTED_BELOW)).all(dim=1)
+    bank = harmonizer.bank_quantiles
+    inverted = torch.tensor([polarity], device=bank.device) < INVERTED_BELOW
+    agrees = harmonizer.agrees_with_bank(inverted)[0]
     if not agrees.any():
         return 1.0
-    distance = (bank - torch.from_numpy(style.quantiles)).abs().mean(dim=(1, 2))
+    quantiles = torch.as_tensor(style.quantiles, dtype=bank.dtype, device=bank.device)
+    distance = harmonizer.distance_to_bank(quantiles[None])[0]
     nearest = int(torch.where(agrees, distance, torch.inf).argmin())
-    apart = (bank - bank[nearest]).abs().mean(dim=(1, 2))
+    apart = harmonizer.distance_to_bank(bank[nearest : nearest + 1])[0]
     others = apart[apart > 0]
     if not len(others) or distance[nearest] > LIKENESS * others.min():
         return 1.0

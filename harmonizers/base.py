@@ -208,10 +208,16 @@ class Harmonizer(nn.Module, ABC):
 
     @torch.no_grad()
     def nearest_style(self, image: Tensor, mask: Tensor) -> Int[Tensor, " b"]:
-        """Index (B,) of the bank's style with the smallest mean Wasserstein-1 distance to the patch's histogram."""
-        quantiles = patch_quantiles(image, mask)
-        distance = (quantiles[:, None] - self.bank_quantiles[None]).abs().mean(dim=(2, 3))
-        return distance.argmin(dim=1)
+        """Index (B,) of the bank's style that is nearest to the patch's."""
+        return self.distance_to_bank(patch_quantiles(image, mask)).argmin(dim=1)
+
+    def distance_to_bank(self, quantiles: Float[Tensor, "b c q"]) -> Float[Tensor, "b k"]:
+        """Wasserstein-1 distance of histograms to each style of the bank, mean over channels."""
+        return (quantiles[:, None] - self.bank_quantiles).abs().mean(dim=(2, 3))
+
+    def agrees_with_bank(self, inverted: Bool[Tensor, "b c"]) -> Bool[Tensor, "b k"]:
+        """Whether each site of the bank is inverted in just these channels."""
+        return ((self.bank_polarity < INVERTED_BELOW) == inverted[:, None]).all(dim=2)
 
     def set_batch_styles(self, sites: Int[Tensor, " b"] | None) -> None:
         """Tell the site (index into the bank) of each sample of the next batches; None returns to the stored source."""
@@ -271,7 +277,7 @@ class Harmonizer(nn.Module, ABC):
         equal = [int(site) for site in self._equal_to_reference().nonzero().flatten()]
         if equal or not len(self.bank_quantiles):
             return equal
-        return [int((self.bank_quantiles - self.reference_quantiles).abs().mean(dim=(1, 2)).argmin())]
+        return [int(self.distance_to_bank(self.reference_quantiles[None]).argmin())]
 
     def _equal_to_reference(self) -> Bool[Tensor, " k"]:
         return (self.bank_quantiles == self.reference_quantiles).flatten(1).all(dim=1)

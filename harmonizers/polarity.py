@@ -122,11 +122,8 @@ class JudgedHarmonizer(Harmonizer):
         if self.polarity_judge is None:
             return super().nearest_style(image, mask)
         quantiles = patch_quantiles(image, mask)
-        log_odds = self.polarity_judge(image, quantiles, self.reference_quantiles.expand_as(quantiles))
-        seen = torch.tanh(log_odds / 2) < INVERTED_BELOW
-        agrees = ((self.bank_polarity < INVERTED_BELOW) == seen[:, None]).all(dim=2)
-        distance = (quantiles[:, None] - self.bank_quantiles).abs().mean(dim=(2, 3))
-        return (distance + 1e3 * ~agrees).argmin(dim=1)
+        agrees = self.agrees_with_bank(self.votes(image, quantiles) < INVERTED_BELOW)
+        return (self.distance_to_bank(quantiles) + 1e3 * ~agrees).argmin(dim=1)
 
     @torch.no_grad()
     def votes(self, image: Float[Tensor, "b c *spatial"], quantiles: Float[Tensor, "b c q"]) -> Float[Tensor, "b c"]:
