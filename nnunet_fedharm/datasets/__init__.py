@@ -1,1 +1,1 @@
-"""Demo data and simulated site effects."""
+"""Published datasets as raw datasets with sites, the demo's data, and simulated scanners."""

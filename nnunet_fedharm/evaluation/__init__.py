@@ -1,1 +1,1 @@
-"""Dice, HD95 and pictures, per site."""
+"""Measuring what came out: Dice and distances, harmonization quality, site report, audits of privacy, pages to watch a run."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -94,21 +93,3 @@ def test_navigation_lists_every_page() -> None:
     listed = set(re.findall(r"[\w/.-]+\.md", text("mkdocs.yml")))
     there = {page.relative_to(REPOSITORY / "docs").as_posix() for page in (REPOSITORY / "docs").rglob("*.md")}
     assert listed == there
-
-
-SNIPPETS = sorted(
-    {
-        line.strip()
-        for page in PAGES
-        for line in re.sub(r"\\\n\s*", "", page.read_text()).splitlines()  # a backslash continues the command
-        if line.strip().startswith("nnunet-fedharm ")
-    }
-)
-
-
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_documented_commands_are_understood(snippet: str) -> None:
-    from nnunet_fedharm.cli import command_parser
-
-    _, name, *words = shlex.split(snippet)
-    command_parser(name).parse_args(words)
