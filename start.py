@@ -208,9 +208,7 @@ def check_wheel(venv: Path) -> int:
                 shutil.copytree(
                     source,
                     tests / item,
-                    ignore=shutil.ignore_patterns(
-                        "__pycache__", "test_repository.py", "test_start.py", "test_generated.py", "test_snippets.py"
-                    ),
+                    ignore=shutil.ignore_patterns("__pycache__", "test_repository.py", "test_start.py"),
                 )
             else:
                 shutil.copy(source, tests)
