@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_fedharm.errors import FederationError, PlanError
+from nnunet_fedharm.planning.section import read_section
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
 from nnunet_fedharm.trainers.weights import Weights, bare_module, export_weights, load_weights, unique_tensors
 
@@ -84,6 +85,22 @@ def planned_tensors_of(
     wanted = tuple(groups)
     return (
         tensors_of(build_network(plans, dataset_json, configuration, trainer_name), wanted) if wanted else frozenset()
+    )
+
+
+def trained_names(
+    plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, trainer_name: str
+) -> frozenset[str]:
+    """Names of the segmenter's parameters that a training by these plans moves, where the harmonizer rests."""
+    from nnunet_fedharm.trainers.results import build_network
+
+    network = build_network(plans, dataset_json, configuration, trainer_name)
+    section = read_section(plans["configurations"][configuration], configuration_name=configuration)
+    chosen = tensors_of(network, section.schedule.groups) if section.schedule.groups else None
+    return frozenset(
+        name
+        for name, tensor in unique_tensors(network).items()
+        if isinstance(tensor, nn.Parameter) and name.startswith("segmenter.") and (chosen is None or name in chosen)
     )
 
 

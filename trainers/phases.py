@@ -20,7 +20,7 @@ from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
 from nnunet_fedharm.trainers.patches import PatchSampler
-from nnunet_fedharm.trainers.private_training import HARMONIZER
+from nnunet_fedharm.trainers.private_sampling import HARMONIZER
 from nnunet_fedharm.trainers.seeds import derive_seed, torch_generator
 
 if TYPE_CHECKING:

@@ -10,10 +10,14 @@ import numpy as np
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_fedharm.nnunet_root import environment
+from nnunet_fedharm.planning.private_fingerprint import fingerprint_file
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
+from nnunet_fedharm.privacy.shared_steps import SharedSteps
+from nnunet_fedharm.sites.files import read_json, write_json
 from nnunet_fedharm.trainers.patient_loader import PatientDraw, PatientLoader, from_stock_loader
 from nnunet_fedharm.trainers.plain_patches import PlainPatches
-from nnunet_fedharm.trainers.private_training import SEGMENTER, PrivateTraining
+from nnunet_fedharm.trainers.private_sampling import SEGMENTER
+from nnunet_fedharm.trainers.private_training import PrivateTraining
 
 if TYPE_CHECKING:
     from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
@@ -30,11 +34,15 @@ class PrivateHooks(PlainPatches):
     """Name of the run in the ledger; None makes one of plans, configuration and fold."""
     _gradients: PatientGradients | None = None
 
-    def start_private(self) -> None:
-        """Set up differential privacy if the plans ask for it; needs the network and the site of each case."""
+    def start_private(self, shared: SharedSteps | None = None) -> None:
+        """Set up differential privacy if the plans ask for it; needs the network and the site of each case.
+
+        Args:
+            shared: the noise that all sites add together; see `clipped_sum`.
+        """
         trainer = cast("nnUNetTrainerFedHarm", self)
         if trainer.section.privacy is not None and self.private is None:
-            self.private = PrivateTraining.beside(trainer, trainer.section.privacy)
+            self.private = PrivateTraining.beside(trainer, trainer.section.privacy, shared=shared)
 
     def get_dataloaders(self) -> Any:
         """Base loaders; under DP the training one draws patients instead of patches, with the base's patches and augmentation."""
@@ -52,6 +60,7 @@ class PrivateHooks(PlainPatches):
         """As the base class; under DP without validation, whose every number would be a release."""
         super().on_train_start()
         if self.private is not None:
+            self._withhold_fingerprint()
             # nnU-Net's optimizer holds all parameters: noise must not move those that are frozen.
             held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             parameters = [parameter for parameter in held if parameter.requires_grad]
@@ -62,6 +71,15 @@ class PrivateHooks(PlainPatches):
                 f"{self.private.options.epsilon:g} at delta {self.private.options.delta:g} by patient. No validation is run; "
                 f"losses and Dice in the checkpoints read {WITHHELD:g}."
             )
+
+    def _withhold_fingerprint(self) -> None:
+        """Where plans were made from a noisy fingerprint, the results folder gets that one instead of nnU-Net's own."""
+        assert self.private is not None
+        noise = self.private.options.fingerprint_multiplier
+        source = fingerprint_file(Path(self.preprocessed_dataset_folder_base), noise)
+        if noise and source.is_file() and self.local_rank == 0:
+            fingerprint = read_json(source, what="The private fingerprint")["fingerprint"]
+            write_json(fingerprint, Path(self.output_folder_base) / "dataset_fingerprint.json")
 
     def train_step(self, batch: Any) -> dict[str, Any]:
         """Base step, or one step over the patients drawn; their losses are printed at this place and go nowhere else."""

@@ -13,13 +13,10 @@ release of its own. Styles and a federated site's fingerprint are measured befor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from nnunet_fedharm.errors import PrivacyError
@@ -28,43 +25,23 @@ from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 from nnunet_fedharm.privacy.accounting import Noise
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.noise import SecureNoise
-from nnunet_fedharm.privacy.options import PRIVACY_FILE, RESERVE, PrivacyOptions, common_noise
+from nnunet_fedharm.privacy.options import RESERVE, PrivacyOptions, common_noise
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients, draw_patients, refuse_mixing_layers
 from nnunet_fedharm.privacy.releases import GAUSSIAN, SUBSAMPLED, Release
-from nnunet_fedharm.sites.files import write_json
-from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
+from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.trainers.patches import PatchSampler
-from nnunet_fedharm.trainers.patient_loader import Cases, by_patient
+from nnunet_fedharm.trainers.patient_loader import Cases
+from nnunet_fedharm.trainers.private_card import write_privacy_card
+from nnunet_fedharm.trainers.private_sampling import HARMONIZER, SEGMENTER, sampling_of, voting_sites
 
 if TYPE_CHECKING:
     from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 
-HARMONIZER, SEGMENTER, VOTES = "harmonizer training", "segmenter training", "votes on polarity"
+VOTES = "votes on polarity"
 VOTE_NOISE = 8.0
 """Least noise multiplier of the votes: one such release costs an epsilon of about 0.5 at delta 1e-5."""
 VOTE_ERROR = 0.25
 """Standard deviation of the noise on a mean vote (-1 to 1) that large sites are content with."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """One phase at one place.
-
-    Attributes:
-        patients: cases of each patient.
-        sample_rate: probability of a patient in a step.
-        steps_per_epoch, epochs: of the whole phase.
-    """
-
-    patients: tuple[Cases, ...]
-    sample_rate: float
-    steps_per_epoch: int
-    epochs: int
-
-    @property
-    def expected(self) -> float:
-        """Patients in a step, on average."""
-        return self.sample_rate * len(self.patients)
 
 
 class PrivateTraining:
@@ -75,12 +52,21 @@ class PrivateTraining:
         options: of the plans.
         ledger: of the site.
         run_id: names the run in the ledger.
+        shared: the segmenter's noise is shared with other sites and not added here, see `clipped_sum`; None adds all of it here.
 
     Raises:
         PrivacyError: several processes, batch norm, a delta too large for the patients, or a budget that does not last.
     """
 
-    def __init__(self, trainer: nnUNetTrainerFedHarm, options: PrivacyOptions, *, ledger: Ledger, run_id: str) -> None:
+    def __init__(
+        self,
+        trainer: nnUNetTrainerFedHarm,
+        options: PrivacyOptions,
+        *,
+        ledger: Ledger,
+        run_id: str,
+        shared: SharedSteps | None = None,
+    ) -> None:
         if trainer.is_ddp:
             raise PrivacyError("Differential privacy trains in one process: start it without -num_gpus.")
         refuse_mixing_layers(trainer.network)
@@ -88,22 +74,27 @@ class PrivateTraining:
         self.options = options
         self.ledger = ledger
         self.run_id = run_id
+        self.shared = shared
         self.noise = SecureNoise()
-        self.phases = self._phases()
+        self.phases = sampling_of(trainer, options, None if shared is None else shared.sample_rate)
         for phase in self.phases.values():
             options.check_delta(len(phase.patients))
 
     @classmethod
-    def beside(cls, trainer: nnUNetTrainerFedHarm, options: PrivacyOptions) -> PrivateTraining:
+    def beside(
+        cls, trainer: nnUNetTrainerFedHarm, options: PrivacyOptions, *, shared: SharedSteps | None = None
+    ) -> PrivateTraining:
         """With the ledger in the folder `fedharm` beside nnUNet_preprocessed, where a federation's site keeps its own."""
         root = Path(trainer.preprocessed_dataset_folder_base).parent.parent
         names = (trainer.plans_manager.dataset_name, trainer.plans_manager.plans_name, trainer.configuration_name)
         run_id = trainer.run_id or "/".join([*map(str, names), type(trainer).__name__, f"fold_{trainer.fold}"])
-        return cls(trainer, options, ledger=Ledger(root / "fedharm"), run_id=run_id)
+        return cls(trainer, options, ledger=Ledger(root / "fedharm"), run_id=run_id, shared=shared)
 
     @cached_property
     def noise_multiplier(self) -> float:
         """sigma of both phases."""
+        if self.shared is not None:
+            return self.shared.noise
         parts = tuple((phase.sample_rate, phase.steps_per_epoch * phase.epochs) for phase in self.phases.values())
         settled = (*self.options.statistics_part, *map(self._vote_noise, self._voters))
         return common_noise(self.options.epsilon, self.options.delta, parts, settled)
@@ -132,9 +123,8 @@ class PrivateTraining:
             return  # nobody here takes part in it
         phase = self.phases[what]
         release = self._release(what, steps=phase.steps_per_epoch)
-        former = [entry for entry in self.ledger.releases() if entry.run_id == self.run_id and entry.what == what]
         planned = math.ceil((1 + RESERVE) * phase.steps_per_epoch * phase.epochs)
-        if sum(entry.steps for entry in former) + release.steps > planned:
+        if self.ledger.steps_of(self.run_id, what) + release.steps > planned:
             self.ledger.refuse_beyond(self.options.budget, [release])
         self.ledger.record(release)
 
@@ -144,30 +134,19 @@ class PrivateTraining:
 
     def write_card(self, folder: Path) -> None:
         """Epsilon, delta and unit beside the checkpoints."""
-        cost = self.ledger.spent(self.options.delta)
-        write_json(
-            {
-                "unit": "patient",
-                "epsilon": cost.epsilon,
-                "delta": self.options.delta,
-                "of": "all noisy releases of this place's ledger so far, this training among them",
-                "without_noise": list(cost.unbounded),
-                "noise_multiplier": self.noise_multiplier,
-                "clip": self.options.clip,
-                "phases": {
-                    what: {"sample_rate": phase.sample_rate, "steps": phase.steps_per_epoch * phase.epochs}
-                    for what, phase in self.phases.items()
-                },
-            },
-            folder / PRIVACY_FILE,
-        )
+        phases = {
+            what: {"sample_rate": phase.sample_rate, "steps": phase.steps_per_epoch * phase.epochs}
+            for what, phase in self.phases.items()
+        }
+        facts = {"noise_multiplier": self.noise_multiplier, "clip": self.options.clip, "phases": phases}
+        write_privacy_card(folder, self.ledger, self.options.delta, facts)
 
     def gradients(self, what: str, parameters: Any) -> PatientGradients:
         """Collector of a phase."""
         return PatientGradients(
             parameters,
             clip=self.options.clip,
-            noise_multiplier=self.noise_multiplier,
+            noise_multiplier=0.0 if self.shared is not None else self.noise_multiplier,
             expected_patients=self.phases[what].expected,
             noise=self.noise,
         )
@@ -212,6 +191,14 @@ class PrivateTraining:
 
     def segmenter_step(self, draw: Any, gradients: PatientGradients) -> list[float]:
         """Backward passes and the optimizer's step of one draw; the patients' losses, which stay here."""
+        losses = self.collect(draw, gradients)
+        gradients.release()
+        self.trainer.optimizer.step()
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+        return losses
+
+    def collect(self, draw: Any, gradients: PatientGradients) -> list[float]:
+        """The backward passes of one draw; the patients' losses, which stay here."""
         trainer, losses = self.trainer, []
         for batch in draw:
             trainer.tell_sites(batch)
@@ -224,9 +211,6 @@ class PrivateTraining:
             loss.backward()
             gradients.end_patient()
             losses.append(float(loss.detach()))
-        gradients.release()
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
         trainer.harmonizer.set_batch_styles(None)
         return losses
 
@@ -246,53 +230,15 @@ class PrivateTraining:
             harmonizer.bank_polarity[site] = ((total + noise * math.sqrt(total.numel())) / len(patients)).clamp(-1, 1)
             self.ledger.record(self._vote_release(len(patients)))
 
-    def _phases(self) -> dict[str, Sampling]:
-        trainer, schedule = self.trainer, self.trainer.section.schedule
-        found: dict[str, Sampling] = {}
-        if trainer.harmonizer.learned and schedule.harmonizer_epochs:
-            training = trainer.harmonizer.make_training(lr=1.0, total_epochs=1)
-            everybody = trainer.all_patches(np.random.default_rng())
-            sites = set(trainer.harmonizer.reference_sites()) if training.uses_references else None
-            cases = [
-                case.name
-                for case in everybody.cases
-                if trainer.harmonizer.trains_on(case.site) and (sites is None or case.site in sites)
-            ]
-            found |= self._sampling(HARMONIZER, cases, schedule.harmonizer_epochs)
-        if Path(trainer.preprocessed_dataset_folder).is_dir():
-            found |= self._sampling(SEGMENTER, trainer.do_split()[0], schedule.segmenter_epochs)
-        return found
-
-    def _sampling(self, what: str, cases: Sequence[str], epochs: int) -> dict[str, Sampling]:
-        patients = by_patient(cases, self._patient_of)
-        if not patients:
-            return {}
-        rate = self.options.sample_rate(len(patients))
-        steps = self.trainer.section.schedule.iterations_per_epoch
-        return {what: Sampling(tuple(patients), rate, steps, epochs)}
-
-    @cached_property
-    def _patient_of(self) -> dict[str, str]:
-        path = Path(self.trainer.preprocessed_dataset_folder_base) / SITES_FILE
-        return dict(SitesFile.load(path).patients) if path.is_file() else {}
-
-    @cached_property
-    def _voting_sites(self) -> dict[int, list[Cases]]:
-        """site -> patients, of the sites that vote."""
-        harmonizer, schedule = self.trainer.harmonizer, self.trainer.section.schedule
-        judged = isinstance(harmonizer, JudgedHarmonizer) and harmonizer.polarity_judge is not None
-        if not judged or not schedule.harmonizer_epochs:
-            return {}
-        cases = self.trainer.all_patches(np.random.default_rng()).cases
-        foreign = sorted({case.site for case in cases} - set(harmonizer.reference_sites()))
-        return {
-            site: by_patient([case.name for case in cases if case.site == site], self._patient_of) for site in foreign
-        }
-
     @property
     def _voters(self) -> list[int]:
         """Patients of each voting site. Sites share no patient, but all are counted together: an upper bound."""
         return [len(patients) for patients in self._voting_sites.values()]
+
+    @cached_property
+    def _voting_sites(self) -> dict[int, list[Cases]]:
+        """site -> patients, of the sites that vote."""
+        return voting_sites(self.trainer)
 
     def _vote_noise(self, patients: int) -> Noise:
         """One patient moves the sum of the votes of C channels by at most sqrt(C)."""
@@ -304,6 +250,8 @@ class PrivateTraining:
         return Release(what=VOTES, mechanism=GAUSSIAN, noise_multiplier=multiplier, run_id=self.run_id)
 
     def _release(self, what: str, *, steps: int) -> Release:
+        if self.shared is not None:
+            return self.shared.release(what, steps=steps, run_id=self.run_id)
         rate = self.phases[what].sample_rate
         return Release(
             what=what,

@@ -89,6 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "differential privacy", "of the training, by patient; off unless --epsilon is given"
     )
     add_dataclass_options(private, PrivacyOptions, skip={"fingerprint_noise"})
+    private.add_argument(
+        "--fingerprint-noise",
+        type=float,
+        default=0.0,
+        help="noise multiplier of the fingerprint that is planned from; -1: what costs a tenth of the budget (in squared noise); "
+        "0 (default): nnU-Net's own, without noise, which the ledger names",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         num_processes=args.num_processes,
         check=not args.skip_check,
         privacy=read_privacy(args),
+        noisy_fingerprint=bool(args.fingerprint_noise),
         start_from=str(find_checkpoint(args.start_from)) if args.start_from else "",
     )
     plans = plan_central(root, args.dataset, options)
@@ -133,11 +141,11 @@ def read_privacy(args: argparse.Namespace) -> PrivacyOptions | None:
     Raises:
         PlanError: its other options were given without it.
     """
-    given = given_options(args, PrivacyOptions)
-    if given and "epsilon" not in given:
-        raise PlanError(f"--{sorted(given)[0].replace('_', '-')} belongs to differential privacy: give --epsilon too.")
-    # Planned from all data in one place: nnU-Net's own fingerprint, without noise.
-    return PrivacyOptions(**given, fingerprint_noise=0.0) if given else None
+    given = {name: value for name, value in given_options(args, PrivacyOptions).items() if name != "fingerprint_noise"}
+    asked = dict(given) | ({"fingerprint_noise": args.fingerprint_noise} if args.fingerprint_noise else {})
+    if asked and "epsilon" not in given:
+        raise PlanError(f"--{sorted(asked)[0].replace('_', '-')} belongs to differential privacy: give --epsilon too.")
+    return PrivacyOptions(**given, fingerprint_noise=args.fingerprint_noise) if given else None
 
 
 def read_harmonizer_options(kind: str, text: str) -> dict[str, Any]:

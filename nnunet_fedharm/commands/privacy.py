@@ -99,6 +99,11 @@ def _show_site(root: Path, delta: float, *, every: bool) -> None:
     if any(release.bounded for release in releases):
         print(f"Releases with noise: epsilon {total.epsilon:.3g} at delta {delta:g}, unit patient.")
         print(meaning(total.epsilon, delta))
+    if total.alone > total.epsilon:
+        print(
+            f"If all other sites and the server work together: epsilon {total.alone:.3g}, by this site's own share of noise "
+            "that was added with them."
+        )
     if total.unbounded:
         print(
             "Total: unbounded. Without noise left this site: "

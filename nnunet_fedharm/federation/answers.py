@@ -22,13 +22,17 @@ from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.policy_checks import enforce
 from nnunet_fedharm.federation.report import site as report_site
 from nnunet_fedharm.federation.secure import home as secure_home
-from nnunet_fedharm.federation.secure.rounds import Trained, train_for_sum
+from nnunet_fedharm.federation.secure.home import Offer
+from nnunet_fedharm.federation.secure.patient_noise import step_offer
+from nnunet_fedharm.federation.secure.rounds import Trained, offer_of, train_for_sum
 from nnunet_fedharm.federation.site import Site, describe_error, locate_site, training_environment
+from nnunet_fedharm.federation.site_card import statement_at, write_card
 from nnunet_fedharm.federation.site_counts import count_release
 from nnunet_fedharm.federation.site_privacy import adds_own_noise, own_release, updates_only, with_own_noise
 from nnunet_fedharm.federation.statistics import answer_once
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
 from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.privacy.site_level import SitePrivacy
 
 Work = Callable[[Site, Unpacked], RecordDict]
@@ -195,7 +199,25 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
 
 
 def _train_for_sum(site: Site, request: Unpacked) -> RecordDict:
-    return train_for_sum(site, request, lambda: _local_round(site, request)[0])
+    values = request.values
+    if values["shared_steps"]:
+        return train_for_sum(site, request, lambda key, question: _private_step(site, request, key, question))
+    return train_for_sum(
+        site, request, lambda key, question: offer_of(key, question, values, _local_round(site, request)[0])
+    )
+
+
+def _private_step(site: Site, request: Unpacked, key: str, question: str) -> Offer:
+    """This site's part of a step whose noise all sites add together."""
+    from nnunet_fedharm.trainers.clipped_sum import clipped_sum
+
+    values = request.values
+    shared = SharedSteps.from_dict(values["shared_steps"])
+    with training_environment(site.device):
+        training, federation = _local_training(site, values)
+        weights = _whole(decode(request.weights, source="the server"), federation, values)
+        found = clipped_sum(training, weights, shared, round_index=values["round"])
+    return step_offer(key, question, values, shared, found)
 
 
 def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
@@ -234,7 +256,10 @@ def _finish(site: Site, request: Unpacked) -> RecordDict:
     with training_environment(site.device):
         training, federation = _local_training(site, request.values)
         weights = decode(request.weights, source="the server")
-        training.finish(weights, federation["fingerprint"], epoch=request.values["epoch"])
+        folder = training.finish(weights, federation["fingerprint"], epoch=request.values["epoch"])
+    privacy = training.section.privacy
+    facts = {} if privacy is None else {"clip": privacy.clip, "patients_per_step": privacy.patients_per_step}
+    write_card(folder, statement_at(site, request.values["privacy"], facts))
     return reply(messages.FINISH_REPLY, {"site": site.name})
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.secure.checks import MODES, check_secure
+from nnunet_fedharm.federation.secure.patient_noise import check_patient_noise
 from nnunet_fedharm.federation.site_names import check_site_names
 from nnunet_fedharm.federation.site_privacy import check_site_privacy
 from nnunet_fedharm.federation.strategy import STRATEGIES
@@ -110,6 +111,7 @@ class FederateConfig:
     secure_clip: float = _option(4.0, "secure aggregation: largest change of a weight in a round; larger ones are cut")
     secure_bytes: int = _option(5, "secure aggregation: bytes of a weight on the wire, 4 to 8; more are finer")
     secure_threshold: int = _option(0, "secure aggregation: sites that open a sum; 0 = more than half")
+    patient_noise: str = _option("local", "noise of private steps: local, or distributed: shares of one in secure sums")
     style_noise: float = _option(
         5.0, "noise multiplier of a site's style under differential privacy; 0 sends it as it is"
     )
@@ -147,6 +149,7 @@ class FederateConfig:
         check_strategy(self)
         check_secure(self)
         check_site_privacy(self)
+        check_patient_noise(self)
         _ = self.privacy, self.schedule  # refuse values out of range
 
     @property

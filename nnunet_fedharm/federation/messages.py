@@ -146,6 +146,7 @@ TRAIN = Schema(
         "scaffold": FLAG,
         "counted": Item(dict, 64 * _KIB),
         "site_dp": Item(dict, _KIB),
+        "shared_steps": Item(dict, _KIB),
     },
     weights=True,
 )
@@ -163,7 +164,7 @@ TRAIN_REPLY = Schema(
     },
     weights=True,
 )
-FINISH = Schema("finish request", {**_TRAINING, "epoch": COUNT}, weights=True)
+FINISH = Schema("finish request", {**_TRAINING, "epoch": COUNT, "privacy": Item(dict, 16 * _KIB)}, weights=True)
 FINISH_REPLY = Schema("finish reply", {"site": SITE})
 
 

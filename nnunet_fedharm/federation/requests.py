@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.messages import TRAIN, json_hash, pack
+from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of
 from nnunet_fedharm.federation.site_privacy import site_privacy_of
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.privacy.site_level import SitePrivacy
@@ -52,5 +53,7 @@ def train_request(
         "scaffold": scaffolds(config, phase),
         "counted": state.memory.numbers.get("counted", {}) if scaffolds(config, phase) else {},
     }
-    promised = promise_of(config, state, phase)
-    return pack(TRAIN, values | {"site_dp": {} if promised is None else promised.to_dict()}, record)
+    promised, shared = promise_of(config, state, phase), shared_steps_of(config, state.facts)
+    values["site_dp"] = {} if promised is None else promised.to_dict()
+    values["shared_steps"] = {} if shared is None or phase != "segmenter" else shared.to_dict()
+    return pack(TRAIN, values, record)

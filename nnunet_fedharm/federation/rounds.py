@@ -33,8 +33,9 @@ from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.requests import common_values, promise_of, scaffolds, train_request
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.secure.checks import secures
+from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of, step_sum_of
 from nnunet_fedharm.federation.secure.rounds import SecureRound
-from nnunet_fedharm.federation.site_privacy import protect
+from nnunet_fedharm.federation.site_privacy import privacy_statement, protect
 from nnunet_fedharm.federation.spool import SPOOL, Spool, spooled
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.federation.strategy import controlled, current_control, next_model, strategy_of, trains_together
@@ -58,6 +59,7 @@ class RoundLoop:
         trainer_name: nnU-Net trainer class that the sites use.
         batch_size: of the plans.
         ownership: phase -> whose word counts for which tensor.
+        stepped: tensors that private steps with one noise for all sites train; empty where every site adds its own.
         checkpoint: called after each round with state, weights and whether it is the best so far.
     """
 
@@ -68,6 +70,7 @@ class RoundLoop:
     batch_size: int
     ownership: Mapping[str, Ownership]
     checkpoint: Callable[[ServerState, Weights, bool], None]
+    stepped: frozenset[str] = frozenset()
 
     def run_phase(self, phase: str, rounds: int, state: ServerState, weights: Weights) -> tuple[ServerState, Weights]:
         """Run the rounds of a phase that are not done yet.
@@ -146,7 +149,11 @@ class RoundLoop:
         if secures(self.config, phase):
             plain, where = bundle(encode(part)), (state.run_id, phase, number, json_hash(state.plans))
             promised = promise_of(self.config, state, phase)
-            secure = SecureRound(self.roster, self.config, self.log, self.ownership[phase], *where, part, promised)
+            shared = shared_steps_of(self.config, state.facts)
+            step = None if shared is None else step_sum_of(self.config, shared, state.facts, self.stepped, number)
+            secure = SecureRound(
+                self.roster, self.config, self.log, self.ownership[phase], *where, part, promised, step
+            )
             request = self._train_request(phase, number, state, plain)
             return secure.collect(request, lambda least: self._wait_for(wanted, least, state), quorum)
         control = current_control(state.memory, self._controlled(phase, part))
@@ -277,7 +284,8 @@ class RoundLoop:
         sites = [site for site in self.roster.nodes if site not in state.finished_sites]
         epoch = max(0, state.rounds_done["segmenter"] * self.config.local_epochs - 1)
         shared = self.ownership["segmenter"].shared(weights)
-        values = common_values(self.config, state, self.trainer_name) | {"epoch": epoch}
+        promised = privacy_statement(self.config, state.facts)
+        values = common_values(self.config, state, self.trainer_name) | {"epoch": epoch, "privacy": promised}
         request = pack(FINISH, values, bundle(encode(shared)))
 
         def accept(site: str, content: RecordDict) -> None:

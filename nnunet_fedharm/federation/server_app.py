@@ -19,12 +19,13 @@ from nnunet_fedharm.federation.preparation import Preparation
 from nnunet_fedharm.federation.report.config import SiteReportConfig, task_of, training_keys
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.rounds import RoundLoop
+from nnunet_fedharm.federation.secure.patient_noise import LOCAL
 from nnunet_fedharm.federation.server_root import locked_server, resolve_sites
+from nnunet_fedharm.federation.site_card import write_card
 from nnunet_fedharm.federation.site_privacy import OFF, privacy_statement, updates_only
 from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state, unfinished_runs
 from nnunet_fedharm.federation.strategy import final_weights
 from nnunet_fedharm.nnunet_root import NnunetRoot
-from nnunet_fedharm.privacy.options import PRIVACY_FILE
 
 LOCAL_GROUPS_FILE = "local_groups.json"
 """Beside the server's checkpoints where sites keep tensors for themselves."""
@@ -57,7 +58,7 @@ def run_server(grid: Grid, config: FederateConfig) -> Path:
 
 
 def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) -> Path:
-    from nnunet_fedharm.trainers.groups import planned_tensors_of
+    from nnunet_fedharm.trainers.groups import planned_tensors_of, trained_names
     from nnunet_fedharm.trainers.names import trainer_name_for
     from nnunet_fedharm.trainers.results import initial_weights
 
@@ -86,16 +87,19 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
     if config.site_dp != OFF:
         ownership = {phase: updates_only(owned) for phase, owned in ownership.items()}
         log.write("site_privacy", **privacy_statement(config, state.facts)["site_level"])
-    loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint)
+    stepped: frozenset[str] = frozenset()
+    if config.patient_noise != LOCAL:
+        ownership = {phase: updates_only(owned) for phase, owned in ownership.items()}
+        stepped = trained_names(state.plans, state.dataset_json, config.configuration, trainer_name)
+        log.write("patient_noise", **privacy_statement(config, state.facts)["patient_level"])
+    loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint, stepped)
     state, weights = loop.run_phase("harmonizer", config.harmonizer_rounds, state, weights)
     state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, weights)
     last = final_weights(state.memory, weights)
     results = _write_results(root, config, state, last, trainer_name, _last_checkpoints(state))
     if local:
         _state_what_is_missing(results, config, local, log)
-    if config.site_dp != OFF or config.privacy:
-        text = json.dumps(privacy_statement(config, state.facts), indent=1)
-        write_bytes(results / PRIVACY_FILE, text.encode())
+    write_card(results, privacy_statement(config, state.facts))
     state = loop.finish(state, last)
     save_state(folder, state, weights)
     without = sorted(set(config.site_names) - set(state.finished_sites))

@@ -16,6 +16,7 @@ from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import SiteUpdate, as_dtype
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.ownership import Ownership
+from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of, statement
 from nnunet_fedharm.federation.updates import quorum_of
 from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
 from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, default_threshold
@@ -71,6 +72,9 @@ def privacy_statement(config: FederateConfig, facts: Mapping[str, Mapping[str, A
             + ["style"] * (config.privacy.style_noise == 0)
             + ["fingerprint summary"] * (config.privacy.fingerprint_noise == 0),
         }
+        shared = shared_steps_of(config, facts)
+        if shared is not None:
+            said["patient_level"] |= statement(shared, sum(fact["n_labelled"] > 0 for fact in facts.values()))
     phases = {"harmonizer": config.harmonizer_rounds, "segmenter": config.segmenter_rounds}
     for phase in (name for name, rounds in phases.items() if rounds):
         # Of the phase with the fewest sites: the fewer, the larger the noise of the mean.
@@ -194,7 +198,10 @@ def with_own_noise(promised: SitePrivacy, received: Weights, trained: Weights, o
 def own_release(promised: SitePrivacy, what: str, run_id: str) -> Release:
     """Entry in a site's ledger, whose unit is the patient: one patient may turn an update into any other, 2 S away."""
     note = f"noise of site-dp {promised.mode}, unit site"
-    return Release(what=what, mechanism=GAUSSIAN, noise_multiplier=promised.noise / 2, run_id=run_id, note=note)
+    own = promised.share / promised.clip / 2 if promised.mode == DISTRIBUTED else 0.0
+    return Release(
+        what=what, mechanism=GAUSSIAN, noise_multiplier=promised.noise / 2, run_id=run_id, note=note, noise_alone=own
+    )
 
 
 def adds_own_noise(promised: SitePrivacy | None) -> TypeGuard[SitePrivacy]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,14 @@ from nnunet_fedharm.errors import DataError, PlanError
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot, environment_paths
 from nnunet_fedharm.planning.defaults import complete_schedule, complete_sizes
+from nnunet_fedharm.planning.earlier_plans import known_sections, read_if_there, renamed
 from nnunet_fedharm.planning.explain import write_explanation
 from nnunet_fedharm.planning.planner import PlanOptions, plan_federation, require_configuration
 from nnunet_fedharm.planning.preprocess import preprocess_site
+from nnunet_fedharm.planning.private_fingerprint import private_fingerprint, private_plans
 from nnunet_fedharm.planning.private_style import style_release
 from nnunet_fedharm.planning.private_summary import exact_release
-from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, SECTION, FedHarmSection, Schedule, with_section
+from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, FedHarmSection, Schedule, with_section
 from nnunet_fedharm.planning.situation import Device, situation_of
 from nnunet_fedharm.planning.style import style_by_site
 from nnunet_fedharm.privacy.ledger import Ledger
@@ -33,8 +33,6 @@ from nnunet_fedharm.sites.files import (
     write_json,
 )
 from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
-
-log = logging.getLogger(__name__)
 
 STOCK_PLANS = "nnUNetPlans"
 DEFAULT_PLANS = "nnUNetFedHarmPlans"
@@ -94,6 +92,7 @@ class CentralOptions:
         num_processes: for checking and preprocessing.
         check: read and check every image first, where no fingerprint exists yet.
         privacy: differential privacy of the training; None trains without.
+        noisy_fingerprint: plan from a fingerprint with the noise that `privacy` says; off, from nnU-Net's own.
         start_from: checkpoint that the training starts from; "" starts at random.
         base_plans: name of plans whose networks and preprocessed cases are taken as they are, `plan`'s sizes unread; "" plans.
     """
@@ -108,6 +107,7 @@ class CentralOptions:
     num_processes: int = 1
     check: bool = True
     privacy: PrivacyOptions | None = None
+    noisy_fingerprint: bool = False
     start_from: str = ""
     base_plans: str = ""
 
@@ -116,10 +116,25 @@ class CentralOptions:
             Schedule(**{"harmonizer_epochs": 1, **self.schedule})  # refused here, before the data are read
         for name in self.configurations:
             require_configuration({"configurations": CONFIGURATIONS}, name)
+        if self.private_fingerprint is not None and self.base_plans:
+            raise PlanError(
+                f"{self.base_plans} exist already, whatever noise their fingerprint has. Leave out the noise of the "
+                "fingerprint, or plan anew."
+            )
         if self.plan.plans_name == STOCK_PLANS:
             raise PlanError(
                 f"Choose another plans name than {STOCK_PLANS}: stock nnU-Net's plans are never overwritten."
             )
+
+    @property
+    def private_fingerprint(self) -> PrivacyOptions | None:
+        """Whose noise the fingerprint carries; None where it is nnU-Net's own."""
+        return self.privacy if self.fingerprint_noise else None
+
+    @property
+    def fingerprint_noise(self) -> float:
+        """Its noise multiplier; 0 where it is nnU-Net's own."""
+        return self.privacy.fingerprint_multiplier if self.noisy_fingerprint and self.privacy is not None else 0.0
 
 
 def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dict[str, Any]:
@@ -147,12 +162,19 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
             f"The reference site {options.reference!r} is not in {SITES_FILE}; "
             f"choose one of {', '.join(registry.sites)} or {CONSENSUS}."
         )
-    fingerprint = _stock_fingerprint(root, name, options)
-    if options.base_plans:
-        plans = _renamed(existing_plans(root, name, options.base_plans), options.plan.plans_name)
+    fingerprint: dict[str, Any] | None = None
+    if options.private_fingerprint is not None:
+        fingerprint_of_all = private_fingerprint(
+            raw, preprocessed, options.private_fingerprint, num_processes=options.num_processes, check=options.check
+        )
+        plans = private_plans(raw, fingerprint_of_all, options.plan)
+    elif options.base_plans:
+        fingerprint = _stock_fingerprint(root, name, options)
+        plans = renamed(existing_plans(root, name, options.base_plans), options.plan.plans_name)
     else:
+        fingerprint = _stock_fingerprint(root, name, options)
         plans = _base_plans(root, name, dataset_json, fingerprint, options.plan)
-    sections = _known_sections(preprocessed / f"{options.plan.plans_name}.json", plans)
+    sections = known_sections(preprocessed / f"{options.plan.plans_name}.json", plans)
     for configuration in options.configurations:
         require_configuration(plans, configuration)
         preprocess_site(
@@ -165,7 +187,7 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
             adopt_existing=True,
         )
         registry.save(preprocessed / SITES_FILE)
-        if options.privacy:
+        if options.privacy and fingerprint is not None:
             Ledger(preprocessed.parent.parent / "fedharm").record(exact_release(fingerprint))
         noise = options.privacy.style_noise if options.privacy else 0.0
         styles = style_by_site(root, name, plans, configuration, sites=registry, noise_multiplier=noise)
@@ -206,7 +228,7 @@ def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], opti
         reference=options.reference,
         styles=dict(styles),
         schedule=schedule,
-        privacy=options.privacy and replace(options.privacy, fingerprint_noise=0.0),  # it is nnU-Net's own here
+        privacy=options.privacy and replace(options.privacy, fingerprint_noise=options.fingerprint_noise),
         start_from=options.start_from,
     )
 
@@ -290,7 +312,7 @@ def _base_plans(
     else:
         example = labelled_cases(root.raw / name, dataset_json)[0].images[0]
         reader = reader_class(dataset_json, example, site=_HERE).__name__
-        before = _read_if_there(root.preprocessed / name / f"{planned.plans_name}.json")
+        before = read_if_there(root.preprocessed / name / f"{planned.plans_name}.json")
         plans = plan_federation(fingerprint, dataset_json, dataset_name=name, reader=reader, root=root, options=planned)
         if before is not None:
             write_json(before, root.preprocessed / name / f"{planned.plans_name}.json")
@@ -299,32 +321,4 @@ def _base_plans(
             read_json(root.raw / name / "dataset.json", what="The dataset description"),
             root.preprocessed / name / "dataset.json",
         )
-    return _renamed(plans, options.plans_name)
-
-
-def _renamed(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Plans of another name without a `fedharm` section, on the same preprocessed cases."""
-    renamed = deepcopy(dict(plans))
-    renamed["plans_name"] = name
-    for configuration in renamed["configurations"].values():
-        configuration.pop(SECTION, None)
-    return renamed
-
-
-def _read_if_there(path: Path) -> dict[str, Any] | None:
-    return read_json(path, what="The plans") if path.is_file() else None
-
-
-def _known_sections(path: Path, plans: Mapping[str, Any]) -> dict[str, FedHarmSection]:
-    """Sections of an earlier run for configurations whose plan has not changed since."""
-    before = _read_if_there(path)
-    kept: dict[str, FedHarmSection] = {}
-    for name, configuration in (before or {}).get("configurations", {}).items():
-        if SECTION not in configuration or name not in plans["configurations"]:
-            continue
-        plain = {key: value for key, value in configuration.items() if key != SECTION}
-        if plain == plans["configurations"][name]:
-            kept[name] = FedHarmSection.from_dict(configuration[SECTION])
-        else:
-            log.warning("The plan of %s changed: its fedharm section of an earlier run was dropped.", name)
-    return kept
+    return renamed(plans, options.plans_name)

@@ -5,6 +5,9 @@ that may not have happened and never misses one. Entries are lines of JSON, each
 file beside names their number and the last hash. A ledger that was edited, cut or deleted is refused: a budget does not start
 anew because a file is gone.
 
+What was read and checked once is not read again while neither file has changed (size, times, inode), so a long training pays the
+same for its last entry as for its first; an entry by another process is a change.
+
 A release without noise has no finite epsilon. It is entered as `none`, makes the site's total unbounded, and is listed by name.
 """
 
@@ -14,9 +17,10 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,36 @@ from nnunet_fedharm.privacy.releases import Budget, Release, Spent, spent
 LEDGER_FILE = "privacy-ledger.jsonl"
 HEAD_FILE = "privacy-ledger.head.json"
 _START = "0" * 64
+_Stamp = tuple[int, int, int, int]
+
+
+@dataclass
+class _Known:
+    """What stood in the ledger when its files had these stamps.
+
+    Attributes:
+        stamps: of ledger and head.
+        end: bytes of the whole lines.
+        last: SHA-256 of the last line.
+        releases: all entries.
+        steps: (run, what) -> steps of its entries.
+        digests: (what, digest) -> first entry of the same bytes.
+    """
+
+    stamps: tuple[_Stamp | None, _Stamp | None]
+    end: int = 0
+    last: str = _START
+    releases: list[Release] = field(default_factory=list)
+    steps: Counter[tuple[str, str]] = field(default_factory=Counter)
+    digests: dict[tuple[str, str], Release] = field(default_factory=dict)
+
+    def add(self, release: Release, line: bytes) -> None:
+        self.end += len(line) + 1
+        self.last = _digest(line)
+        self.releases.append(release)
+        self.steps[(release.run_id, release.what)] += release.steps
+        if release.digest:
+            self.digests.setdefault((release.what, release.digest), release)
 
 
 class Ledger:
@@ -39,6 +73,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LEDGER_FILE
         self._head = folder / HEAD_FILE
+        self._cache: _Known | None = None
 
     def releases(self) -> list[Release]:
         """All entries in order of time.
@@ -46,7 +81,15 @@ class Ledger:
         Raises:
             PrivacyError: the ledger was damaged, edited, cut or deleted.
         """
-        return [_to_release(line, self.path) for line in self._lines()]
+        return list(self._known().releases)
+
+    def steps_of(self, run_id: str, what: str) -> int:
+        """Steps of a run's entries of that name.
+
+        Raises:
+            PrivacyError: the ledger was damaged, edited, cut or deleted.
+        """
+        return self._known().steps[(run_id, what)]
 
     def record(self, release: Release) -> Release:
         """Append an entry and bring it to the disk; call it before the release leaves the site.
@@ -59,13 +102,11 @@ class Ledger:
         """
         stamped = release if release.time else Release(**{**asdict(release), "time": _now()})
         with self._locked():
-            lines = self._lines()
-            if release.digest:
-                for line in lines:
-                    former = _to_release(line, self.path)
-                    if former.digest == release.digest and former.what == release.what:
-                        return former
-            self._append(lines, stamped)
+            known = self._known()
+            former = known.digests.get((release.what, release.digest))
+            if release.digest and former is not None:
+                return former
+            self._append(known, stamped)
         return stamped
 
     def spent(self, delta: float) -> Spent:
@@ -107,25 +148,39 @@ class Ledger:
             f"needs {alone.epsilon:.3g}, both together {after.epsilon:.3g}. Take more noise, fewer steps or a larger budget."
         )
 
-    def _append(self, lines: list[bytes], release: Release) -> None:
-        previous = _digest(lines[-1]) if lines else _START
-        line = json.dumps({**asdict(release), "previous": previous}, allow_nan=False).encode()
+    def _append(self, known: _Known, release: Release) -> None:
+        line = json.dumps({**asdict(release), "previous": known.last}, allow_nan=False).encode()
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 # What a crash left behind the last whole line was never released: `record` did not return.
-                end = sum(len(former) + 1 for former in lines)
-                os.ftruncate(handle, end)
-                os.lseek(handle, end, os.SEEK_SET)
+                os.ftruncate(handle, known.end)
+                os.lseek(handle, known.end, os.SEEK_SET)
                 os.write(handle, line + b"\n")
                 os.fsync(handle)
             finally:
                 os.close(handle)
-            self._write_head(len(lines) + 1, _digest(line))
+            self._write_head(len(known.releases) + 1, _digest(line))
+            known.add(release, line)
+            known.stamps = self._stamps()
         except OSError as error:
             raise PrivacyError(
                 f"Cannot write {self.path}: {error.strerror}. Nothing may leave the site before its entry is stored."
             ) from error
+
+    def _known(self) -> _Known:
+        """The entries, read again where a file has changed since."""
+        stamps = self._stamps()
+        if self._cache is None or self._cache.stamps != stamps:
+            self._cache = None  # what follows may raise
+            known = _Known(stamps)
+            for line in self._lines():
+                known.add(_to_release(line, self.path), line)
+            self._cache = known
+        return self._cache
+
+    def _stamps(self) -> tuple[_Stamp | None, _Stamp | None]:
+        return _stamp(self.path), _stamp(self._head)
 
     def _write_head(self, count: int, digest: str) -> None:
         temporary = self._head.with_suffix(".tmp")
@@ -137,6 +192,7 @@ class Ledger:
 
     def _lines(self) -> list[bytes]:
         """Whole lines whose chain of hashes holds and that are as many as the head says."""
+        count, digest = self._read_head()  # first: a writer who comes in between adds lines, and never takes one away
         data = self.path.read_bytes() if self.path.exists() else b""
         lines = data[: data.rfind(b"\n") + 1].splitlines()
         previous = _START
@@ -146,7 +202,6 @@ class Ledger:
                     f"{self.path}: line {number} does not follow the one before it. Restore the ledger from a backup."
                 )
             previous = _digest(line)
-        count, digest = self._read_head()
         if len(lines) < count or (count and _digest(lines[count - 1]) != digest):
             raise PrivacyError(
                 f"{self.path} holds {len(lines)} entries that can be trusted, {count} were written. Restore it from a backup: "
@@ -175,6 +230,15 @@ class Ledger:
         with self.path.with_suffix(".lock").open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    """None where there is no such file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _digest(line: bytes) -> str:

@@ -41,7 +41,7 @@ class PrivacyOptions:
     """Noise multiplier of a site's style, which costs an epsilon of about 0.7 at delta 1e-5; 0 sends it as it is."""
 
     fingerprint_noise: float = -1.0
-    """Noise multiplier of a federated site's fingerprint summary; -1 takes what costs a tenth of the budget (in squared noise), 0
+    """Noise multiplier of the fingerprint summary; -1 takes what costs a tenth of the budget (in squared noise), 0
     sends it as it is."""
 
     def __post_init__(self) -> None:

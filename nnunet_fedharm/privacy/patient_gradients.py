@@ -106,6 +106,17 @@ class PatientGradients:
         self.start_patient()
         return norm
 
+    def take_sums(self) -> list[Tensor]:
+        """The sums of clipped gradients over the clip, without any noise, one a parameter; start over.
+
+        For a mechanism that adds the noise elsewhere (`shared_steps`): these numbers must not leave the site.
+        """
+        sums = [total.clone() / self.clip for total in self._sums]
+        for total in self._sums:
+            total.zero_()
+        self.norms.clear()
+        return sums
+
     @torch.no_grad()
     def release(self) -> None:
         """Put the noisy mean gradient into `.grad` of every parameter, whether or not anybody was drawn, and start over.

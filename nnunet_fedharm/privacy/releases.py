@@ -31,6 +31,8 @@ class Release:
         note: anything that helps to read the entry, "inside a secure sum of 4 sites" for instance.
         digest: SHA-256 of the released bytes where known; the very same bytes once more cost nothing.
         time: when, UTC, ISO 8601; empty is filled in by `Ledger.record`.
+        noise_alone: noise multiplier against all other sites and the server together, where they add the rest of the noise;
+            0: the same as `noise_multiplier`.
     """
 
     what: str
@@ -43,6 +45,7 @@ class Release:
     note: str = ""
     digest: str = ""
     time: str = ""
+    noise_alone: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mechanism not in MECHANISMS:
@@ -55,6 +58,10 @@ class Release:
             raise PrivacyError(f"{self.what}: sampling at rate {self.sample_rate} is the mechanism {SUBSAMPLED!r}.")
         if self.bounded:
             Noise(self.noise_multiplier, self.sample_rate, self.steps)
+        if not 0 <= self.noise_alone <= self.noise_multiplier:
+            raise PrivacyError(
+                f"{self.what}: a site alone cannot add {self.noise_alone} of noise {self.noise_multiplier}."
+            )
 
     @property
     def bounded(self) -> bool:
@@ -74,6 +81,11 @@ class Release:
             PrivacyError: there is none.
         """
         return Noise(self.noise_multiplier, self.sample_rate, self.steps)
+
+    @property
+    def own_noise(self) -> Noise:
+        """What hides the patients from everybody outside the site, all others together; see `noise`."""
+        return Noise(self.noise_alone or self.noise_multiplier, self.sample_rate, self.steps)
 
 
 @dataclass(frozen=True)
@@ -105,11 +117,13 @@ class Spent:
         epsilon: of the releases that have noise.
         delta: at which.
         unbounded: names of the releases that have none, each once, in order of time.
+        alone: epsilon against all other sites and the server together; more than `epsilon` where noise was shared with them.
     """
 
     epsilon: float
     delta: float
     unbounded: tuple[str, ...] = ()
+    alone: float = 0.0
 
     @property
     def total(self) -> float:
@@ -123,6 +137,9 @@ def spent(releases: Sequence[Release], delta: float) -> Spent:
     Raises:
         PrivacyError: delta is out of range.
     """
-    epsilon = epsilon_of([release.noise for release in releases if release.bounded], delta)
+    bounded = [release for release in releases if release.bounded]
+    epsilon = alone = epsilon_of([release.noise for release in bounded], delta)
+    if any(release.noise_alone for release in bounded):
+        alone = epsilon_of([release.own_noise for release in bounded], delta)
     names = dict.fromkeys(release.what for release in releases if release.unbounded)
-    return Spent(epsilon, delta, tuple(names))
+    return Spent(epsilon, delta, tuple(names), alone)

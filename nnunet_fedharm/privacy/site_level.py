@@ -50,6 +50,8 @@ REACH = 13.0
 MOST_ETA = 5e-4
 _INFLATION = 1.001
 """Most that rounding may add to S, as a factor; `epsilon` has it."""
+_NEGLIGIBLE = 1e-6
+"""The same, and eta, by patient: below the last digit of any epsilon that is printed."""
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -66,6 +68,8 @@ class SitePrivacy:
         rounds: planned, of both phases.
         least: k, sites below which a secure sum stays closed; 1 in the other modes.
         colluding: t, sites that may tell others their own share of the noise; 0 in the other modes.
+        unit: whose part in a secure sum has the length S at most: a site's update, or a patient's (`shared_steps`). Neighbours by
+            patient are two sums that are both rounded, and nothing is added to their epsilon for it: the grid has to be finer.
     """
 
     mode: str
@@ -75,6 +79,7 @@ class SitePrivacy:
     rounds: int
     least: int = 1
     colluding: int = 0
+    unit: str = "site"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -126,8 +131,10 @@ class SitePrivacy:
         Raises:
             PrivacyError: it is.
         """
-        moved = 1 + step * math.sqrt(entries) / 2 / self.clip
-        if self.share < 16 * step or self.eta(entries, sites, step) > MOST_ETA or moved > _INFLATION:
+        by_site = self.unit == "site"
+        moved = step * math.sqrt(entries) / self.clip * (0.5 if by_site else 1.0)
+        most_moved, most_eta = (_INFLATION - 1, MOST_ETA) if by_site else (_NEGLIGIBLE, _NEGLIGIBLE)
+        if self.share < 16 * step or self.eta(entries, sites, step) > most_eta or moved > most_moved:
             raise PrivacyError(
                 f"The grid of the secure sum, {step:.2g} wide, is too coarse for noise shares of {self.share:.2g} on {entries} "
                 "entries. Use more secure-bytes."
@@ -190,6 +197,7 @@ class SitePrivacy:
                 rounds=int(data["rounds"]),
                 least=int(data["least"]),
                 colluding=int(data["colluding"]),
+                unit=str(data["unit"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PrivacyError("What the run says about the privacy of sites cannot be read.") from error

@@ -41,6 +41,7 @@ TRAINING: dict[str, Any] = {
     "scaffold": False,
     "counted": {},
     "site_dp": {},
+    "shared_steps": {},
     "phase": "segmenter",
     "round": 0,
     "first_epoch": 0,

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Message
@@ -14,6 +15,8 @@ from nnunet_fedharm.federation.entries import FACTS
 from nnunet_fedharm.federation.server_app import run_server
 from nnunet_fedharm.privacy.accounting import epsilon_of
 from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.privacy.options import PRIVACY_FILE
+from nnunet_fedharm.study.model_facts import read_card_facts
 from tests.federation.local_grid import Client, LocalGrid
 from tests.federation.test_in_process import real_sites, tiny
 
@@ -70,3 +73,55 @@ def test_private_rounds_end_within_the_budget_and_send_no_metric(
         "B": {**STATISTICS, "style of B": 1, "votes on polarity": 1, "segmenter training": 2},
         "C": {**STATISTICS, "style of C": 1, "votes on polarity": 1},
     }
+    promised = json.loads((results / PRIVACY_FILE).read_text())["patient_level"]
+    for site in "ABC":
+        card = site_card(root, site)["patient_level"]
+        assert card["epsilon"] == pytest.approx(Ledger(root / "sites" / site / "fedharm").spent(DELTA).epsilon)
+        assert (card["unit"], card["delta"], card["promised"]) == ("patient", DELTA, promised)
+        (shown,) = read_card_facts(site_model(root, site), folds=("all",), checkpoint="checkpoint_final.pth").privacy
+        assert (shown.unit, shown.epsilon, shown.delta) == ("patient", card["epsilon"], DELTA)
+
+
+def site_model(root: Path, site: str) -> Path:
+    """A site's results folder."""
+    (fold,) = (root / "sites" / site / "nnUNet_results").rglob("fold_all")
+    return fold.parent
+
+
+def site_card(root: Path, site: str) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads((site_model(root, site) / "fold_all" / PRIVACY_FILE).read_text())
+    return card
+
+
+def test_noise_that_all_sites_add_together_is_one_mechanism_in_every_ledger(
+    tmp_path: Path, make_consortium: Callable[..., Path]
+) -> None:
+    root = make_consortium(tmp_path / "consortium", {"A": (2, 0), "B": (2, 0), "C": (3, 0)})
+    config = tiny(
+        root,
+        patient_noise="distributed",
+        secure_aggregation="segmenter",
+        strategy="fedavgm",
+        quorum=3,
+        epsilon=6.0,
+        delta=DELTA,
+        patients_per_step=3.0,
+        style_noise=6.0,
+    )
+    run_server(LocalGrid(real_sites(config, 3)), config)
+    alone = set()
+    for site in "ABC":
+        ledger = Ledger(root / "sites" / site / "fedharm")
+        steps = [entry for entry in ledger.releases() if entry.what == "segmenter training"]
+        assert [entry.sample_rate for entry in steps] == [pytest.approx(3 / 7)] * 2
+        assert len({entry.noise_multiplier for entry in steps}) == 1
+        spent = ledger.spent(DELTA)
+        assert 4.0 < spent.epsilon <= 6.0, "rounds, fingerprint and style, and a step in reserve"
+        assert spent.unbounded == ()
+        card = site_card(root, site)["patient_level"]
+        assert card["epsilon"] == pytest.approx(spent.epsilon)
+        assert card["epsilon_alone"] == pytest.approx(spent.alone)
+        assert card["promised"]["least_sites"] == 3
+        alone.add(round(spent.alone, 6))
+    assert len(alone) == 1, "the same noise at every site"
+    assert alone.pop() > 6.0

@@ -18,7 +18,8 @@ from nnunet_fedharm.federation.messages import error_reply, unpack
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.secure import home as secure_home
 from nnunet_fedharm.federation.secure.checks import check_secure_sites
-from nnunet_fedharm.federation.secure.rounds import SECURE_SUM, Trained, train_for_sum
+from nnunet_fedharm.federation.secure.home import Offer
+from nnunet_fedharm.federation.secure.rounds import SECURE_SUM, Trained, offer_of, train_for_sum
 from nnunet_fedharm.federation.secure.update import mean_update, site_arrays, update_layout
 from nnunet_fedharm.federation.site import Site, describe_error
 from nnunet_fedharm.nnunet_root import NnunetRoot
@@ -47,7 +48,11 @@ class SecureSite(ScriptedSite):
             return None
         if kind == "train.secure":
             return self._answer(
-                message, messages.TRAIN, lambda request: train_for_sum(self.site, request, self._learn(request))
+                message,
+                messages.TRAIN,
+                lambda request: train_for_sum(
+                    self.site, request, lambda key, question: self.make(request, key, question)
+                ),
             )
         if action in secure_home.ACTIONS:
             schema, work = secure_home.ACTIONS[action]
@@ -61,16 +66,14 @@ class SecureSite(ScriptedSite):
             content = error_reply(*describe_error(self.site, error))
         return Message(content, reply_to=message)
 
-    def _learn(self, request: messages.Unpacked) -> Any:
-        def learn() -> Trained:
-            self.trained.append((request.values["phase"], request.values["round"], request.values["first_epoch"]))
-            received = decode(request.weights, source="s")
-            own = self.ownership.contribution(self.name, received)
-            weights = {name: value + np.float32(self.step) for name, value in own.items()}
-            cases = self.facts["n_labelled"] + self.facts["n_unlabelled"]
-            return Trained(received, weights, self.ownership, self.n_steps, cases, self.metrics, self.private)
-
-        return learn
+    def make(self, request: messages.Unpacked, key: str, question: str) -> Offer:
+        self.trained.append((request.values["phase"], request.values["round"], request.values["first_epoch"]))
+        received = decode(request.weights, source="s")
+        own = self.ownership.contribution(self.name, received)
+        weights = {name: value + np.float32(self.step) for name, value in own.items()}
+        cases = self.facts["n_labelled"] + self.facts["n_unlabelled"]
+        learnt = Trained(received, weights, self.ownership, self.n_steps, cases, self.metrics, self.private)
+        return offer_of(key, question, request.values, learnt)
 
 
 def sites(folder: Path, count: int = 4) -> list[SecureSite]:

@@ -13,11 +13,12 @@ from nnunet_fedharm import trainers
 from nnunet_fedharm.cli import main
 from nnunet_fedharm.commands import plan as command
 from nnunet_fedharm.commands.options import add_dataclass_options, read_dataclass_options
-from nnunet_fedharm.errors import DataError, PlanError
+from nnunet_fedharm.errors import DataError, PlanError, PrivacyError
 from nnunet_fedharm.harmonizers import KINDS
 from nnunet_fedharm.planning.central import train_commands
 from nnunet_fedharm.planning.planner import PlanOptions
 from nnunet_fedharm.planning.section import Schedule, read_section
+from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.trainers.names import trainer_name_for
 from tests.sites.raw import write_description, write_multi_site
 
@@ -173,3 +174,35 @@ def test_every_option_shows_its_help_and_keeps_its_default() -> None:
     assert read_dataclass_options(given, PlanOptions, plans_name="X") == PlanOptions(
         patch_size=(4, 5, 6), plans_name="X"
     )
+
+
+@pytest.mark.slow
+def test_a_fingerprint_with_noise_is_planned_from_once_and_nnunet_s_own_is_left_alone(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = folders / "preprocessed" / NAME / "dataset_fingerprint.json"
+    own.parent.mkdir(parents=True)
+    own.write_text('{"of": "stock nnU-Net"}')
+    words = ["-c", "2d", *SMALL, "--harmonizer", "none", "--epsilon", "20", "--delta", "0.01", "--style-noise", "0"]
+    assert run(*words, "--fingerprint-noise", "4", "--skip-check") == 0
+    assert own.read_text() == '{"of": "stock nnU-Net"}', "neither read nor changed"
+    kept = json.loads((folders / "preprocessed" / NAME / "private_fingerprint_4.json").read_text())["fingerprint"]
+    assert len(kept["spacings"]) == 5
+    entries = [entry for entry in Ledger(folders / "fedharm").releases() if entry.what.startswith("fingerprint")]
+    assert [(entry.what, entry.noise_multiplier) for entry in entries] == [("fingerprint summary", 4.0)]
+    section = read_section(plans_file(folders)["configurations"]["2d"])
+    assert section.privacy is not None
+    assert section.privacy.fingerprint_multiplier == 4.0, "it counts in the budget of the training"
+    assert run(*words, "--fingerprint-noise", "4", "--skip-check", "-p", "Again") == 0
+    assert len([e for e in Ledger(folders / "fedharm").releases() if e.what == "fingerprint summary"]) == 1
+    first, second = plans_file(folders), plans_file(folders, "Again")
+    for key in ("spacing", "patch_size", "batch_size"):
+        assert first["configurations"]["2d"][key] == second["configurations"]["2d"][key], "the same bytes cost nothing"
+    capsys.readouterr()
+
+
+def test_noise_of_the_fingerprint_needs_a_budget(folders: Path) -> None:
+    with pytest.raises(PlanError, match="--fingerprint-noise belongs to differential privacy"):
+        run("--fingerprint-noise", "4")
+    with pytest.raises(PrivacyError, match="The budget is epsilon 1 "):
+        run("--fingerprint-noise", "0.5", "--epsilon", "1", "--harmonizer", "none")

@@ -133,6 +133,28 @@ def test_a_ledger_that_was_edited_cut_or_deleted_is_refused(tmp_path: Path) -> N
     assert len(ledger.releases()) == 3
 
 
+def test_an_entry_costs_the_same_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, readings = Ledger(tmp_path), []
+    whole = Ledger._lines
+    monkeypatch.setattr(Ledger, "_lines", lambda self: readings.append(self) or whole(self))
+    for number in range(30):
+        ledger.record(rounds(number % 3))
+        assert ledger.steps_of("run", "segmenter round 0") == 20 * (1 + number // 3)
+    assert len(readings) == 1, "what this process has checked and nobody has changed is not read again"
+    assert Ledger(tmp_path).releases() == ledger.releases()
+
+
+def test_two_open_ledgers_see_each_other_s_entries_and_what_somebody_edits(tmp_path: Path) -> None:
+    first, second = Ledger(tmp_path), Ledger(tmp_path)
+    for number in range(4):
+        (first if number % 2 else second).record(rounds(0))
+    assert first.steps_of("run", "segmenter round 0") == second.steps_of("run", "segmenter round 0") == 80
+    first.path.write_text(first.path.read_text().replace("1.1", "9.9"))
+    for ledger in (first, second):
+        with pytest.raises(PrivacyError, match="backup"):
+            ledger.record(rounds(1))
+
+
 def _write_for_ever(folder: str) -> None:
     for number in range(1_000_000):
         Ledger(Path(folder)).record(rounds(number))

@@ -40,7 +40,7 @@ from nnunet_fedharm.evaluation.audit.site import claim_of
 from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.patient_loader import PatientLoader
-from nnunet_fedharm.trainers.private_training import SEGMENTER
+from nnunet_fedharm.trainers.private_sampling import SEGMENTER
 
 Array = npt.NDArray[np.float64]
 
@@ -120,19 +120,93 @@ class _Place:
     twin: tuple[int, int] | None
 
 
-class _Bench:
-    """Canary patients inside a trainer: what its loader, network and loss are replaced by while the audit runs."""
+class Canaries:
+    """Canary patients of one phase: who is in, where their gradients are, and what the steps release there.
 
-    def __init__(self, trainer: nnUNetTrainerFedHarm, places: Sequence[_Place], signs: Array, norm: float) -> None:
-        assert trainer.private is not None
-        self.trainer = trainer
-        self.parameters = private_parameters(trainer)
-        self.places, self.signs = places, signs
-        self.length = norm * trainer.private.options.clip
+    Args:
+        parameters: what the steps train.
+        clip: of the mechanism.
+        options: of the audit.
+
+    Raises:
+        PrivacyError: more canaries than weights.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], clip: float, options: CanaryOptions) -> None:
+        generator = np.random.default_rng(options.seed)
+        self.included = generator.random(options.canaries) < 0.5
+        self.signs: Array = generator.permutation(np.resize([1.0, -1.0], options.steps))
+        self.parameters = parameters
+        self.places = _places(parameters, options.canaries, generator)
+        self.clip, self.length = clip, options.norm * clip
         self.step = 0
         self.current: int | None = None
-        self.drawn = np.zeros((len(signs), len(places)), dtype=bool)
+        self.drawn = np.zeros((options.steps, options.canaries), dtype=bool)
         self.seen: list[Array] = []
+
+    @property
+    def names(self) -> list[tuple[str]]:
+        """Cases of the canaries that are in."""
+        return [(f"{PREFIX}{i}",) for i in np.flatnonzero(self.included)]
+
+    def take(self, cases: Sequence[str]) -> bool:
+        """Whose turn it is: a canary's, or a real patient's."""
+        self.current = int(cases[0].removeprefix(PREFIX)) if cases[0].startswith(PREFIX) else None
+        if self.current is not None:
+            self.drawn[self.step, self.current] = True
+        return self.current is not None
+
+    def loss(self) -> Tensor:
+        """Of the canary whose turn it is: linear in its weight."""
+        assert self.current is not None
+        place = self.places[self.current]
+        return float(self.signs[self.step]) * self.length * self.parameters[place.tensor].flatten()[place.index]
+
+    @torch.no_grad()
+    def observe(self, expected: float) -> None:
+        """Before the optimizer's step: the released gradient at the canaries' places and at their twins.
+
+        Args:
+            expected: patients of a step, by which the released gradient is divided.
+        """
+        flat = [None if p.grad is None else p.grad.detach().float().flatten().cpu() for p in self.parameters]
+
+        def at(tensor: int, index: int) -> float:
+            values = flat[tensor]
+            return 0.0 if values is None else float(values[index])
+
+        own = [at(place.tensor, place.index) for place in self.places]
+        other = [math.nan if place.twin is None else at(*place.twin) for place in self.places]
+        self.seen.append(expected / self.clip * np.array([own, other], dtype=np.float64))
+        self.step += 1
+
+    def found(self, *, noise: float, rate: float, delta: float, patients: int, options: CanaryOptions) -> GradientAudit:
+        """The bound and the claim.
+
+        Args:
+            noise, rate: of the claim. delta: to audit at. patients: real ones that trained along.
+        """
+        own, twin = np.stack(self.seen).transpose(1, 0, 2)  # (steps, canaries) each
+        scores = _scores(own, twin, self.signs, noise=noise, rate=rate)
+        found = audit_scores(scores, self.included, delta=delta, confidence=options.confidence)
+        return GradientAudit(
+            found,
+            epsilon_of([Noise(noise, rate, options.steps)], delta),
+            noise,
+            rate,
+            self.clip,
+            options.steps,
+            patients,
+            measure(own, twin, self.signs, self.included, self.drawn),
+            list(zip(scores[found.score].tolist(), self.included.tolist(), strict=True)),
+        )
+
+
+class _Bench:
+    """What a trainer's loader, network and loss are replaced by while the segmenter's steps are audited."""
+
+    def __init__(self, trainer: nnUNetTrainerFedHarm, canaries: Canaries) -> None:
+        self.trainer, self.canaries = trainer, canaries
         self._forward, self._loss = trainer.network.forward, trainer.loss
 
     def load(self, real: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
@@ -140,40 +214,22 @@ class _Bench:
         some_case = self.trainer.dataloader_train.patients[0][0]
 
         def batch(cases: Any) -> dict[str, Any]:
-            if not cases[0].startswith(PREFIX):
-                self.current = None
+            if not self.canaries.take(cases):
                 return real(cases)
-            self.current = int(cases[0].removeprefix(PREFIX))
-            self.drawn[self.step, self.current] = True
             return {"data": torch.zeros(1), "target": torch.zeros(1), "keys": [some_case]}
 
         return batch
 
     def forward(self, image: Tensor) -> Any:
-        return image if self.current is not None else self._forward(image)
+        return image if self.canaries.current is not None else self._forward(image)
 
     def loss(self, output: Any, target: Any) -> Tensor:
-        if self.current is None:
-            return self._loss(output, target)
-        place = self.places[self.current]
-        sign = float(self.signs[self.step])
-        return sign * self.length * self.parameters[place.tensor].flatten()[place.index]
+        loss: Tensor = self._loss(output, target) if self.canaries.current is None else self.canaries.loss()
+        return loss
 
-    @torch.no_grad()
     def observe(self, *_: Any) -> None:
-        """Before the optimizer's step: the released gradient at the canaries' places and at their twins."""
         assert self.trainer.private is not None
-        flat = [None if p.grad is None else p.grad.detach().float().flatten().cpu() for p in self.parameters]
-
-        def at(tensor: int, index: int) -> float:
-            values = flat[tensor]
-            return 0.0 if values is None else float(values[index])
-
-        scale = self.trainer.private.phases[SEGMENTER].expected / self.trainer.private.options.clip
-        own = [at(place.tensor, place.index) for place in self.places]
-        other = [math.nan if place.twin is None else at(*place.twin) for place in self.places]
-        self.seen.append(scale * np.array([own, other], dtype=np.float64))
-        self.step += 1
+        self.canaries.observe(self.trainer.private.phases[SEGMENTER].expected)
 
 
 def audit_gradients(
@@ -191,30 +247,13 @@ def audit_gradients(
     """
     noise, rate = claim_of(trainer)
     assert trainer.private is not None
-    delta = audited_delta(delta, options.canaries)
-    generator = np.random.default_rng(options.seed)
-    included = generator.random(options.canaries) < 0.5
-    signs = generator.permutation(np.resize([1.0, -1.0], options.steps))
-    places = _places(private_parameters(trainer), options.canaries, generator)
-    bench = _Bench(trainer, places, signs, options.norm)
-    loader = trainer.dataloader_train
+    canaries = Canaries(private_parameters(trainer), trainer.private.options.clip, options)
+    bench, loader = _Bench(trainer, canaries), trainer.dataloader_train
     patients = list(loader.patients)
-    everybody = [*patients, *((f"{PREFIX}{i}",) for i in np.flatnonzero(included))]
-    _run(trainer, bench, PatientLoader(everybody, loader.sample_rate, bench.load(loader._load)), progress)
-    own, twin = np.stack(bench.seen).transpose(1, 0, 2)  # (steps, canaries) each
-    scores = _scores(own, twin, signs, noise=noise, rate=rate)
-    found = audit_scores(scores, included, delta=delta, confidence=options.confidence)
-    return GradientAudit(
-        found,
-        epsilon_of([Noise(noise, rate, options.steps)], delta),
-        noise,
-        rate,
-        trainer.private.options.clip,
-        options.steps,
-        len(patients),
-        measure(own, twin, signs, included, bench.drawn),
-        list(zip(scores[found.score].tolist(), included.tolist(), strict=True)),
-    )
+    everybody = PatientLoader([*patients, *canaries.names], loader.sample_rate, bench.load(loader._load))
+    _run(trainer, bench, everybody, options.steps, progress)
+    delta = audited_delta(delta, options.canaries)
+    return canaries.found(noise=noise, rate=rate, delta=delta, patients=len(patients), options=options)
 
 
 def private_parameters(trainer: nnUNetTrainerFedHarm) -> list[nn.Parameter]:
@@ -223,13 +262,13 @@ def private_parameters(trainer: nnUNetTrainerFedHarm) -> list[nn.Parameter]:
     return [parameter for parameter in trainer._gradients.parameters if parameter.requires_grad]
 
 
-def _run(trainer: nnUNetTrainerFedHarm, bench: _Bench, loader: PatientLoader[Any], progress: bool) -> None:
+def _run(trainer: nnUNetTrainerFedHarm, bench: _Bench, loader: PatientLoader[Any], steps: int, progress: bool) -> None:
     forward, loss = trainer.network.forward, trainer.loss
     hook = trainer.optimizer.register_step_pre_hook(bench.observe)
     trainer.network.forward = bench.forward
     trainer.loss = bench.loss
     try:
-        for _ in tqdm(range(len(bench.signs)), desc="audited steps", unit="step", disable=not progress):
+        for _ in tqdm(range(steps), desc="audited steps", unit="step", disable=not progress):
             trainer.train_step(next(loader))
     finally:
         hook.remove()

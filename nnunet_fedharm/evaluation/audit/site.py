@@ -23,7 +23,8 @@ from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.files import read_json
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.names import trainer_name_for
-from nnunet_fedharm.trainers.private_training import SEGMENTER, PrivateTraining
+from nnunet_fedharm.trainers.private_sampling import SEGMENTER
+from nnunet_fedharm.trainers.private_training import PrivateTraining
 from nnunet_fedharm.trainers.results import make_trainer
 from nnunet_fedharm.trainers.seeds import seed_everything
 
@@ -127,15 +128,15 @@ def audit_trainer(site: AuditedSite, options: PrivacyOptions | None) -> Iterator
                 close() if close is not None else None
 
 
-def claim_of(trainer: nnUNetTrainerFedHarm) -> tuple[float, float]:
-    """(noise multiplier, sample rate) that the trainer's accounting goes by.
+def claim_of(trainer: nnUNetTrainerFedHarm, phase: str = SEGMENTER) -> tuple[float, float]:
+    """(noise multiplier, sample rate) that the trainer's accounting of a phase goes by.
 
     Raises:
         PrivacyError: no differential privacy.
     """
     if trainer.private is None:
         raise PrivacyError("The trainer has no differential privacy.")
-    return trainer.private.noise_multiplier, trainer.private.phases[SEGMENTER].sample_rate
+    return trainer.private.noise_multiplier, trainer.private.phases[phase].sample_rate
 
 
 def _quietly_prepared(

@@ -16,7 +16,7 @@ from torch.nn import functional
 from nnunet_fedharm.errors import DataError, PlanError
 from nnunet_fedharm.evaluation.audit.model import patch_about_labels
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
-from nnunet_fedharm.trainers.private_training import SEGMENTER
+from nnunet_fedharm.trainers.private_sampling import SEGMENTER
 
 Gradients = list[Tensor | None]
 

@@ -65,7 +65,7 @@ def offer_summary(site: Site, request: Unpacked, exact: PrivateSummary) -> Priva
     """
     values = request.values
     shares, run_id = noise_shares(values), values["run_id"]
-    release = fingerprint_release(values["noise"], run_id=run_id)
+    release = replace(fingerprint_release(values["noise"], run_id=run_id), noise_alone=shares.share)
     Ledger(site.folder).refuse_beyond(Budget(values["epsilon"], values["delta"], allow_unbounded=True), [release])
     arrays = {_SUMS: np.array(exact.sums)}
     key, counted = key_of_fingerprint(run_id), f"{run_id}/fingerprint"

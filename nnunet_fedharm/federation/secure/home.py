@@ -30,7 +30,7 @@ from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.federation.site_counts import count_release
 from nnunet_fedharm.privacy.fixed_point import Share
 from nnunet_fedharm.privacy.ledger import Ledger
-from nnunet_fedharm.privacy.releases import Release
+from nnunet_fedharm.privacy.releases import PATIENT, Release
 from nnunet_fedharm.privacy.secure_aggregation import Terms
 from nnunet_fedharm.privacy.secure_site import SiteSession, advert_from_dict, advert_to_dict
 from nnunet_fedharm.privacy.site_level import SitePrivacy
@@ -257,6 +257,9 @@ def _count_noisy(site: Site, key: str, answered: int) -> None:
             f"Only {answered} sites answered; the noise needs the shares of {own.shares.least}. The sum stays closed."
         )
     count_release(site, own.run_id, own.shares)
+    if own.shares.unit == PATIENT:
+        # Seen twice, one draw of patients costs more than two draws: it is used up, whatever becomes of this sum.
+        write_json(_home(site.folder) / _OFFER, {"key": ""})
 
 
 def _note_opened(site: Site, key: str, answered: list[str]) -> None:

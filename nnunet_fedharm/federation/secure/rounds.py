@@ -26,12 +26,14 @@ from nnunet_fedharm.federation.messages import Unpacked, json_hash, reply, unpac
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.secure import messages
-from nnunet_fedharm.federation.secure.home import NOISY, Offer, offer, offered
+from nnunet_fedharm.federation.secure.home import NOISY, ONE, Offer, offer, offered
+from nnunet_fedharm.federation.secure.patient_noise import StepSum
 from nnunet_fedharm.federation.secure.sum import SecureSum
 from nnunet_fedharm.federation.secure.update import mean_update, site_arrays, update_layout
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.federation.site_privacy import own_release, trained_tensors
 from nnunet_fedharm.planning.facts import SiteFacts
+from nnunet_fedharm.privacy.fixed_point import Layout
 from nnunet_fedharm.privacy.releases import NONE, Release
 from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES
 from nnunet_fedharm.privacy.site_level import SitePrivacy, clipped
@@ -49,6 +51,7 @@ class SecureRound:
         run_id, phase, number, plans_hash: which round it is, from 0.
         part: the travelling tensors as they are sent.
         promised: privacy of sites; None without.
+        step: of a round whose noise all sites add together; None for other rounds.
     """
 
     roster: Roster
@@ -61,10 +64,13 @@ class SecureRound:
     plans_hash: str
     part: Weights
     promised: SitePrivacy | None = None
+    step: StepSum | None = None
 
     @property
     def common(self) -> Weights:
         """What is summed."""
+        if self.step is not None:
+            return {name: self.part[name] for name in sorted(self.step.names)}
         if self.promised is not None:
             return {name: self.part[name] for name in trained_tensors(self.ownership, self.part)}
         return {name: self.part[name] for name in sorted(self.ownership.common(self.part))}
@@ -155,29 +161,37 @@ class SecureRound:
 
     def _sum(self, trained: Mapping[str, Weights], least: int, traffic: dict[str, int]) -> dict[str, SiteUpdate]:
         config, common = self.config, self.common
-        layout = update_layout(
-            common,
-            sites=len(trained),
-            max_weight=largest_weight(config, self.roster.facts),
-            clip=config.secure_clip,
-            width=config.secure_bytes,
-            room=None if self.promised is None else self.promised.room,
-        )
+        layout = self._layout(common, len(trained))
+        weight = config.weighting if self.step is None else ONE
         nodes = {site: self.roster.nodes[site] for site in trained if site in self.roster.nodes}
         summing = SecureSum(self.roster.grid, self.log, nodes, config.deadline_s, config.secure_threshold)
         key = key_of_round(self.run_id, self.phase, self.number)
         try:
-            result = summing.run(key, layout, weight=config.weighting, least=least)
+            result = summing.run(key, layout, weight=weight, least=least)
         finally:
             traffic["bytes_down"] += summing.bytes_down
             traffic["bytes_up"] += summing.bytes_up
-        mean = mean_update(result.sum, common, layout.max_weight)
+        summed = result.sum
+        mean = self.step.mean(summed, common) if self.step else mean_update(summed, common, layout.max_weight)
         if mean.clipped:
             text = f"{mean.clipped} entries of the updates were cut to secure-clip {config.secure_clip:g}; raise it."
             self.log.write("warning", text=text)
         kept = {name: self.part[name] for name in self.ownership.common(self.part) if name not in common}
         updates = {SECURE_SUM: SiteUpdate({**kept, **mean.weights}, 1, 1, mean.metrics)}
         return updates | {site: SiteUpdate(trained[site], 0, 0, {}) for site in result.sites}
+
+    def _layout(self, common: Weights, sites: int) -> Layout:
+        config = self.config
+        if self.step is not None:
+            return self.step.layout(common, sites)
+        return update_layout(
+            common,
+            sites=sites,
+            max_weight=largest_weight(config, self.roster.facts),
+            clip=config.secure_clip,
+            width=config.secure_bytes,
+            room=None if self.promised is None else self.promised.room,
+        )
 
 
 def largest_weight(config: FederateConfig, facts: Mapping[str, SiteFacts]) -> int:
@@ -215,12 +229,12 @@ class Trained:
     private: bool
 
 
-def train_for_sum(site: Site, request: Unpacked, train: Callable[[], Trained]) -> RecordDict:
+def train_for_sum(site: Site, request: Unpacked, make: Callable[[str, str], Offer]) -> RecordDict:
     """A site's answer to a secure round: train, keep the update for the sum, send the own rows.
 
     Args:
-        request: as of plain rounds; the very same one again is not trained again.
-        train: the local training.
+        request: as of plain rounds; the very same one again is not trained again, unless what was made is used up.
+        make: trains, and makes the offer under a key in answer to a request of that digest.
     """
     values = request.values
     key = key_of_round(values["run_id"], values["phase"], values["round"])
@@ -231,13 +245,20 @@ def train_for_sum(site: Site, request: Unpacked, train: Callable[[], Trained]) -
     except DataError:
         known = False
     if not known:
-        kept = _offer_of(key, question, values, train())
+        kept = make(key, question)
         offer(site.folder, kept)
     answer = {"site": site.name, **{name: values[name] for name in ("phase", "round", "plans_hash")}}
     return reply(messages.TRAIN_REPLY, answer, encode(kept.beside or {}))
 
 
-def _offer_of(key: str, question: str, values: Mapping[str, Any], trained: Trained) -> Offer:
+def offer_of(key: str, question: str, values: Mapping[str, Any], trained: Trained) -> Offer:
+    """What a site adds to the sum of a round's updates.
+
+    Args:
+        key: of the sum. question: digest of the request.
+        values: of the request.
+        trained: what was learnt.
+    """
     names = trained.ownership.common(trained.weights)
     name = f"weights and metrics, {values['phase']} round {values['round'] + 1}"
     promised = SitePrivacy.from_dict(values["site_dp"]) if values["site_dp"] else None
