@@ -48,12 +48,19 @@ def clipped_sum(training: LocalTraining, weights: Weights, shared: SharedSteps, 
     """
     schedule = training.section.schedule
     if training.section.privacy is None or schedule.iterations_per_epoch != 1 or schedule.phases != "frozen":
-        raise PrivacyError("Noise is shared in rounds of one private step of the segmenter alone; the plans say otherwise.")
+        raise PrivacyError(
+            "Noise is shared in rounds of one private step of the segmenter alone; the plans say otherwise."
+        )
     with training.root.activate():
         # For the patches; who is drawn is decided by the system's generator.
         seed_everything(training.seed, training.site, "segmenter", str(round_index))
         trainer = make_trainer(
-            training.trainer_name, training.plans, training.configuration, training.fold, training.dataset_json, training.device
+            training.trainer_name,
+            training.plans,
+            training.configuration,
+            training.fold,
+            training.dataset_json,
+            training.device,
         )
         trainer.run_id = training.states.folder.name
         trainer.initialize()

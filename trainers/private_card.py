@@ -42,5 +42,7 @@ def privacy_card(ledger: Ledger, delta: float, facts: Mapping[str, Any]) -> dict
     }
     if cost.alone > cost.epsilon:
         said["epsilon_alone"] = cost.alone
-        said["epsilon_alone_means"] = "if all other sites and the server work together; epsilon is by the run's trust model"
+        said["epsilon_alone_means"] = (
+            "if all other sites and the server work together; epsilon is by the run's trust model"
+        )
     return said

@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="also take real patients as canaries, in that many steps",
     )
+    canaries.add_argument(
+        "--phase",
+        choices=("segmenter", "harmonizer"),
+        default="segmenter",
+        help="whose private steps are audited (default: %(default)s)",
+    )
     add_dataclass_options(canaries, CanaryOptions)
     inversion = actions.add_parser("inversion", help="can the receiver of an update draw the patch behind it?")
     _add_training(inversion)
@@ -160,7 +166,12 @@ def _canaries(args: argparse.Namespace) -> int:
     site, options = _site(args), read_dataclass_options(args, CanaryOptions)
     privacy = site.privacy(given_options(args, PrivacyOptions))
     with audit_trainer(site, privacy) as trainer:
-        audit = audit_gradients(trainer, options, delta=privacy.delta, progress=True)
+        if args.phase == "harmonizer":
+            from nnunet_fedharm.evaluation.audit.harmonizer_canaries import audit_harmonizer
+
+            audit = audit_harmonizer(trainer, options, delta=privacy.delta)
+        else:
+            audit = audit_gradients(trainer, options, delta=privacy.delta, progress=True)
     patients = None
     if args.patients > 0:
         with audit_trainer(site, privacy) as trainer:
@@ -171,7 +182,8 @@ def _canaries(args: argparse.Namespace) -> int:
     print(words.plain_table(words.MEASURED_HEAD, words.measured_rows(audit)) + "\n")
     print(words.plain_table(words.CANARY_HEAD, words.canary_rows(audit.found)))
     sentence = words.canary_sentence(audit) + ("" if patients is None else " " + words.patient_sentence(patients))
-    content = {"gradient_canaries": audit.to_dict(), "patients": None if patients is None else patients.to_dict()}
+    found = {"gradient_canaries": audit.to_dict(), "patients": None if patients is None else patients.to_dict()}
+    content = {"phase": args.phase, **found}
     _finish(args.output, sentence, content, canary_page(audit, patients, dataset=site.dataset_name))
     return FOUND if audit.refuted or audit.suspicions or (patients is not None and patients.refuted) else 0
 

@@ -1,0 +1,66 @@
+"""Privacy of whole sites and a trained model as the start, through the real Flower: a simulation for each place of the noise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nnunet_fedharm.federation.launch import federate
+from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.privacy.options import PRIVACY_FILE
+from tests.federation.test_in_process import tiny
+
+pytestmark = pytest.mark.slow
+
+PLACES: dict[str, dict[str, Any]] = {
+    "server": {"weighting": "sites"},
+    "distributed": {"secure_aggregation": "all"},
+    "local": {"weighting": "sites"},
+}
+
+
+def weights_of(fold: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(fold / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    weights: dict[str, torch.Tensor] = checkpoint["network_weights"]
+    return weights
+
+
+def test_noise_of_each_place_starts_from_a_trained_model_and_says_what_it_promises(
+    tmp_path: Path, make_consortium: Callable[..., Path]
+) -> None:
+    root = make_consortium(tmp_path / "consortium", {"A": (2, 0), "B": (2, 0), "C": (2, 0)})
+    start = ""
+    for mode, options in PLACES.items():
+        config = tiny(
+            root,
+            segmenter_rounds=1,
+            start_from=start,
+            site_dp=mode,
+            site_clip=1e-4,
+            site_noise=0.5,
+            delta=1e-3,
+            parallel_sites=3,
+            **options,
+        )
+        fold = federate(config, show=lambda _: None)
+        said = json.loads((fold / PRIVACY_FILE).read_text())["site_level"]
+        assert (said["mode"], said["unit"], said["delta"]) == (mode, "site", 1e-3)
+        for site in "ABC":
+            (own,) = (root / "sites" / site / "nnUNet_results").rglob(PRIVACY_FILE)
+            assert json.loads(own.read_text())["site_level"] == said
+            entries = [e for e in Ledger(root / "sites" / site / "fedharm").releases() if e.what.startswith("weights")]
+            bounded = [e.bounded for e in entries]
+            assert bounded == [False, True, True][: len(entries)], "the server's noise is not the site's own"
+        if start:
+            before, after = weights_of(Path(start) / "fold_all"), weights_of(fold)
+            moved = [float((before[name] - after[name]).abs().max()) for name in before]
+            assert 0 < max(moved) < 5e-4, "clipped updates and noise of 1e-4 about the start"
+        else:
+            shutil.copytree(fold.parent, tmp_path / "model")
+            start = str(tmp_path / "model")
