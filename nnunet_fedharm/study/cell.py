@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -17,17 +16,16 @@ from typing import Any
 from nnunet_fedharm.evaluation.labels import Targets
 from nnunet_fedharm.evaluation.segmentation import metrics_of, score_cases, write_metrics
 from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_json
-from nnunet_fedharm.study.data import TRAVELLING, StudyData
+from nnunet_fedharm.study.data import StudyData
 from nnunet_fedharm.study.energy import Energy, measured
 from nnunet_fedharm.study.matrix import Cell
-from nnunet_fedharm.study.results import COST_FILE, ENVIRONMENT_FILE, METRICS_FILE, QUALITY_FILE, cell_folder
+from nnunet_fedharm.study.quality import TRAINED_FILE, measure_quality, predict
+from nnunet_fedharm.study.results import COST_FILE, ENVIRONMENT_FILE, METRICS_FILE, cell_folder
 from nnunet_fedharm.study.study_file import BASELINES, CONTROL, StudyFile
-from nnunet_fedharm.study.training import Trained, link, train
+from nnunet_fedharm.study.training import Trained, train
 
-TRAINED_FILE, CLOCK_FILE = "trained.json", "clock.json"
+CLOCK_FILE = "clock.json"
 PACKAGES = ("nnunet_fedharm", "nnunetv2", "torch", "flwr", "opacus", "diffusers", "numpy")
-PERMUTATIONS = 100
-"""Of the site classifier's null in a cell's quality report."""
 
 
 def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str], None]) -> Path:
@@ -55,7 +53,7 @@ def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
     if harmonizes and cell.seed == study.subject.seeds[0]:
         show("harmonize")
         _harmonize(data, trained, folder, device)
-        _measure_quality(data, folder)
+        measure_quality(data, cell, device=device)
     show("score")
     metrics = _score(data, trained, folder, cell.seed)
     cost = {
@@ -102,29 +100,11 @@ def _train_on_the_clock(data: StudyData, cell: Cell, folder: Path, device: str) 
 
 
 def _predict(data: StudyData, trained: Trained, folder: Path, device: str) -> float:
-    """Stock prediction of each site's test cases with its own model and style; seconds per volume."""
-    import torch
-
-    from nnunet_fedharm.trainers.predictor import FedHarmPredictor
-
+    """Each site's test cases with its own model and style; seconds per volume."""
     seconds, count = 0.0, 0
     for site, model in trained.models.items():
-        output = folder / "predictions" / site
-        output.mkdir(parents=True, exist_ok=True)
-        predictor = FedHarmPredictor(
-            style=trained.styles[site],
-            use_mirroring=data.study.training.mirroring,
-            perform_everything_on_device=device == "cuda",
-            device=torch.device(device),
-            allow_tqdm=False,
-        )
-        fold = data.study.subject.fold
-        predictor.initialize_from_trained_model_folder(model, (fold if fold == "all" else int(fold),))
-        began = time.monotonic()
-        predictor.predict_from_files_sequential(
-            str(data.test(site) / "images"), str(output), save_probabilities=False, overwrite=True
-        )
-        seconds += time.monotonic() - began
+        images, output = data.test(site) / "images", folder / "predictions" / site
+        seconds += predict(data, model, trained.styles[site], images, output, device=device)
         count += len(list((data.test(site) / "labels").iterdir()))
     return seconds / max(1, count)
 
@@ -143,38 +123,6 @@ def _harmonize(data: StudyData, trained: Trained, folder: Path, device: str) -> 
             device=device,
             progress=False,
         )
-
-
-def _measure_quality(data: StudyData, folder: Path) -> None:
-    """Harmonized travelling subjects against the truth, where the dataset has any."""
-    from nnunet_fedharm.evaluation.quality import Folders
-    from nnunet_fedharm.evaluation.quality_report import quality_report
-
-    raw, reference = data.study.raw_dataset, data.study.subject.reference
-    scans = sorted((raw / TRAVELLING[0]).glob("*_0000.nii.gz")) if (raw / TRAVELLING[0]).is_dir() else []
-    if not scans:
-        return
-    work, pairs = folder / "travelling", {}
-    for scan in scans:
-        case = scan.name.removesuffix("_0000.nii.gz")
-        site, subject = str(data.study.registry.site_of(case)), case.split("_", 1)[1]
-        truth = f"{reference}_{subject}"
-        pairs[case] = {"reference": truth, "site": site}
-        for name, source in (
-            (f"truth/{truth}_0000.nii.gz", data.test(reference) / "images" / f"{truth}_0000.nii.gz"),
-            (f"labels/{truth}.nii.gz", data.test(reference) / "labels" / f"{truth}.nii.gz"),
-            (f"scans/{scan.name}", scan),
-            (f"harmonized/{scan.name}", folder / "harmonized" / site / scan.name),
-        ):
-            (work / name).parent.mkdir(parents=True, exist_ok=True)
-            link(source, work / name)
-    write_json(pairs, work / "pairs.json")
-    folders = Folders(
-        reference=work / "truth", before=work / "scans", after=work / "harmonized", labels=work / "labels"
-    )
-    report = quality_report(folders, pairs_file=work / "pairs.json", permutations=PERMUTATIONS, progress=False)
-    write_metrics(report, folder / QUALITY_FILE)
-    shutil.rmtree(work)
 
 
 def _score(data: StudyData, trained: Trained, folder: Path, seed: int) -> dict[str, Any]:

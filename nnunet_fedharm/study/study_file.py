@@ -130,6 +130,8 @@ class Report:
     least_dice: float = 0.3
     """Mean Dice below which an arm has not learned to segment: two that failed alike are not equally good (no assay sensitivity,
     ICH E10)."""
+    lesion_labels: tuple[int, ...] = ()
+    """Label values that are lesions; with travelling subjects the control then counts them before and after harmonization."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,9 @@ def _check(study: StudyFile, path: Path) -> None:
         raise DataError(
             f"{path}: least_dice in [report] must be at least 0 and below 1, got {study.report.least_dice:g}."
         )
+    if not all(isinstance(value, int) and value > 0 for value in study.report.lesion_labels):
+        given = list(study.report.lesion_labels)
+        raise DataError(f"{path}: lesion_labels in [report] must be label values above 0, got {given}.")
     for epsilon in arms.epsilons:
         study.private(epsilon)
     if arms.private_harmonizers and not arms.epsilons:

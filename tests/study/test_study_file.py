@@ -98,6 +98,7 @@ def test_cells_of_the_first_seed_come_first_and_the_control_before_all(tmp_path:
         ("[report]\nmargin = 0\n", r"margin in \[report\] must lie between 0 and 0.5 Dice, got 0"),
         ("[report]\nmargin = 2.0\n", "got 2"),
         ("[report]\nleast_dice = 1\n", r"least_dice in \[report\] must be at least 0 and below 1"),
+        ("[report]\nlesion_labels = [0]\n", "must be label values above 0"),
         ("[report]\nfloor = 0.1\n", r"unknown key 'floor' in \[report\]"),
         ("[privacy]\nepsilon = 8\n", r"unknown key 'epsilon' in \[privacy\]"),
         ("[privacy]\nclip = -1\n", "clip must be a positive number"),

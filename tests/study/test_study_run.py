@@ -28,6 +28,8 @@ device = "cpu"
 [arms]
 harmonizers = ["polarity"]
 baselines = ["no-augmentation"]
+[report]
+lesion_labels = [1]
 [training]
 harmonizer_epochs = 1
 segmenter_epochs = 1
@@ -87,9 +89,24 @@ def test_a_study_runs_from_one_file_and_goes_on_where_it_was_stopped(
 
     assert main(["study", "run", str(folder), "--dry-run"]) == 0
     assert "timed steps of the planned network" in " ".join(capsys.readouterr().out.split())
-    assert main(["study", "run", str(folder), "--only", "central_polarity", "federated_none", "local_B"]) == 0
+    assert (
+        main(
+            [
+                "study",
+                "run",
+                str(folder),
+                "--only",
+                "central_none_seed",
+                "central_polarity",
+                "federated_none",
+                "local_B",
+            ]
+        )
+        == 0
+    )
     results = read_results(study)
     assert {result.cell.arm.name for result in results.finished} == {
+        "central_none",
         "central_polarity",
         "federated_none",
         "local_B_none",
@@ -105,7 +122,9 @@ def test_a_study_runs_from_one_file_and_goes_on_where_it_was_stopped(
     for site in "AB":  # the next federated cell finds them
         assert list(data.preprocessed(site).glob(f"{data.dataset_name}/*/*.pkl"))
         assert not (by_name["federated_none"].folder / "sites" / site / "nnUNet_preprocessed").exists()
-    assert by_name["central_polarity"].quality is not None
+    quality = by_name["central_polarity"].quality
+    assert quality is not None
+    assert quality["lesions"]["B"]["n_lesions"] == 1
     assert (by_name["central_polarity"].folder / "harmonized" / "B").is_dir()
     assert results.scores(by_name["local_B_none"].cell.arm, "A", DICE) is None
 
@@ -120,7 +139,7 @@ def test_a_study_runs_from_one_file_and_goes_on_where_it_was_stopped(
 
     capsys.readouterr()
     assert main(["study", "status", str(folder)]) == 0
-    assert "3 of" in capsys.readouterr().out
+    assert "4 of" in capsys.readouterr().out
     changed = (folder / STUDY_FILE).read_text().replace('labelled_sites = ["A"]', "labelled_sites = []")
     (folder / STUDY_FILE).write_text(changed)
     with pytest.raises(DataError, match="were made for other values"):

@@ -41,7 +41,9 @@ def dice_figure(found: StudyFindings) -> Html:
     ]
     marks = [*MODE_KEY, ('<i class="dash control"></i>', "control")]
     marks += [('<i class="dash"></i>', "training on the site's own labels")] if found.oracles else []
-    return Html(key(marks) + "".join(charts)) if any(charts) else Html("")
+    # On a narrow screen letters keep their size, and the figure is moved sideways.
+    wide = "".join(f'<div class="scroll wide">{chart}</div>' for chart in charts)
+    return Html(key(marks) + wide) if any(charts) else Html("")
 
 
 def gap_figure(found: StudyFindings) -> Html:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -68,7 +69,10 @@ def render_study(found: StudyFindings, extras: Extras) -> str:
     ]
     shown = [item for item in sections if item[2]]
     absent = [title for _, title, content, _ in sections if not content]
-    tail = [("methods", "Methods", _methods(extras), ""), ("limits", "Limits", bullets(limits(found, absent)), "")]
+    tail = [
+        ("methods", "Methods", _methods(extras), ""),
+        ("limits", "Limits", with_code(bullets(limits(found, absent))), ""),
+    ]
     return Template(_PAGE).substitute(
         style=STUDY_STYLE,
         title=escape(found.name),
@@ -148,8 +152,13 @@ def _question(item: Answer, picture: Html) -> str:
     css = "question" if item.measured else "question open"
     first, rest = list(item.support[:SHOWN]), list(item.support[SHOWN:])
     more = folded("More", bullets(rest)) if rest else ""
-    answer = f"{paragraphs([item.headline])}{picture}{bullets(first)}{more}"
+    answer = with_code(f"{paragraphs([item.headline])}{picture}{bullets(first)}{more}")
     return f'<div class="{css}"><h2>{text(item.question)}</h2>{answer}</div>'
+
+
+def with_code(html: str) -> str:
+    """Commands in sentences, which stand between backticks."""
+    return re.sub(r"`([^`<>]+)`", r"<code>\1</code>", html)
 
 
 def _dice_tables(found: StudyFindings) -> str:
@@ -236,7 +245,10 @@ _QUALITY = (
     "radiomics features, .75 is called good. Site recognised: balanced accuracy of a classifier on features, below it the 95th "
     "percentile with shuffled sites."
 )
-_LESIONS = "A lesion-wise count before and after harmonization, by a segmenter that was trained on neither."
+_LESIONS = (
+    "Lesions of travelling subjects that the control finds in their scans and in the harmonized volumes, first training; it was "
+    "trained on no harmonized volume. Fewer found, or more false ones, after harmonization is a warning."
+)
 _CONTROLS = "Checks whose answer is known beforehand; a study whose controls fail says nothing about the questions."
 _TESTS = (
     "Paired by patient: Wilcoxon signed-rank, p adjusted by Holm within each table; a verdict also needs an interval that "

@@ -33,7 +33,8 @@ pre{font-size:12.5px;line-height:1.4;overflow-x:auto;background:var(--bg);border
 border-radius:6px;padding:10px}
 .methods p{color:var(--ink)}.methods h3{margin-top:12px}
 nav.toc{display:flex;flex-wrap:wrap;gap:4px 14px;margin:14px 2px 0}
-@media (max-width:820px){.questions{grid-template-columns:minmax(0,1fr)}}
+.wide{overflow-x:auto}
+@media (max-width:820px){.questions{grid-template-columns:minmax(0,1fr)}.wide svg{width:860px;max-width:none}}
 @media print{main{max-width:none;padding:0}section,.question,figure,.sitestrip{break-inside:avoid}section.long{break-inside:auto}
 nav.toc{display:none}.scroll,.strip{overflow:visible}.strip{flex-wrap:wrap}
 :root{--bg:#fff;--card:#fff;--ink:#1a1d21;--muted:#4c545e;--line:#d5dae0}
