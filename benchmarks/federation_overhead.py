@@ -5,13 +5,16 @@ One case a call, so that each is short; every call appends a line to `--out`, an
 
 A round lasts from its `round_start` to the next one, so it holds the request, the sites' work, the aggregation, the checkpoint
 and the results folder. Local training is what the slower site measured for its local epochs, set-up of trainer and loaders
-included. The first round pays the start of the worker, so that medians are over the rounds after it.
+included. The first round pays the start of the worker, so that medians are over the rounds after it. `at site` is the part
+between the request and the slower site's reply, `at server` the rest: aggregation, checkpoint, results folder. `load` is the
+machine's mean of five minutes at the end, this run included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -68,14 +71,15 @@ def run(case: str, config: FederateConfig) -> list[Event]:
         deployment.stop()
 
 
-def rounds_of(events: list[Event]) -> list[tuple[float, float]]:
-    """(seconds of the round, seconds of the slower site's local training) of every round that another one follows."""
+def rounds_of(events: list[Event]) -> list[tuple[float, float, float]]:
+    """Seconds of every round that another one follows: all of it, to the last reply, the slower site's local training."""
     starts = [event for event in events if event["event"] == "round_start"]
     found = []
     for start, following in pairwise(starts):
         trained = [e for e in events if e["event"] == "site_trained" and e["round"] == start["round"]]
         local = max(event["metrics"]["seconds"] for event in trained)
-        found.append(((_time(following) - _time(start)).total_seconds(), local))
+        replied = max(_time(event) for event in trained)
+        found.append((_between(start, following), (replied - _time(start)).total_seconds(), local))
     return found
 
 
@@ -94,23 +98,32 @@ def measure(case: str, *, steps: int, rounds: int, features: int) -> Event:
         "case": case,
         "steps": steps,
         "MiB": round(sent["bytes_down"] / len(SITES) / 2**20, 1),
-        "first": round(measured[0][0] - measured[0][1], 1),
-        "local": round(statistics.median(local for _, local in rest), 1),
-        "round": round(statistics.median(whole for whole, _ in rest), 1),
-        "overhead": round(statistics.median(whole - local for whole, local in rest), 1),
+        "first": round(measured[0][0] - measured[0][2], 1),
+        "local": round(statistics.median(local for _, _, local in rest), 1),
+        "round": round(statistics.median(whole for whole, _, _ in rest), 1),
+        "overhead": round(statistics.median(whole - local for whole, _, local in rest), 1),
+        "at site": round(statistics.median(replied - local for _, replied, local in rest), 1),
+        "at server": round(statistics.median(whole - replied for whole, replied, _ in rest), 1),
+        "each": [tuple(round(value, 1) for value in values) for values in measured],
         "rounds": len(rest),
+        "load": round(os.getloadavg()[1], 1),
     }
 
 
 def table(lines: list[Event]) -> str:
     """Markdown."""
-    head = ["run", "steps", "MiB", "local training s", "round s", "overhead s", "overhead", "first round's overhead s"]
+    keys = ("case", "steps", "MiB", "local", "round", "overhead", "at site", "at server", "first", "rounds", "load")
+    head = ["run", "steps", "MiB", "local training s", "round s", "overhead s", "at site s", "at server s"]
+    head += ["first round's overhead s", "rounds", "load", "overhead"]
     rows = [head, ["---"] * len(head)]
     for line in lines:
         share = f"{100 * line['overhead'] / line['local']:.0f} %"
-        shown = [line[key] for key in ("case", "steps", "MiB", "local", "round", "overhead")]
-        rows.append([*map(str, shown), share, str(line["first"])])
+        rows.append([*(str(line.get(key, "")) for key in keys), share])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _between(one: Event, two: Event) -> float:
+    return (_time(two) - _time(one)).total_seconds()
 
 
 def _time(event: Event) -> datetime:

@@ -16,16 +16,13 @@ import json
 import os
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ import numpy as np
 from flwr.app import Message
 
 from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.daemon import descendants
 from nnunet_fedharm.federation.events import read_events
 from nnunet_fedharm.federation.launch import federate
 from tests.conftest import write_raw_dataset
@@ -124,16 +122,17 @@ def measure_simulation(n_sites: int, folder: Path) -> Line:
     with watched("flwr-simulation") as peak:
         federate(config, show=lambda line: print(line, flush=True))
     events = read_events(root / "server" / "fedharm" / "events.jsonl")[0]
-    marks = [event for event in events if event["event"] in ("round_start", "finished")]
-    times = [(time_of(two) - time_of(one)).total_seconds() for one, two in pairwise(marks)]
     end = next(event for event in events if event["event"] == "round_end")
+    done = [event["seconds"] for event in events if event["event"] == "round_end"]
     return {
         "case": "simulation, fedavg",
         "sites": n_sites,
         "model MiB": round(end["bytes_down"] / n_sites / MIB, 1),
         "before MiB": "",
         "peak MiB": round(peak[0] / MIB),
-        "s per round": round(times[0], 1),
+        "s per round": round(min(done), 1),
+        "each": done,
+        "load": round(os.getloadavg()[1], 1),
     }
 
 
@@ -149,16 +148,16 @@ def make_links(root: Path, n_sites: int) -> None:
 
 @contextmanager
 def watched(name: str) -> Iterator[list[int]]:
-    """Largest resident memory, in bytes, of any process with this word in its command; read by the kernel, not sampled."""
+    """Largest resident memory, in bytes, of our descendants with this word in their command; the kernel's own record."""
     peak, over = [0], threading.Event()
 
     def look() -> None:
-        while not over.wait(0.5):
-            shown = subprocess.run(["pgrep", "-f", name], capture_output=True, text=True, check=False).stdout
-            for pid in shown.split():
-                status = Path(f"/proc/{pid}/status")
-                found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-                peak[0] = max(peak[0], int(found.group(1)) * 1024 if found else 0)
+        while not over.wait(1.0):
+            for pid in descendants(os.getpid()):
+                with suppress(OSError):  # it ended just now
+                    if name in Path(f"/proc/{pid}/cmdline").read_text():
+                        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+                        peak[0] = max(peak[0], int(found.group(1)) * 1024 if found else 0)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -172,10 +171,6 @@ def watched(name: str) -> Iterator[list[int]]:
 def resident() -> int:
     """Bytes of this process in memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def time_of(event: dict[str, Any]) -> datetime:
-    return datetime.fromisoformat(event["time"])
 
 
 def table(lines: list[Line]) -> str:

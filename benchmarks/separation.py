@@ -31,7 +31,7 @@ PORT = 9092
 PREFIX = "sep"
 PROGRAM = str(Path(sys.executable).parent / "nnunet-fedharm")
 SMALL = [
-    *("--iterations-per-epoch", "10", "--val-iterations", "2", "--base-features", "8", "--max-features", "32"),
+    *("--val-iterations", "2", "--base-features", "8", "--max-features", "32"),
     *("--batch-size", "8", "--patch-size", "40x40", "--initial-lr", "0.1", "--momentum", "0.9"),
     *("--deadline-s", "200", "--join-wait-s", "120"),
 ]
@@ -321,6 +321,7 @@ def main() -> int:
     )
     parser.add_argument("--sites", nargs="+", help="default: all of the data set")
     parser.add_argument("--rounds", type=int, default=3, help="segmenter rounds (default: 3)")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a round (default: 10)")
     parser.add_argument("--harmonizer", default="curve", help="kind (default: curve, with one round)")
     parser.add_argument("--cases", type=int, default=3, help="held-out cases that each site predicts (default: 3)")
     parser.add_argument("--no-run", action="store_true", help="stop before the training")
@@ -346,6 +347,7 @@ def main() -> int:
         if arguments.no_run:
             return 0
         options = ["--segmenter-rounds", str(arguments.rounds), "--harmonizer", arguments.harmonizer]
+        options += ["--iterations-per-epoch", str(arguments.steps)]
         options += ["--harmonizer-rounds", "1"] if arguments.harmonizer == "curve" else []
         train(trial, base, server, sites, ends, options)
         predict(trial, sites, arguments.cases, arguments.harmonizer)

@@ -226,3 +226,13 @@ def test_a_warm_round_is_a_cold_round_and_a_dead_worker_is_one_error(
     parent.kill()
     parent.wait()
     assert gone(third), "a worker ends with its SuperNode"
+
+
+def test_a_parent_that_is_hidden_from_the_worker_is_still_there(tmp_path: Path) -> None:
+    """`ProtectProc=invisible` of a systemd unit hides Flower's helper, which forbids others to look into it."""
+    process = subprocess.Popen(["sleep", "60"])
+    assert born(process.pid)
+    assert born(process.pid, tmp_path) == "there"
+    process.kill()
+    process.wait()
+    assert born(process.pid) == born(process.pid, tmp_path) == ""

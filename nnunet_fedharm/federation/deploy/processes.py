@@ -35,6 +35,7 @@ class Children:
     logs: Path
     environment: Mapping[str, str]
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _log_starts: dict[str, int] = field(default_factory=dict)
 
     def start(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a child; Ctrl-C reaches the parent first, which ends the children in order."""
@@ -42,6 +43,7 @@ class Children:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size > _LOG_BYTES:
             path.replace(path.with_suffix(".log.1"))
+        self._log_starts[name] = path.stat().st_size if path.exists() else 0
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as stream:
             self.running[name] = subprocess.Popen(
                 list(command),
@@ -56,6 +58,10 @@ class Children:
     def log(self, name: str) -> Path:
         """Where the output of a child is."""
         return self.logs / f"{name}.log"
+
+    def said(self, name: str) -> str:
+        """The end of what a child has written since it was started, as one line."""
+        return last_words(self.log(name), since=self._log_starts[name], lines=30, most=4000)
 
     def check(self) -> None:
         """Nothing, while all of them run.
@@ -136,12 +142,12 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def last_words(log: Path, *, lines: int = 3, most: int = 400) -> str:
-    """The last lines of a log as one, without colours."""
+def last_words(log: Path, *, lines: int = 3, most: int = 400, since: int = 0) -> str:
+    """The last lines of a log from byte `since` on, as one, without colours."""
     if not log.is_file():
         return "(no output)"
     with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - 4096))
+        stream.seek(max(since, log.stat().st_size - 4096))
         text = stream.read().decode(errors="replace")
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     return " | ".join([line.strip() for line in plain.splitlines() if line.strip()][-lines:])[-most:]

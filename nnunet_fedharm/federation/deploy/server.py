@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import threading
 import time
@@ -104,10 +103,18 @@ def register_site(folder: ServerFolder, site: str, key_file: Path, *, replace_ke
     twin = [name for name, other in known.items() if other.split()[:2] == line.split()[:2] and name != site]
     if twin:
         raise SetupError(f"The key of {site} is that of {twin[0]}. Each site needs a key of its own.")
-    if site in known and known[site].split()[:2] != line.split()[:2] and not replace_key:
+    if " ".join(line.split()[:2]) in folder.shut_out():
         raise SetupError(
-            f"{site} is registered with another key. Ask the site by telephone whether it made a new one, then use --replace."
+            f"This key of {site} was shut out before, and such a key is never let in again. Have the site make a new one "
+            "(`nnunet-fedharm site join … --new-key`) and send its node.pub."
         )
+    if site in known and known[site].split()[:2] != line.split()[:2]:
+        if not replace_key:
+            raise SetupError(
+                f"{site} is registered with another key. Ask the site by telephone whether it made a new one, then use "
+                "--replace."
+            )
+        folder.shut_out_key(site)
     expected_site(folder, site)
     (folder.node_keys / f"{site}.pub").write_text(line + "\n", encoding="utf-8")
     return _sync_if_running(folder)
@@ -119,10 +126,9 @@ def remove_site(folder: ServerFolder, site: str) -> bool:
     Raises:
         SetupError: it is not registered.
     """
-    path = folder.node_keys / f"{site}.pub"
-    if not path.is_file():
+    if site not in folder.registered():
         raise SetupError(f"{site} is not registered; registered are {', '.join(folder.registered()) or 'none'}.")
-    shutil.move(path, path.with_suffix(".removed"))
+    folder.shut_out_key(site)
     return _sync_if_running(folder)
 
 

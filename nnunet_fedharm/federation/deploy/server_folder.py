@@ -118,6 +118,18 @@ class ServerFolder:
         found = sorted(self.node_keys.glob("*.pub"))
         return {path.stem: path.read_text(encoding="utf-8").strip() for path in found}
 
+    def shut_out(self) -> set[str]:
+        """Public keys that were removed or replaced, without their comments; Flower never takes one of them back."""
+        lines = [line for path in self.node_keys.glob("*.removed") for line in path.read_text().splitlines()]
+        return {" ".join(line.split()[:2]) for line in lines if line.strip()}
+
+    def shut_out_key(self, site: str) -> None:
+        """Move the key of a registered site to those that were removed."""
+        path = self.node_keys / f"{site}.pub"
+        with path.with_suffix(".removed").open("a", encoding="utf-8") as stream:
+            stream.write(path.read_text(encoding="utf-8").strip() + "\n")
+        path.unlink()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:

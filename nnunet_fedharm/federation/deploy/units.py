@@ -112,7 +112,9 @@ def _write(
     target.mkdir(parents=True, exist_ok=True)
     unit, container = target / f"{name}.service", target / f"Containerfile.{command}"
     own = Path(sys.executable).parent / "nnunet-fedharm"
-    inside_home = any(path.is_relative_to("/home") or path.is_relative_to("/root") for path in (folder, own))
+    # A virtual environment anywhere may use a Python below somebody's home (pyenv, conda, uv).
+    needed = (folder, own, Path(sys.executable).resolve(), Path(sys.base_prefix).resolve())
+    inside_home = any(path.is_relative_to(home) for path in needed for home in ("/home", "/root"))
     unit.write_text(
         _UNIT.format(
             what=what,

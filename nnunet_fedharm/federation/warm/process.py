@@ -61,17 +61,19 @@ class Watch(threading.Thread):
                 end("nobody waits for the answer any more")
 
 
-def born(pid: int) -> str:
+def born(pid: int, proc: Path = Path("/proc")) -> str:
     """What tells a process from a later one of the same number; empty where there is none."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
-        if Path("/proc/self/stat").exists():
-            return ""
+        # There is no /proc on this system, or it hides the process: Flower's helper forbids others to look into it, and then
+        # `hidepid` (systemd's ProtectProc) hides it even from its own user.
         try:
-            os.kill(pid, 0)  # no /proc on this system
-        except OSError:
+            os.kill(pid, 0)
+        except ProcessLookupError:
             return ""
+        except PermissionError:  # another user's
+            return "there"
         return "there"
     return "" if fields[0] == "Z" else fields[19]
 

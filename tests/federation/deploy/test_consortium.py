@@ -153,6 +153,11 @@ def test_only_public_keys_of_the_right_kind_are_registered(
     assert server.registered() == {}
     with pytest.raises(SetupError, match="is not registered"):
         remove_site(server, SITES[0])
+    for site in (north, south):  # replaced, and removed
+        with pytest.raises(SetupError, match="was shut out before"):
+            register_site(server, SITES[0], site.node_key.with_suffix(".pub"))
+    register_site(server, SITES[0], join_site(SITES[0], new_key=True).node_key.with_suffix(".pub"))
+    assert list(server.registered()) == [SITES[0]]
 
 
 def test_a_server_of_another_release_does_not_start(server: ServerFolder) -> None:
