@@ -307,7 +307,7 @@ def federated_weights(bench: Bench, harmonizer: Harmonizer, scenario: str = "A",
     ]
     command += ["--base-features", 8, "--max-features", 64, "--batch-size", size.batch, "--patch-size", patch]
     command += ["--harmonizer-lr", 2e-3, "--initial-lr", 0.1, "--momentum", 0.9, "--fold", "all"]
-    command += ["--plans-name", f"fed_{name}", "--parallel-sites", 1, "--weighting", "sites", "--restart"]
+    command += ["--plans-name", f"fed_{name}", "--parallel-sites", 1, "--weighting", "sites"]
     command += [
         "--harmonizer-options",
         json.dumps(SIZES_OF.get(harmonizer.built, {})),

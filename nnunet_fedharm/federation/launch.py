@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,9 @@ from nnunet_fedharm.nnunet_root import NnunetRoot
 RunConfig = FederateConfig | SiteReportConfig
 
 _POLL_S = 0.3
+RUN_LOG = "run.log"
+"""What `flwr run` and the simulation print, in ROOT/flower."""
+_OUT_OF_MEMORY = re.compile(r"^ray\.exceptions\.OutOfMemoryError: .*?was ([\d.]+ ?GB) / ([\d.]+ ?GB)", re.MULTILINE)
 _GRACE_S = 10.0
 """How long after the end of `flwr run` the server's last event may still come."""
 
@@ -83,11 +87,11 @@ def launch(config: RunConfig, *, show: Callable[[str], None] | None = None) -> M
             _let_end(process)
     if last.get("event") in GOOD_ENDS:
         return last
-    for line in _site_reasons(config, logs):
+    for line in (*_site_reasons(config, logs), *memory_reason(home / RUN_LOG)):
         (show or _print)(line)
     if last.get("event") == "failed":
         raise FederationError(str(last["error"]))
-    raise FederationError(f"Flower ended the run without a result; {home / 'run.log'} and superlink.log say why.")
+    raise FederationError(f"Flower ended the run without a result; {home / RUN_LOG} and superlink.log say why.")
 
 
 def run_arguments(config: RunConfig, run_config: Path) -> list[str]:
@@ -131,7 +135,7 @@ def _flwr_run(config: RunConfig, home: Path, environment: Mapping[str, str]) -> 
     run_config = home / "run_config.toml"
     write_run_config(config, run_config)
     command = [program("flwr"), *run_arguments(config, run_config)]
-    with (home / "run.log").open("w", encoding="utf-8") as stream:
+    with (home / RUN_LOG).open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             command, env=dict(environment), stdout=stream, stderr=subprocess.STDOUT, cwd=home, start_new_session=True
         )
@@ -185,6 +189,17 @@ def _site_reasons(config: RunConfig, before: Mapping[str, int]) -> Iterator[str]
         path = _site_log(config, site)
         if _size(path) > size:
             yield f"from {path}:\n{path.read_bytes()[size:].decode(errors='replace').rstrip()}"
+
+
+def memory_reason(log: Path) -> Iterator[str]:
+    """One sentence if Ray ended a site's process for want of memory, of which Flower says nothing to the server."""
+    found = _OUT_OF_MEMORY.findall(log.read_text(encoding="utf-8", errors="replace")) if log.exists() else []
+    if found:
+        used, whole = found[-1]
+        yield (
+            f"A site's process was ended because this machine was short of memory ({used} of {whole} used, {log}). "
+            "Close other programs, take fewer --parallel-sites or a smaller patch, and run the same command again."
+        )
 
 
 def _size(path: Path) -> int:

@@ -71,3 +71,19 @@ def test_who_is_turned_away_says_why_once_its_own_processes_have_ended(
         process.wait()
         last = _follow(log.path, 0, (process,), lambda line: None)
     assert last["error"] == "Another run is using the folder."
+
+
+def test_a_site_that_was_ended_for_want_of_memory_is_told_apart_from_one_that_failed(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    assert list(launch.memory_reason(log)) == [], "Flower did not start"
+    log.write_text("ERROR: something else\n")
+    assert list(launch.memory_reason(log)) == []
+    with log.open("a") as stream:  # as Ray 2.5x writes it
+        stream.write(
+            "ray.exceptions.OutOfMemoryError: 1 worker(s) were killed due to the node running low on memory. "
+            "Memory on the node (IP: 127.0.0.1, ID: e59f) was 22.38GB / 23.54GB (0.950520), which exceeds the memory "
+            "usage threshold of 0.950000; Object store memory usage: [- objects spillable: 0]\n"
+        )
+    (line,) = launch.memory_reason(log)
+    assert "22.38GB of 23.54GB" in line
+    assert "--parallel-sites" in line
