@@ -68,7 +68,7 @@ def agreement(own: PrivateBench, plans: Any, weights: Any, site: str) -> Mapping
     if found is None:
         raise SystemExit("No features were measured.")
     (rows,) = found["sites"].values()
-    return {state: float(rows["median"][state]) for state in ("before", "after")}
+    return {state: float(rows["median"][state]["value"]) for state in ("before", "after")}
 
 
 def main() -> None:
