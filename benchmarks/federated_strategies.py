@@ -1,7 +1,7 @@
 """Strategies on four hospitals with labels everywhere, and one of them sending poisoned updates: Dice and HD95 per site.
 
     PYTHONPATH=. python benchmarks/federated_strategies.py run    --data DATA --work WORK [--arms fedavg scaffold …]
-    PYTHONPATH=. python benchmarks/federated_strategies.py report --work WORK   # tables of docs/benchmarks/federated-strategies.md
+    PYTHONPATH=. python benchmarks/federated_strategies.py report --work WORK  # the tables of docs/benchmarks
 
 DATA is the nnU-Net raw dataset `Dataset910_HippocampusSites` with its `imagesTravelling`; cases are held out as in
 `hippocampus_sites.py`. Server and sites are the real apps in one process, without Flower's runtime, so a message costs nothing
