@@ -16,10 +16,11 @@ from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import SiteUpdate, as_dtype
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.ownership import Ownership
+from nnunet_fedharm.federation.secure.checks import check_colluding
 from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of, statement
 from nnunet_fedharm.federation.updates import quorum_of
 from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
-from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, default_threshold
+from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES
 from nnunet_fedharm.privacy.site_level import DISTRIBUTED, LOCAL, MODES, SERVER, SitePrivacy, clipped
 
 if TYPE_CHECKING:
@@ -132,13 +133,7 @@ def _check_sums(config: FederateConfig) -> None:
             "site-dp distributed adds shares of noise inside secure sums, and not every round has one. Use "
             "secure-aggregation all."
         )
-    sites = len(config.site_names)
-    threshold = config.secure_threshold or default_threshold(sites or MIN_SITES)
-    if config.site_colluding >= threshold:
-        raise FederationError(
-            f"site-colluding is {config.site_colluding}, but {threshold} sites together with the server open any update. Raise "
-            "secure-threshold, or lower site-colluding."
-        )
+    check_colluding(config, opens="update")
 
 
 def updates_only(ownership: Ownership) -> Ownership:

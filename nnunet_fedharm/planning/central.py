@@ -162,17 +162,17 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
             f"The reference site {options.reference!r} is not in {SITES_FILE}; "
             f"choose one of {', '.join(registry.sites)} or {CONSENSUS}."
         )
-    fingerprint: dict[str, Any] | None = None
-    if options.private_fingerprint is not None:
-        fingerprint_of_all = private_fingerprint(
-            raw, preprocessed, options.private_fingerprint, num_processes=options.num_processes, check=options.check
+    private = options.private_fingerprint
+    fingerprint = None if private else _stock_fingerprint(root, name, options)
+    if private is not None:
+        noisy = private_fingerprint(
+            raw, preprocessed, private, num_processes=options.num_processes, check=options.check
         )
-        plans = private_plans(raw, fingerprint_of_all, options.plan)
+        plans = private_plans(raw, noisy, options.plan)
     elif options.base_plans:
-        fingerprint = _stock_fingerprint(root, name, options)
         plans = renamed(existing_plans(root, name, options.base_plans), options.plan.plans_name)
     else:
-        fingerprint = _stock_fingerprint(root, name, options)
+        assert fingerprint is not None
         plans = _base_plans(root, name, dataset_json, fingerprint, options.plan)
     sections = known_sections(preprocessed / f"{options.plan.plans_name}.json", plans)
     for configuration in options.configurations:

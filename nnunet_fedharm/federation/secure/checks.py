@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.planning.facts import SiteFacts
 from nnunet_fedharm.privacy.fixed_point import Field, Layout
-from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES
+from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, default_threshold
 
 if TYPE_CHECKING:
     from nnunet_fedharm.federation.config import FederateConfig
@@ -55,6 +55,23 @@ def check_secure(config: FederateConfig) -> None:
         raise FederationError("secure-aggregation is for the segmenter, and segmenter-rounds is 0.")
     if config.site_names:
         _require(len(config.site_names), "this federation")
+
+
+def check_colluding(config: FederateConfig, *, opens: str) -> None:
+    """Refuse more colluding sites than hidden noise can bear: with the threshold's number the server opens everything.
+
+    Args:
+        opens: what they would open, for the sentence.
+
+    Raises:
+        FederationError: too many.
+    """
+    threshold = config.secure_threshold or default_threshold(len(config.site_names) or MIN_SITES)
+    if config.site_colluding >= threshold:
+        raise FederationError(
+            f"site-colluding is {config.site_colluding}, but {threshold} sites together with the server open any {opens}. Raise "
+            "secure-threshold, or lower site-colluding."
+        )
 
 
 def check_secure_sites(config: FederateConfig, facts: Sequence[SiteFacts]) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import as_dtype
 from nnunet_fedharm.federation.codec import Weights
+from nnunet_fedharm.federation.secure.checks import check_colluding
 from nnunet_fedharm.federation.secure.home import NOISY, ONE, Offer
 from nnunet_fedharm.federation.secure.update import MeanUpdate
 from nnunet_fedharm.federation.updates import quorum_of
 from nnunet_fedharm.privacy.fixed_point import Field, Layout, Sum
-from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, default_threshold
+from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES
 from nnunet_fedharm.privacy.shared_steps import SharedSteps, shared_steps, surplus
 from nnunet_fedharm.privacy.site_level import REACH
 
@@ -57,13 +58,7 @@ def check_patient_noise(config: FederateConfig) -> None:
     for holds, reason in needed:
         if not holds:
             raise FederationError(f"patient-noise distributed: {reason}.")
-    sites = len(config.site_names)
-    threshold = config.secure_threshold or default_threshold(sites or MIN_SITES)
-    if config.site_colluding >= threshold:
-        raise FederationError(
-            f"site-colluding is {config.site_colluding}, but {threshold} sites together with the server open any part. Raise "
-            "secure-threshold, or lower site-colluding."
-        )
+    check_colluding(config, opens="part")
 
 
 def shared_steps_of(config: FederateConfig, facts: Mapping[str, Mapping[str, Any]]) -> SharedSteps | None:

@@ -15,6 +15,7 @@ from nnunet_fedharm.evaluation.audit.site import AuditedSite, audit_trainer
 from nnunet_fedharm.privacy.noise import SecureNoise
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
+from tests.evaluation.audit import broken
 
 DELTA = 1e-5
 OPTIONS = {"epsilon": 2.0, "delta": DELTA, "patients_per_step": 3.0, "patches_per_patient": 1}
@@ -30,21 +31,11 @@ def collector(trainer: nnUNetTrainerFedHarm) -> PatientGradients:
 
 
 def no_noise(trainer: nnUNetTrainerFedHarm) -> None:
-    collector(trainer).noise = lambda shape, device: torch.zeros(shape, device=device)
+    broken.no_noise(collector(trainer))
 
 
 def no_clipping(trainer: nnUNetTrainerFedHarm) -> None:
-    """Noise for the clip, and gradients of any length."""
-    gradients = collector(trainer)
-    honest = gradients.end_patient
-
-    def end_patient() -> float:
-        clip, gradients.clip = gradients.clip, float("inf")
-        norm = honest()
-        gradients.clip = clip
-        return norm
-
-    gradients.end_patient = end_patient  # type: ignore[method-assign]
+    broken.no_clipping(collector(trainer))
 
 
 class SameEveryStep:

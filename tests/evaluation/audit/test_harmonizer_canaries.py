@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import torch
 
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.evaluation.audit.gradient_canaries import CanaryOptions, GradientAudit
@@ -14,6 +13,7 @@ from nnunet_fedharm.evaluation.audit.harmonizer_canaries import audit_harmonizer
 from nnunet_fedharm.evaluation.audit.site import AuditedSite, audit_trainer
 from nnunet_fedharm.planning.section import read_section, with_section
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
+from tests.evaluation.audit.broken import no_clipping, no_noise
 
 DELTA = 1e-5
 OPTIONS = {"epsilon": 2.0, "delta": DELTA, "patients_per_step": 3.0, "patches_per_patient": 1}
@@ -44,22 +44,6 @@ def audited(site: AuditedSite, breaking: Break | None = None) -> GradientAudit:
 
         private.gradients = collector  # type: ignore[method-assign]
         return audit_harmonizer(trainer, AUDIT, delta=DELTA)
-
-
-def no_noise(gradients: PatientGradients) -> None:
-    gradients.noise = lambda shape, device: torch.zeros(shape, device=device)
-
-
-def no_clipping(gradients: PatientGradients) -> None:
-    honest = gradients.end_patient
-
-    def end_patient() -> float:
-        clip, gradients.clip = gradients.clip, float("inf")
-        norm = honest()
-        gradients.clip = clip
-        return norm
-
-    gradients.end_patient = end_patient  # type: ignore[method-assign]
 
 
 def test_the_real_steps_are_not_refuted_and_nothing_is_suspicious(curve: AuditedSite) -> None:
