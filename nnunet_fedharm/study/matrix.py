@@ -87,6 +87,6 @@ def _arms(study: StudyFile) -> Iterator[Arm]:
         if asked.oracle or ("local" in asked.modes and site in study.labelled_sites):
             yield Arm("local", CONTROL, site=site)
     for epsilon in asked.epsilons:
-        for kind in (CONTROL, *asked.private_harmonizers):
+        for kind in asked.private_harmonizers:
             for mode in modes:
                 yield Arm(mode, kind, epsilon=epsilon)

@@ -63,9 +63,9 @@ class Arms:
     oracle: bool = True
     """Train each site on its own labels too, also where the study withholds them: the upper end of the gap."""
     epsilons: tuple[float, ...] = ()
-    """Differential privacy by patient: control and `private_harmonizers` once more at each, in each mode but local."""
-    private_harmonizers: tuple[str, ...] = ()
-    """Harmonizers that are trained at each epsilon too."""
+    """Differential privacy by patient: `private_harmonizers` once more at each, in each mode but local."""
+    private_harmonizers: tuple[str, ...] = (CONTROL,)
+    """Kinds that are trained at each epsilon; none is the control, without a harmonizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,8 +248,11 @@ def _check(study: StudyFile, path: Path) -> None:
     _one_of(subject.configuration, CONFIGURATIONS, "configuration", path)
     for site in (subject.reference, *subject.labelled_sites):
         _one_of(site, study.sites, "site", path)
-    for kind in (*arms.harmonizers, *arms.private_harmonizers):
-        _one_of(kind, tuple(kind for kind in KINDS if kind not in (CONTROL, *BASELINES)), "harmonizer", path)
+    harmonizers = tuple(kind for kind in KINDS if kind not in (CONTROL, *BASELINES))
+    for kind in arms.harmonizers:
+        _one_of(kind, harmonizers, "harmonizer", path)
+    for kind in arms.private_harmonizers:
+        _one_of(kind, (CONTROL, *harmonizers), "kind in private_harmonizers", path)
     for mode in arms.modes:
         _one_of(mode, MODES, "mode", path)
     for name in arms.baselines:
@@ -273,8 +276,8 @@ def _check(study: StudyFile, path: Path) -> None:
         raise DataError(f"{path}: lesion_labels in [report] must be label values above 0, got {given}.")
     for epsilon in arms.epsilons:
         study.private(epsilon)
-    if arms.private_harmonizers and not arms.epsilons:
-        raise DataError(f"{path}: private_harmonizers without epsilons. Add epsilons = [8.0] or remove it.")
+    if arms.epsilons and not arms.private_harmonizers:
+        raise DataError(f'{path}: epsilons without private_harmonizers. Name kinds there, "none" for the control.')
     axes = 2 if subject.configuration == "2d" else 3
     if study.training.patch_size and len(study.training.patch_size) != axes:
         raise DataError(f"{path}: patch_size needs {axes} values for {subject.configuration}, or none.")

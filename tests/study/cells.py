@@ -50,7 +50,7 @@ class Study:
         (self.folder / STUDY_FILE).write_text(
             f'[study]\nname = "<Blobs>"\ndataset = "../Dataset001_Blobs"\nconfiguration = "2d"\nreference = "A"\n'
             f"labelled_sites = {json.dumps(list(labelled))}\nseeds = {list(seeds)}\n"
-            f'[arms]\nharmonizers = ["polarity", "diffusion"]\nepsilons = [8.0]\nprivate_harmonizers = ["polarity"]\n{more}\n'
+            f'[arms]\nharmonizers = ["polarity", "diffusion"]\nepsilons = [8.0]\nprivate_harmonizers = ["none", "polarity"]\n{more}\n'
         )
         self.seeds = list(seeds)
 

@@ -63,7 +63,7 @@ def test_cells_of_the_first_seed_come_first_and_the_control_before_all(tmp_path:
     study = study_of(
         tmp_path / "s",
         dataset,
-        '[arms]\nharmonizers = ["polarity"]\nepsilons = [8]\nprivate_harmonizers = ["polarity"]\n',
+        '[arms]\nharmonizers = ["polarity"]\nepsilons = [8]\nprivate_harmonizers = ["none", "polarity"]\n',
     )
     names = [cell.name for cell in cells_of(study)]
     assert names[0] == "central_none_seed-0"
@@ -91,7 +91,8 @@ def test_cells_of_the_first_seed_come_first_and_the_control_before_all(tmp_path:
         ('[arms]\nharmonizer = ["polarity"]\n', r"unknown key 'harmonizer' in \[arms\]"),
         ('[arms]\nharmonizers = ["none"]\n', "unknown harmonizer 'none'"),
         ('[arms]\nmodes = ["local"]\n', "needs central or federated"),
-        ('[arms]\nprivate_harmonizers = ["polarity"]\n', "without epsilons"),
+        ("[arms]\nepsilons = [8]\nprivate_harmonizers = []\n", "without private_harmonizers"),
+        ('[arms]\nprivate_harmonizers = ["augment"]\n', "unknown kind in private_harmonizers 'augment'"),
         ("[training]\nsegmenter_epochs = 1.5\n", r"segmenter_epochs in \[training\] must be a whole number"),
         ("[training]\nsegmenter_epochs = 0\n", "segmenter_epochs must be >= 1"),
         ("[training]\npatch_size = [8, 8]\n", "patch_size needs 3 values"),
