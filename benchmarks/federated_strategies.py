@@ -119,9 +119,18 @@ HONEST = (
 )
 ATTACKS = (Attack("scaled", 10.0), Attack("flipped", 10.0), Attack("random", 10.0), Attack("flipped", 1.0))
 DEFENCES = ("fedavg", "norm-bound-3", "median", "trimmed-mean")
+POLARITY = {"harmonizer": "polarity", "reference": "A", "harmonizer_rounds": 6}
+HARMONIZED = (
+    Arm("polarity, fedavg", POLARITY),
+    Arm("polarity, median", {**POLARITY, "strategy": "median"}),
+    Arm("polarity, trimmed-mean", {**POLARITY, "strategy": "trimmed-mean"}),
+)
+"""Once D's contrast is turned over, honest sites are alike, which is what a robust mean takes for granted."""
 ARMS = (
     *HONEST,
     *(Arm(arm.name, arm.options, attack) for attack in ATTACKS for arm in HONEST if arm.name in DEFENCES),
+    *HARMONIZED,
+    *(Arm(arm.name, arm.options, attack) for attack in ATTACKS for arm in HARMONIZED),
 )
 # Krum is no row: against one bad site it needs five sites.
 
