@@ -106,11 +106,13 @@ class Bench:
     Attributes:
         data: raw dataset with travelling subjects.
         work: everything that is written.
+        processes: for planning and preprocessing.
     """
 
     data: Path
     work: Path
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    processes: int = 2
 
     def root(self, scenario: str) -> NnunetRoot:
         """Images of all sites in one nnU-Net root, with the scenario's labels, preprocessed for both configurations."""
@@ -156,7 +158,7 @@ class Bench:
                         patch_size=size.patch,
                         plans_name=f"plans_{dims}",
                     ),
-                    num_processes=2,
+                    num_processes=self.processes,
                     check=False,
                 )
                 path.write_text(json.dumps(plan_central(root, "910", options)))
@@ -207,7 +209,9 @@ class Bench:
 
     def _preprocess(self, root: NnunetRoot, dims: str) -> None:
         plans = self.plans(dims)
-        preprocess_site(root, NAME, plans, SIZES[dims].configuration, num_processes=2, dataset_json=self.description())
+        preprocess_site(
+            root, NAME, plans, SIZES[dims].configuration, num_processes=self.processes, dataset_json=self.description()
+        )
 
 
 def split(work: Path, consortium: Path, labelled: list[str]) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 
 BEGIN, END = "<!-- tables of private_dice.py -->", "<!-- end of tables -->"
 SITES = ("A", "B", "C", "D")
-MODES = ("central", "federated")
+MODES = {"central": "central", "federated": "federated", "shared": "federated, shared noise"}
+"""Mode -> words, in the order of the rows."""
+LINES = {"central": "-", "federated": "--", "shared": ":"}
 Results = dict[tuple[str, str, float], dict[int, dict[str, float]]]
 """(recipe, mode, epsilon) -> seed -> site -> mean Dice."""
 
@@ -81,16 +83,21 @@ def tables(work: Path) -> str:
         entry = next(entries[0]["recipe"] for key, entries in rest.items() if key[0] == recipe)
         text = ", ".join(f"{name} {value}" for name, value in entry.items() if value not in ("", "none"))
         rows = [["no privacy", "central, 640 steps", *row(by_seed, reference, starts.get(recipe.split("-")[0], {}))]]
-        keys = sorted((key for key in dice if key[0] == recipe and key[1] in MODES), key=lambda key: (-key[2], key[1]))
-        for key in keys:
-            rows.append([shown(key[2]), key[1], *row(dice[key], reference, starts.get(recipe.split("-")[0], {}))])
+        keys = [key for key in dice if key[0] == recipe and key[1] in MODES]
+        for key in sorted(keys, key=lambda key: (-key[2], list(MODES).index(key[1]))):
+            rows.append(
+                [shown(key[2]), MODES[key[1]], *row(dice[key], reference, starts.get(recipe.split("-")[0], {}))]
+            )
         own = starts.get(recipe.split("-")[0])
         if own:
             rows.append(["start", "no private label", *row(own, reference, own)])
-        seconds = [
-            entry["cpu_s"] for key, entries in rest.items() if key[0] == recipe for entry in entries if key[1] in MODES
-        ]
-        cost = f" {np.median(seconds):.0f} CPU seconds a training." if seconds else ""
+        costs = []
+        for mode, words in MODES.items():
+            seconds = [
+                entry["cpu_s"] for key, entries in rest.items() if key[:2] == (recipe, mode) for entry in entries
+            ]
+            costs += [f"{words} {np.median(seconds):.0f}"] if seconds else []
+        cost = f" CPU seconds a training: {'; '.join(costs)}." if costs else ""
         parts.append(f"### `{recipe}`\n\n{text}.{cost}\n\n{table(columns, rows)}")
     return "\n\n".join(parts)
 
@@ -113,8 +120,8 @@ def draw(work: Path, path: Path) -> None:
     colours = dict(zip(sorted({recipe for recipe, _ in curves}), plt.get_cmap("tab10").colors, strict=False))
     for (recipe, mode), points in sorted(curves.items()):
         at = sorted(points)
-        style = {"color": colours[recipe], "linestyle": "-" if mode == "central" else "--", "marker": "o", "ms": 4}
-        axes.plot(at, [np.mean(points[epsilon]) for epsilon in at], label=f"{recipe}, {mode}", **style)
+        style = {"color": colours[recipe], "linestyle": LINES[mode], "marker": "o", "ms": 4}
+        axes.plot(at, [np.mean(points[epsilon]) for epsilon in at], label=f"{recipe}, {MODES[mode]}", **style)
         low, high = [min(points[epsilon]) for epsilon in at], [max(points[epsilon]) for epsilon in at]
         axes.fill_between(at, low, high, color=colours[recipe], alpha=0.15, linewidth=0)
     wanted = float(np.mean([np.mean(list(seed.values())) for seed in dice[("", "reference", 0.0)].values()]))

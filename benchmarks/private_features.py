@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from learned_training import SITES
-from private_dice import DELTA, REFERENCE_STEPS, Arm, PrivateBench, new_ledger, private_styles, schedule, vote
+from private_bench import DELTA, REFERENCE_STEPS, Arm, PrivateBench, schedule
+from private_dice import private_styles, vote
 
 from nnunet_fedharm.evaluation.harmonize_folder import harmonize_folder
 from nnunet_fedharm.evaluation.paired_files import find_pairs
@@ -38,13 +39,11 @@ EPSILON = 8.0
 
 def model_of(own: PrivateBench, draw: int) -> tuple[Any, Any]:
     """Plans and weights after styles and votes; draw 0 without noise on the styles, and with next to none on the votes."""
-    places = {site: own.bench.own_root(site) for site in SITES[1:]}
+    places = own.world(f"features-{draw}", {site: own.bench.own_root(site) for site in SITES[1:]})
     privacy = PrivacyOptions(
         epsilon=EPSILON, delta=DELTA, fingerprint_noise=0.0, style_noise=5.0 if draw else 0.0, patients_per_step=4.0
     )
     planned = schedule(REFERENCE_STEPS, 16, 0.1, 0.9, harmonizer_epochs=1)
-    for root in places.values():
-        new_ledger(root)
     styles = private_styles(own, places, privacy)
     plans = own.plans(KIND, planned, privacy, styles)
     weights = initial_weights(
@@ -56,8 +55,6 @@ def model_of(own: PrivateBench, draw: int) -> tuple[Any, Any]:
 
 def agreement(own: PrivateBench, plans: Any, weights: Any, site: str) -> Mapping[str, float]:
     """Median CCC over features, as scanned and harmonized."""
-    own._pair(site)
-    own._pair("A")
     model = own.write_model(NnunetRoot(own.work / "models" / f"features-{site}"), plans, KIND, weights, site)
     images, truths = (own.paired.work / "test" / name / "images" for name in (site, "A"))
     output = own.work / "harmonized" / site
@@ -80,6 +77,7 @@ def main() -> None:
     os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
     torch.set_num_threads(1)
     own = PrivateBench(arguments.data, arguments.work.resolve())
+    own.ready(["public"])
     for draw in range(arguments.draws + 1):
         plans, weights = model_of(own, draw)
         ccc = {site: dict(agreement(own, plans, weights, site)) for site in SITES[1:]}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from hippocampus_sites import NAME
-from private_dice import CONFIGURATION, DELTA, REFERENCE_STEPS, PrivateBench, schedule
+from private_bench import CONFIGURATION, DELTA, REFERENCE_STEPS, PrivateBench, schedule
 
 from nnunet_fedharm.privacy.noise import SecureNoise
 from nnunet_fedharm.privacy.options import common_noise
