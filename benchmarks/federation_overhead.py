@@ -36,10 +36,10 @@ CASES = ("cold", "warm", "simulation")
 Event = dict[str, Any]
 
 
-def configuration(root: Path, *, steps: int, rounds: int, features: int) -> FederateConfig:
+def configuration(root: Path, sites: tuple[str, ...], *, steps: int, rounds: int, features: int) -> FederateConfig:
     return FederateConfig(
         root=str(root),
-        sites=",".join(SITES),
+        sites=",".join(sites),
         dataset="1",
         segmenter_rounds=rounds,
         iterations_per_epoch=steps,
@@ -49,7 +49,7 @@ def configuration(root: Path, *, steps: int, rounds: int, features: int) -> Fede
         patch_size="64x64",
         deadline_s=600.0,
         join_wait_s=120.0,
-        parallel_sites=len(SITES),
+        parallel_sites=len(sites),
     )
 
 
@@ -62,7 +62,7 @@ def run(case: str, config: FederateConfig) -> list[Event]:
     deployment = Deployment(root)
     try:
         deployment.start_superlink()
-        for site in SITES:
+        for site in config.sites.split(","):
             deployment.start_site(site, also="warm-minutes=0" if case == "cold" else "")
         deployment.run(config)
         deployment.wait_for(lambda event: event["event"] == "finished", seconds=900.0)
@@ -83,21 +83,22 @@ def rounds_of(events: list[Event]) -> list[tuple[float, float, float]]:
     return found
 
 
-def measure(case: str, *, steps: int, rounds: int, features: int) -> Event:
+def measure(case: str, n_sites: int, *, steps: int, rounds: int, features: int) -> Event:
     """One run, as a line of the results."""
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        for index, site in enumerate(SITES):
+        root, sites = Path(folder), SITES[:n_sites]
+        for index, site in enumerate(sites):
             raw = root / "sites" / site / "nnUNet_raw"
             write_raw_dataset(raw, n_labelled=3, site=site, gain=1.0 + index, seed=index, shape=(24, 64, 64))
-        events = run(case, configuration(root, steps=steps, rounds=rounds, features=features))
+        events = run(case, configuration(root, sites, steps=steps, rounds=rounds, features=features))
     measured = rounds_of(events)
     rest = measured[1:] or measured
     sent = next(event for event in events if event["event"] == "round_end")
     return {
         "case": case,
+        "sites": n_sites,
         "steps": steps,
-        "MiB": round(sent["bytes_down"] / len(SITES) / 2**20, 1),
+        "MiB": round(sent["bytes_down"] / n_sites / 2**20, 1),
         "first": round(measured[0][0] - measured[0][2], 1),
         "local": round(statistics.median(local for _, _, local in rest), 1),
         "round": round(statistics.median(whole for whole, _, _ in rest), 1),
@@ -112,8 +113,21 @@ def measure(case: str, *, steps: int, rounds: int, features: int) -> Event:
 
 def table(lines: list[Event]) -> str:
     """Markdown."""
-    keys = ("case", "steps", "MiB", "local", "round", "overhead", "at site", "at server", "first", "rounds", "load")
-    head = ["run", "steps", "MiB", "local training s", "round s", "overhead s", "at site s", "at server s"]
+    keys = (
+        "case",
+        "sites",
+        "steps",
+        "MiB",
+        "local",
+        "round",
+        "overhead",
+        "at site",
+        "at server",
+        "first",
+        "rounds",
+        "load",
+    )
+    head = ["run", "sites", "steps", "MiB", "local training s", "round s", "overhead s", "at site s", "at server s"]
     head += ["first round's overhead s", "rounds", "load", "overhead"]
     rows = [head, ["---"] * len(head)]
     for line in lines:
@@ -133,6 +147,9 @@ def _time(event: Event) -> datetime:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES)
+    parser.add_argument(
+        "--sites", type=int, choices=(1, 2), default=len(SITES), help="one leaves a core to all that is not training"
+    )
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a round")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--features", type=int, default=32, help="of the network's first stage")
@@ -140,7 +157,9 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.case:
-        line = measure(options.case, steps=options.steps, rounds=options.rounds, features=options.features)
+        line = measure(
+            options.case, options.sites, steps=options.steps, rounds=options.rounds, features=options.features
+        )
         with options.out.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
     if options.table:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -25,6 +26,11 @@ CONNECTION = "fedharm"
 _DAEMON_FILE = "daemon.json"
 _START_S = 60.0
 _STOP_S = 20.0
+
+
+def app_folder() -> Path:
+    """The folder that `flwr run` packs."""
+    return Path(str(files("nnunet_fedharm") / "flower_app"))
 
 
 def flower_environment(home: Path, *, device: str, parallel_sites: int) -> dict[str, str]:
@@ -203,13 +209,22 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_file: Path
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """A SIGTERM (batch systems send it) stops the daemon like Ctrl-C does."""
+    """A SIGTERM (batch systems send it) stops the daemon like Ctrl-C does.
+
+    Forked children inherit the handler, and a pool ends its workers by SIGTERM: they die of it as ever. A worker that began to
+    clean up like its parent could wait for a lock that nobody gives back, and the parent for the worker.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows signal handlers in the main thread only
         return
 
+    owner = os.getpid()
+
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     former = signal.signal(signal.SIGTERM, interrupt)
     try:
