@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import time
 
@@ -15,8 +14,7 @@ from nnunet_fedharm.federation.daemon import terminate_as_interrupt
 def test_sigterm_stops_the_owner_like_ctrl_c_and_the_former_handler_is_back_afterwards() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+        signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
