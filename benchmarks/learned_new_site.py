@@ -19,7 +19,7 @@ from learned_training import (
     segmenter_weights,
 )
 
-from nnunet_fedharm.commands.adapt import adapt_model
+from nnunet_fedharm.evaluation.adapt_model import adapt_model
 from nnunet_fedharm.planning.section import read_section, with_section
 
 NEW = "D"

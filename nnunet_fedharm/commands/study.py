@@ -28,10 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="init|prepare|run|slurm|status|report")
     init = actions.add_parser("init", help="write study.toml for a dataset, every value explained")
     init.add_argument("folder", type=Path, help="new folder of the study")
-    init.add_argument("-d", "--dataset", type=Path, required=True, help="nnU-Net raw dataset with sites.json")
+    init.add_argument(
+        "-d",
+        "--dataset",
+        required=True,
+        help="raw dataset with sites.json: a folder, or its number or name in nnUNet_raw",
+    )
     init.add_argument("--reference", help="site to harmonize to (default: the first one with labels)")
     init.add_argument(
         "--labelled-sites", nargs="+", default=[], metavar="SITE", help="sites whose labels are used (default: all)"
+    )
+    init.add_argument(
+        "--held-out-sites",
+        nargs="+",
+        default=[],
+        metavar="SITE",
+        help="sites that take part in no training and stand for new hospitals (default: none)",
     )
     init.add_argument(
         "-c", "--configuration", choices=("2d", "3d_fullres"), default="3d_fullres", help="(default: 3d_fullres)"
@@ -66,13 +78,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _init(args: argparse.Namespace) -> int:
+    from nnunet_fedharm.commands.datasets import find_raw_dataset
     from nnunet_fedharm.study.template import write_template
 
     path = write_template(
         args.folder,
-        args.dataset,
+        find_raw_dataset(args.dataset),
         reference=args.reference,
         labelled_sites=args.labelled_sites,
+        held_out_sites=args.held_out_sites,
         configuration=args.configuration,
         quick=args.quick,
     )

@@ -20,14 +20,13 @@ from nnunet_fedharm.federation.report.config import SiteReportConfig, task_of, t
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.rounds import RoundLoop
 from nnunet_fedharm.federation.secure.patient_noise import LOCAL
-from nnunet_fedharm.federation.server_root import locked_server, resolve_sites
+from nnunet_fedharm.federation.server_root import LOCAL_GROUPS_FILE, locked_server, resolve_sites
 from nnunet_fedharm.federation.site_card import write_card
 from nnunet_fedharm.federation.site_privacy import OFF, privacy_statement, updates_only
 from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state, unfinished_runs
 from nnunet_fedharm.federation.strategy import final_weights
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
-LOCAL_GROUPS_FILE = "local_groups.json"
 """Beside the server's checkpoints where sites keep tensors for themselves."""
 
 app = ServerApp()

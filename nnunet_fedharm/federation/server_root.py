@@ -20,6 +20,9 @@ from nnunet_fedharm.nnunet_root import NnunetRoot
 LOCK_WAIT_S = 30.0
 """The process of a killed SuperLink ends a few seconds later."""
 
+LOCAL_GROUPS_FILE = "local_groups.json"
+"""In the fold's folder of a model that stays untrained in the groups that each site keeps for itself."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Config = TypeVar("Config", bound=FederateConfig | SiteReportConfig)

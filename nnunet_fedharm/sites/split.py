@@ -42,6 +42,8 @@ class SplitOptions:
     """Seed of the choice; each site draws with its own generator, so adding a site changes no other site's cases."""
     link: bool = True
     """Hard links (or symbolic links across file systems) instead of copies."""
+    without_sites: tuple[str, ...] = ()
+    """Sites that get no folder, so that nothing of them takes part; what the others get does not change."""
     held_out_cases: tuple[str, ...] = ()
     """Cases that are held out whatever is drawn, and do not count for the share: subjects that travelled."""
 
@@ -66,13 +68,13 @@ class SiteShare:
 
 
 def split_dataset(raw_dataset: Path, consortium: Path, options: SplitOptions | None = None) -> list[SiteShare]:
-    """Write `consortium/sites/<site>/…` for every site of `sites.json`, and `consortium/server/…`.
+    """Write `consortium/sites/<site>/…` for every site of `sites.json` but `without_sites`, and `consortium/server/…`.
 
     Args:
         raw_dataset: nnU-Net raw dataset with a sites.json.
 
     Returns:
-        One entry per site, in the order of sites.json.
+        One entry per site that got a folder, in the order of sites.json.
 
     Raises:
         DataError: no dataset, no or wrong sites.json, an unknown site, a site left with too few cases.
@@ -83,11 +85,12 @@ def split_dataset(raw_dataset: Path, consortium: Path, options: SplitOptions | N
     registry = SitesFile.load(raw_dataset / SITES_FILE)
     labelled, unlabelled = labelled_cases(raw_dataset, dataset_json), unlabelled_cases(raw_dataset, dataset_json)
     _check_names(registry, [*labelled, *unlabelled], options)
-    plans = [_share_out(site, registry, labelled, unlabelled, options) for site in registry.sites]
-    roots = [NnunetRoot(consortium / "sites" / site) for site in registry.sites]
+    sites = [site for site in registry.sites if site not in options.without_sites]
+    plans = [_share_out(site, registry, labelled, unlabelled, options) for site in sites]
+    roots = [NnunetRoot(consortium / "sites" / site) for site in sites]
     for root in roots:
         _refuse_occupied(root.raw / raw_dataset.name)
-    make_consortium_folders(consortium, registry.sites)
+    make_consortium_folders(consortium, sites)
     return [
         _write_site(plan, root, raw_dataset.name, dataset_json, registry, link=options.link)
         for plan, root in zip(plans, roots, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_json
 from nnunet_fedharm.study.data import StudyData
 from nnunet_fedharm.study.energy import Energy, measured
 from nnunet_fedharm.study.matrix import Cell
+from nnunet_fedharm.study.new_site import ADAPTED, adapt_to_held_out, adapted_sites
 from nnunet_fedharm.study.quality import TRAINED_FILE, measure_quality, predict
 from nnunet_fedharm.study.results import COST_FILE, ENVIRONMENT_FILE, METRICS_FILE, cell_folder
 from nnunet_fedharm.study.study_file import BASELINES, CONTROL, StudyFile
@@ -29,7 +31,7 @@ PACKAGES = ("nnunet_fedharm", "nnunetv2", "torch", "flwr", "opacus", "diffusers"
 
 
 def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str], None]) -> Path:
-    """Train, predict every test case, harmonize (first seed), score.
+    """Train, adapt to held-out sites, predict every test case, harmonize (first seed), score.
 
     Args:
         show: receives one line per step.
@@ -47,6 +49,9 @@ def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
     write_json(_environment(study, cell, device), folder / ENVIRONMENT_FILE)
     show("train")
     trained, spent = _trained(data, cell, folder, device)
+    if adapted_sites(study, cell.arm):
+        show("adapt")
+        trained = adapt_to_held_out(data, cell, folder, trained, device=device)
     show("predict")
     per_volume = _predict(data, trained, folder, device)
     harmonizes = cell.arm.harmonizer not in (CONTROL, *BASELINES[:2])
@@ -75,6 +80,7 @@ def _trained(data: StudyData, cell: Cell, folder: Path, device: str) -> tuple[Tr
     """The models, and the seconds and joules that they took; over several starts if it was stopped."""
     record = folder / TRAINED_FILE
     if not record.is_file():
+        shutil.rmtree(folder / ADAPTED, ignore_errors=True)  # of a former model
         trained = _train_on_the_clock(data, cell, folder, device)
         write_json({**read_json(folder / CLOCK_FILE, what="The cell's clock"), **asdict(trained)}, record)
     content = read_json(record, what="The record of a trained cell")

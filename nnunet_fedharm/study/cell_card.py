@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.planning.central import DEFAULT_PLANS
 from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_text
+from nnunet_fedharm.study.held_out import ADAPTED_WITH, left_out
+from nnunet_fedharm.study.matrix import Arm
 from nnunet_fedharm.study.model_card import CARD, CardFacts, CardPrivacy, card_files
 from nnunet_fedharm.study.model_facts import read_scores, scanner_sites
+from nnunet_fedharm.study.new_site import adapted_sites
 from nnunet_fedharm.study.results import ENVIRONMENT_FILE, CellResult
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.trainers.names import trainer_name_for
@@ -35,8 +39,9 @@ def cell_facts(study: StudyFile, result: CellResult) -> CardFacts:
     environment = result.folder / ENVIRONMENT_FILE
     recorded = read_json(environment, what="The environment of a cell") if environment.is_file() else {}
     labelled = (arm.site,) if arm.site else study.labelled_sites
-    sites = tuple(site for site in scanner_sites(study.registry, labelled) if not arm.site or site.name == arm.site)
-    learned = f" after {training.harmonizer_epochs} of the harmonizer" if arm.harmonizer != "none" else ""
+    trained_on = (arm.site,) if arm.site else study.training_sites
+    sites = tuple(site for site in scanner_sites(study.registry, labelled) if site.name in trained_on)
+    learned = f" after {training.harmonizer_epochs} of the harmonizer" if arm.harmonizer in LEARNED else ""
     trained = (
         f"{training.segmenter_epochs} epochs of {training.iterations_per_epoch} steps{learned}, seed {result.cell.seed}"
     )
@@ -61,9 +66,20 @@ def cell_facts(study: StudyFile, result: CellResult) -> CardFacts:
         versions=recorded.get("versions") or {},
         notes=(
             "It was trained for a comparison, for as long as every other arm: it may not be the best model of this data.",
+            *_held_out(study, arm),
         ),
         created=str(recorded.get("started", ""))[:10],
     )
+
+
+def _held_out(study: StudyFile, arm: Arm) -> tuple[str, ...]:
+    """How it was tested at sites that it was not trained on."""
+    if arm.site or not study.held_out_sites:
+        return ()
+    how = "this model as it is"
+    if adapted_sites(study, arm):
+        how = f"this model after `nnunet-fedharm adapt` {ADAPTED_WITH}"
+    return (f"{left_out(study.held_out_sites)}; its scores there are those of {how}.",)
 
 
 def _privacy(result: CellResult) -> tuple[CardPrivacy, ...]:

@@ -1,8 +1,9 @@
 """The data of a study: test cases kept apart first, then what each kind of training may see.
 
-data/consortium/sites/<SITE>/…   training cases by site, with the labels that the study uses
-data/own/sites/<SITE>/…          the same cases with each site's own labels, for what a site alone reaches
-data/pooled/…                    all sites' training cases in one nnU-Net root, planned and preprocessed once
+data/consortium/sites/<SITE>/…   training cases by site, with the labels that the study uses; held-out sites are not in it
+data/own/sites/<SITE>/…          all sites' training cases with each site's own labels, for what a site alone reaches
+data/pooled/…                    the consortium's cases in one nnU-Net root, planned and preprocessed once
+data/adapt/<SITE>/               images of a held-out site that finished models are adapted with: no labels, no test case
 data/test/<SITE>/{images,labels} test cases, travelling subjects among them
 data/federated/<SITE>/…          preprocessed cases that federated cells share; see `shared_cases`
 """
@@ -15,12 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.central import CentralOptions, plan_central
 from nnunet_fedharm.planning.planner import PlanOptions
-from nnunet_fedharm.sites.files import UNLABELLED, read_dataset_json, read_json, write_json
+from nnunet_fedharm.sites.files import (
+    UNLABELLED,
+    labelled_cases,
+    read_dataset_json,
+    read_json,
+    unlabelled_cases,
+    write_json,
+)
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
 from nnunet_fedharm.sites.split import SplitOptions, place, split_dataset
 from nnunet_fedharm.study.study_file import CONTROL, StudyFile
@@ -28,7 +38,10 @@ from nnunet_fedharm.study.study_file import CONTROL, StudyFile
 BASE_PLANS = "nnUNetStudyPlans"
 """Network and preprocessed cases of every central and local cell."""
 READY_FILE = "ready.json"
+FOLDERS = ("consortium", "own", "pooled", "adapt", "test", "federated")
 TRAVELLING = ("imagesTravelling", "labelsTravelling")
+ADAPT_VOLUMES = 20
+"""Most volumes of a held-out site that a model is adapted with, as a new hospital would gather them."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,12 @@ class StudyData:
 
     @property
     def consortium(self) -> Path:
-        """Training cases by site, labels where the study uses them."""
+        """Training cases by training site, labels where the study uses them."""
         return self.folder / "consortium"
 
     @property
     def pooled(self) -> NnunetRoot:
-        """All training cases in one place."""
+        """All training cases of the training sites in one place."""
         return NnunetRoot(self.folder / "pooled")
 
     def own(self, site: str) -> NnunetRoot:
@@ -63,6 +76,10 @@ class StudyData:
     def preprocessed(self, site: str) -> Path:
         """Preprocessed cases of a site that federated cells share."""
         return self.folder / "federated" / site
+
+    def adapt(self, site: str) -> Path:
+        """Images without labels that a finished model is adapted to a held-out site with."""
+        return self.folder / "adapt" / site
 
     def test(self, site: str) -> Path:
         """Test cases of a site: `images` and `labels`."""
@@ -84,13 +101,14 @@ class StudyData:
         with file_lock(self.folder / "data.lock"):
             made = _recipe(self.study)
             if done.is_file():
-                if read_json(done, what="The record of the study's data") != made:
+                former = {"held_out_sites": [], **read_json(done, what="The record of the study's data")}
+                if former != made:
                     raise DataError(
-                        f"The data in {self.folder} were made for other values of dataset, labelled_sites, held_out_fraction or "
-                        f"network size. Put them back in study.toml, or start a new study folder."
+                        f"The data in {self.folder} were made for other values of dataset, labelled_sites, held_out_sites, "
+                        "held_out_fraction or network size. Put them back in study.toml, or start a new study folder."
                     )
                 return
-            for name in ("consortium", "own", "pooled", "test", "federated"):  # of a preparation that was stopped
+            for name in FOLDERS:  # of a preparation that was stopped
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             self._make()
             write_json(made, done)
@@ -100,12 +118,17 @@ class StudyData:
         travellers = tuple(_travellers_at_home(raw, study.subject.reference))
         fraction = study.subject.held_out_fraction
         split_dataset(raw, self.folder / "own", SplitOptions(held_out_fraction=fraction, held_out_cases=travellers))
-        labelled = SplitOptions(
-            held_out_fraction=fraction, held_out_cases=travellers, labelled_sites=study.labelled_sites
+        shared = SplitOptions(
+            held_out_fraction=fraction,
+            held_out_cases=travellers,
+            labelled_sites=study.labelled_sites,
+            without_sites=study.held_out_sites,
         )
-        split_dataset(raw, self.consortium, labelled)
+        split_dataset(raw, self.consortium, shared)
         for site in study.sites:
             self._gather_test(site)
+        for site in study.held_out_sites:
+            self._gather_adapt(site)
         self._pool()
         training = study.training
         options = CentralOptions(
@@ -141,10 +164,30 @@ class StudyData:
             for path in sorted((self.study.raw_dataset / name).glob(f"{site}_*")):
                 place(path, self.test(site) / target / path.name, link=True)
 
+    def _gather_adapt(self, site: str) -> None:
+        """Evenly spread over the site's training cases by name: the same for every cell, so that arms are compared on them."""
+        if not any((self.test(site) / "labels").iterdir()):
+            raise DataError(
+                f"The held-out site {site} has no case with a label to test on. Add labelled cases, or do not hold it out."
+            )
+        source = self.own(site).raw / self.dataset_name
+        description = read_dataset_json(source, site=site)
+        cases = sorted(
+            [*labelled_cases(source, description), *unlabelled_cases(source, description)], key=lambda case: case.case
+        )
+        if not cases:
+            raise DataError(
+                f"The held-out site {site} has no image beside its test cases to adapt a model with. Add images, or do not hold "
+                "it out."
+            )
+        for index in dict.fromkeys(np.linspace(0, len(cases) - 1, min(len(cases), ADAPT_VOLUMES)).round().astype(int)):
+            for path in cases[index].images:
+                place(path, self.adapt(site) / path.name, link=True)
+
     def _pool(self) -> None:
         target = self.pooled.create().raw / self.dataset_name
         cases: dict[str, str] = {}
-        for site in self.study.sites:
+        for site in self.study.training_sites:
             source = self.consortium / "sites" / site / "nnUNet_raw" / self.dataset_name
             for part in ("imagesTr", "labelsTr", UNLABELLED):
                 for path in sorted((source / part).glob("*")):
@@ -156,8 +199,9 @@ class StudyData:
         n_labelled = len(list((target / "labelsTr").glob(f"*{ending}")))
         write_json({**description, "numTraining": n_labelled}, target / "dataset.json")
         registry = self.study.registry
+        sites = {site: registry.sites[site] for site in self.study.training_sites}
         patients = {case: patient for case, patient in registry.patients.items() if case in trained}
-        SitesFile(registry.sites, {case: site for case, site in cases.items() if case in trained}, patients).save(
+        SitesFile(sites, {case: site for case, site in cases.items() if case in trained}, patients).save(
             target / SITES_FILE
         )
 
@@ -195,6 +239,7 @@ def _recipe(study: StudyFile) -> dict[str, Any]:
     return {
         "dataset": str(study.raw_dataset),
         "labelled_sites": list(study.labelled_sites),
+        "held_out_sites": list(study.held_out_sites),
         "held_out_fraction": study.subject.held_out_fraction,
         "configuration": study.subject.configuration,
         "own": study.arms.oracle or "local" in study.arms.modes,

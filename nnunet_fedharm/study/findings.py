@@ -182,6 +182,7 @@ class StudyFindings:
 
     Attributes:
         targets: sites that the questions are about: those without labels, or all where every site has labels.
+        held_out: those of them that took part in no central or federated training, as a new hospital.
         patients: site -> test patients; patients_total counts one who is at several sites once.
         control: name of its arm; oracles: site -> arm on the site's own labels.
         against_control: every arm that is no oracle and not private, over the targets together.
@@ -223,6 +224,7 @@ class StudyFindings:
     modes: tuple[str, ...]
     missing: list[str]
     settings: dict[str, Any]
+    held_out: tuple[str, ...] = ()
 
     def arm(self, name: str) -> ArmFinding:
         """An arm by name."""

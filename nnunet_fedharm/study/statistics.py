@@ -63,6 +63,7 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
         labelled=study.labelled_sites,
         reference=study.subject.reference,
         targets=targets,
+        held_out=study.held_out_sites,
         patients={site: len(set(names)) for site, names in draws.patients.items()},
         patients_total=len(draws.names),
         control=results.control.name,
@@ -129,7 +130,7 @@ def patient_of(study: StudyFile, case: str) -> str:
 
 
 def target_sites(study: StudyFile) -> tuple[str, ...]:
-    """Sites that harmonization is for: those without labels; all, where every site has labels."""
+    """Sites that harmonization is for: those without labels, held-out ones among them; all, where every site has labels."""
     return study.unlabelled_sites or study.sites
 
 

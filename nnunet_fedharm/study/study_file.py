@@ -37,7 +37,10 @@ class Subject:
     reference: str
     """Site whose appearance harmonizers map to."""
     labelled_sites: tuple[str, ...] = ()
-    """Sites whose labels are used for training; empty: all. The others take part with their images."""
+    """Sites whose labels are used for training; empty: all that are not held out. The others take part with their images."""
+    held_out_sites: tuple[str, ...] = ()
+    """Sites that take part in no central or federated training, neither with images nor with labels. They stand for new
+    hospitals: each finished model is adapted to them without labels and then tested there."""
     held_out_fraction: float = 0.2
     """Share of each site's labelled cases that is kept for testing, chosen before any training."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -166,13 +169,23 @@ class StudyFile:
         return tuple(self.registry.sites)
 
     @property
+    def held_out_sites(self) -> tuple[str, ...]:
+        """Sites that take part in no central or federated training."""
+        return tuple(site for site in self.sites if site in self.subject.held_out_sites)
+
+    @property
+    def training_sites(self) -> tuple[str, ...]:
+        """Sites of central and federated trainings, with or without labels."""
+        return tuple(site for site in self.sites if site not in self.subject.held_out_sites)
+
+    @property
     def labelled_sites(self) -> tuple[str, ...]:
         """Sites whose labels are used."""
-        return self.subject.labelled_sites or self.sites
+        return self.subject.labelled_sites or self.training_sites
 
     @property
     def unlabelled_sites(self) -> tuple[str, ...]:
-        """Sites whose labels are withheld: where harmonization has to show what it is good for."""
+        """Sites whose labels are withheld, held-out sites among them: where harmonization has to show what it is good for."""
         return tuple(site for site in self.sites if site not in self.labelled_sites)
 
     def private(self, epsilon: float) -> PrivacyOptions:
@@ -246,7 +259,7 @@ def _checked_privacy(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]
 def _check(study: StudyFile, path: Path) -> None:
     subject, arms = study.subject, study.arms
     _one_of(subject.configuration, CONFIGURATIONS, "configuration", path)
-    for site in (subject.reference, *subject.labelled_sites):
+    for site in (subject.reference, *subject.labelled_sites, *subject.held_out_sites):
         _one_of(site, study.sites, "site", path)
     harmonizers = tuple(kind for kind in KINDS if kind not in (CONTROL, *BASELINES))
     for kind in arms.harmonizers:
@@ -265,6 +278,7 @@ def _check(study: StudyFile, path: Path) -> None:
         raise DataError(f"{path}: held_out_fraction must lie between 0 and 1, got {subject.held_out_fraction}.")
     if len(study.sites) < 2:
         raise DataError(f"{study.raw_dataset / SITES_FILE} lists {len(study.sites)} site; a study needs two or more.")
+    _check_held_out(study, path)
     if not 0 < study.report.margin < 0.5:
         raise DataError(f"{path}: margin in [report] must lie between 0 and 0.5 Dice, got {study.report.margin:g}.")
     if not 0 <= study.report.least_dice < 1:
@@ -282,6 +296,26 @@ def _check(study: StudyFile, path: Path) -> None:
     if study.training.patch_size and len(study.training.patch_size) != axes:
         raise DataError(f"{path}: patch_size needs {axes} values for {subject.configuration}, or none.")
     study.training.schedule(0, harmonizer_epochs=study.training.harmonizer_epochs)
+
+
+def _check_held_out(study: StudyFile, path: Path) -> None:
+    subject = study.subject
+    if subject.reference in subject.held_out_sites:
+        raise DataError(
+            f"{path}: the reference {subject.reference!r} is in held_out_sites, but harmonizers are trained on its images. "
+            "Choose another reference, or hold another site out."
+        )
+    both = [site for site in subject.labelled_sites if site in subject.held_out_sites]
+    if both:
+        raise DataError(
+            f"{path}: {both[0]!r} is in labelled_sites and in held_out_sites, whose labels no training uses. "
+            "Remove it from one of them."
+        )
+    if study.held_out_sites and "federated" in study.arms.modes and len(study.training_sites) < 2:
+        raise DataError(
+            f"{path}: held_out_sites leaves {study.training_sites[0]} alone to train with, but a federation needs two sites. "
+            'Hold fewer sites out, or remove "federated" from modes.'
+        )
 
 
 def _one_of(value: str, known: tuple[str, ...], what: str, path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nnunet_fedharm.errors import DataError, SetupError
+from nnunet_fedharm.errors import DataError, FedHarmError, SetupError
 from nnunet_fedharm.planning.explain import field_docstrings
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, write_text
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
@@ -48,19 +48,21 @@ def write_template(
     *,
     reference: str | None,
     labelled_sites: Sequence[str],
+    held_out_sites: Sequence[str] = (),
     configuration: str = "3d_fullres",
     quick: bool,
 ) -> Path:
     """Write study.toml and check it.
 
     Args:
-        reference: site to harmonize to; None: the first one with labels.
-        labelled_sites: sites whose labels are used; empty: all.
+        reference: site to harmonize to; None: the first one with labels that is not held out.
+        labelled_sites: sites whose labels are used; empty: all that are not held out.
+        held_out_sites: sites that take part in no training.
         configuration: 2d or 3d_fullres.
         quick: sizes and lengths for two cores and a small dataset, instead of nnU-Net's own.
 
     Raises:
-        DataError: no dataset, no sites.json, or no site with labels.
+        DataError: no dataset, no sites.json, no site with labels, or sites that contradict each other.
         SetupError: there is a study.toml already, or the folder cannot be written.
     """
     path = folder.expanduser() / STUDY_FILE
@@ -69,15 +71,18 @@ def write_template(
     dataset = dataset.expanduser().resolve()
     registry = SitesFile.load(dataset / SITES_FILE)
     labelled = labelled_cases(dataset, read_dataset_json(dataset, site="study"))
-    with_labels = [site for site in registry.sites if any(registry.cases.get(case.case) == site for case in labelled)]
+    owners = {registry.cases.get(case.case) for case in labelled}
+    with_labels = [site for site in registry.sites if site in owners and site not in held_out_sites]
     if not with_labels:
-        raise DataError(f"No site of {dataset} has a labelled case in imagesTr, so there is nothing to train or test.")
+        rest = " that is not held out" if held_out_sites else ""
+        raise DataError(f"No site of {dataset}{rest} has a labelled case in imagesTr, so there is nothing to train.")
     values: dict[str, dict[str, Any]] = {
         "study": {
             "name": dataset.name.split("_", 1)[-1],
             "dataset": str(dataset),
             "reference": reference or with_labels[0],
             "labelled_sites": tuple(labelled_sites),
+            "held_out_sites": tuple(held_out_sites),
             "configuration": configuration,
         },
         "arms": {},
@@ -85,7 +90,11 @@ def write_template(
         "report": {},
     }
     write_text(_text(values), path)
-    read_study(path.parent)
+    try:
+        read_study(path.parent)
+    except FedHarmError:
+        path.unlink()  # or the corrected command would be refused, because the file exists
+        raise
     return path
 
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.errors import DataError, FederationError
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from nnunet_fedharm.federation.launch import federate
-from nnunet_fedharm.federation.server_root import server_folder
+from nnunet_fedharm.federation.server_root import LOCAL_GROUPS_FILE, server_folder
 from nnunet_fedharm.federation.site import training_environment
 from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.nnunet_root import NnunetRoot
@@ -33,7 +33,8 @@ class Trained:
     """What a training left.
 
     Attributes:
-        models: test site -> results folder TRAINER__PLANS__CONFIGURATION that serves it.
+        models: test site -> results folder TRAINER__PLANS__CONFIGURATION that serves it; a held-out site's is the one that a
+            new hospital would be given, before `new_site` adapts it.
         styles: test site -> style for the prediction, "stored" or a site's; see `trainers.predictor`.
         bytes_up, bytes_down: of weights.
         epsilon: spent by each patient of the site that spent most; None without differential privacy.
@@ -86,8 +87,10 @@ def _central(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
         _run_nnunet(data, trainer_name, model, device)
     sites = (arm.site,) if arm.site else study.sites
     spent = _spent([root.path / "fedharm"], cell, study)
-    # One model serves all sites: each is predicted with its own style, as at its own results folder.
-    styles = dict.fromkeys(sites, "stored") if arm.site else {site: site for site in sites}
+    # One model serves all sites: each is predicted with its own style, as at its own results folder. The model has no style of
+    # a held-out site.
+    known = () if arm.site else study.training_sites
+    styles = {site: site if site in known else "stored" for site in sites}
     return Trained(dict.fromkeys(sites, str(model)), styles, epsilon=spent[0], without_noise=spent[1])
 
 
@@ -112,14 +115,18 @@ def _federated(data: StudyData, cell: Cell, folder: Path, device: str) -> Traine
     """Every site at home, through Flower."""
     study = data.study
     config = federate_config(data, cell, folder, device=device)
-    for site in study.sites:
+    for site in study.training_sites:
         root = NnunetRoot(folder / "sites" / site).create()
         link(data.consortium / "sites" / site / "nnUNet_raw" / data.dataset_name, root.raw / data.dataset_name)
         take_cases(data.preprocessed(site), root, data.dataset_name)
     federate(config)
     trainer_name = trainer_name_for(cell.arm.harmonizer)
-    roots = {site: NnunetRoot(folder / "sites" / site) for site in study.sites}
+    roots = {site: NnunetRoot(folder / "sites" / site) for site in study.training_sites}
     models = {site: str(results_folder(root, data, trainer_name)) for site, root in roots.items()}
+    if study.held_out_sites:
+        shared = results_folder(NnunetRoot(server_folder(config)), data, trainer_name)
+        check_whole(shared, study.subject.fold)
+        models |= dict.fromkeys(study.held_out_sites, str(shared))
     events, _ = read_events(server_folder(config) / "fedharm" / EVENTS_FILE)
     rounds = [event for event in events if event["event"] == "round_end"]
     spent = _spent([root.path / "fedharm" for root in roots.values()], cell, study)
@@ -135,6 +142,28 @@ def _federated(data: StudyData, cell: Cell, folder: Path, device: str) -> Traine
         epsilon=spent[0],
         without_noise=spent[1],
     )
+
+
+def check_whole(model: Path, fold: str) -> None:
+    """Refuse a server's results folder that a new hospital could not use.
+
+    Args:
+        model: TRAINER__PLANS__CONFIGURATION at the server.
+        fold: of the run.
+
+    Raises:
+        FederationError: a file of it is missing, or parts of its model are each site's own.
+    """
+    for name in ("plans.json", "dataset.json", f"fold_{fold}/checkpoint_final.pth"):
+        if not (model / name).is_file():
+            raise FederationError(
+                f"The server left no whole results folder for held-out sites: {model / name} is missing. Run the cell again."
+            )
+    if (model / f"fold_{fold}" / LOCAL_GROUPS_FILE).is_file():
+        raise FederationError(
+            f"The server's model {model} is no model for held-out sites: its local groups are each site's own and untrained "
+            "there. Train without local groups, or hold no site out."
+        )
 
 
 def federate_config(data: StudyData, cell: Cell, folder: Path, *, device: str) -> FederateConfig:

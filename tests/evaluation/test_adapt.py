@@ -15,8 +15,8 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import Tensor
 
 from nnunet_fedharm import cli
-from nnunet_fedharm.commands.adapt import adapt_model
 from nnunet_fedharm.errors import CheckpointError, DataError, PlanError
+from nnunet_fedharm.evaluation.adapt_model import adapt_model
 from nnunet_fedharm.evaluation.adapt_volumes import harmonize_in_patches
 from nnunet_fedharm.evaluation.harmonize import load_harmonizer
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS

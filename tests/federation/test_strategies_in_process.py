@@ -16,7 +16,8 @@ from flwr.app import Message
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.codec import decode
 from nnunet_fedharm.federation.events import read_events
-from nnunet_fedharm.federation.server_app import LOCAL_GROUPS_FILE, run_server
+from nnunet_fedharm.federation.server_app import run_server
+from nnunet_fedharm.federation.server_root import LOCAL_GROUPS_FILE
 from nnunet_fedharm.federation.state import find_run, load_state
 from nnunet_fedharm.trainers.groups import planned_tensors_of
 from tests.federation.local_grid import Client, LocalGrid

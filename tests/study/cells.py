@@ -19,13 +19,14 @@ CASES = 12
 
 
 class Study:
-    """A study of two sites, A with labels.
+    """A study of two sites, A with labels; of a third one, C, where a site is held out.
 
     Args:
         folder: for everything.
         labelled: sites with labels; none: all.
         seeds: of the study.
         more: lines for [arms].
+        simulated: whether B is. held_out: sites.
     """
 
     def __init__(
@@ -36,13 +37,16 @@ class Study:
         seeds: Sequence[int] = (0, 1, 2),
         more: str = 'baselines = ["no-augmentation", "augment"]',
         simulated: bool = False,
+        held_out: Sequence[str] = (),
     ) -> None:
         raw = folder / "Dataset001_Blobs"
         raw.mkdir(parents=True)
-        cases = {f"{site}_case{index}": site for site in "AB" for index in range(CASES)}
+        sites = "ABC" if held_out else "AB"
+        cases = {f"{site}_case{index}": site for site in sites for index in range(CASES)}
         cases |= {f"A_subject{index:03d}": "A" for index in range(2)}
         made = {"seed": 0} if simulated else None
-        SitesFile({"A": SiteInfo("GE", 3.0, "T1w"), "B": SiteInfo(simulation=made)}, cases).save(raw / "sites.json")
+        known = {"A": SiteInfo("GE", 3.0, "T1w"), "B": SiteInfo(simulation=made), "C": SiteInfo()}
+        SitesFile({site: known[site] for site in sites}, cases).save(raw / "sites.json")
         description = {"channel_names": {"0": "T1w"}, "labels": {"background": 0, "ball": 1}, "file_ending": ".nii.gz"}
         (raw / "dataset.json").write_text(json.dumps(description))
         self.folder = folder / "study"
@@ -50,7 +54,9 @@ class Study:
         (self.folder / STUDY_FILE).write_text(
             f'[study]\nname = "<Blobs>"\ndataset = "../Dataset001_Blobs"\nconfiguration = "2d"\nreference = "A"\n'
             f"labelled_sites = {json.dumps(list(labelled))}\nseeds = {list(seeds)}\n"
-            f'[arms]\nharmonizers = ["polarity", "diffusion"]\nepsilons = [8.0]\nprivate_harmonizers = ["none", "polarity"]\n{more}\n'
+            f"held_out_sites = {json.dumps(list(held_out))}\n"
+            '[arms]\nharmonizers = ["polarity", "diffusion"]\nepsilons = [8.0]\n'
+            f'private_harmonizers = ["none", "polarity"]\n{more}\n'
         )
         self.seeds = list(seeds)
 

@@ -106,6 +106,25 @@ def test_a_gain_that_one_test_does_not_carry_is_not_said(bare: StudyFindings, p:
         assert word not in said
 
 
+def test_held_out_sites_are_named_as_new_hospitals_once(bare: StudyFindings) -> None:
+    held_out = replace(bare, sites=("A", "B", "C"), targets=("B", "C"), held_out=("C",))
+    gain = replace(change("central_polarity", "central_none", 0.2), sites=("B", "C"))
+    equal = replace(
+        change("federated_polarity", "central_polarity", 0.0, equal=equivalent(0.001, 0.0, 0.005)), sites=("B", "C")
+    )
+    answers = answer_all(replace(held_out, against_control=[gain], federated=[equal]), None)
+    assert "at B (labels withheld) and C (new hospital, held out of all training) over plain" in answers[1].headline
+    said = (
+        "C took part in no central or federated training and stands for a new hospital: harmonizers were adapted there"
+    )
+    assert [any(line.startswith(said) for line in answer.support) for answer in answers] == [False, True, False, False]
+    alone = replace(held_out, targets=("B", "C"), labelled=("A",), held_out=("B", "C"))
+    answers = answer_all(replace(alone, federated=[equal]), None)
+    assert "at B and C (new hospitals, held out of all training)" in " ".join(answers[2].support)
+    assert any("B and C took part in no" in line and "stand for new hospitals" in line for line in answers[2].support)
+    assert not any("took part in no" in line for line in answer_all(replace(bare, federated=[equal]), None)[2].support)
+
+
 def test_a_loss_is_called_a_loss(bare: StudyFindings) -> None:
     assert "lowers mean Dice" in central(bare, change("central_polarity", "central_none", -0.2))
 

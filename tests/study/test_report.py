@@ -183,6 +183,39 @@ def test_a_site_report_in_the_studys_folder_answers_the_first_question(tmp_path:
         write_report(study.results(), tmp_path / "report", pdf=False)
 
 
+def test_page_methods_and_cards_tell_which_sites_were_held_out_of_all_training(tmp_path: Path) -> None:
+    study = Study(tmp_path, held_out=["C"])
+    study.arm("central_none", {"A": 0.85, "B": 0.5, "C": 0.4})
+    study.arm("central_polarity", {"A": 0.85, "B": 0.74, "C": 0.7})
+    study.arm("local_C_none", {"C": 0.8})
+    page = write_report(study.results(), tmp_path / "report", pdf=False).read_text()
+    assert "labels of A; C held out of all training" in page
+    assert "at B (labels withheld) and C (new hospital, held out of all training)" in page
+    assert ">held out<" in page  # over the column of C
+    assert "C, held out of all training, can only be an example." in page
+    assert "with <code>held_out_sites</code>" not in page
+    written = (tmp_path / "report" / "methods.md").read_text()
+    assert "Labels of A were used for training. Those of B were withheld" in written
+    assert (
+        "C took part in no central or federated training and stands for a new hospital: neither images nor" in written
+    )
+    assert "on at most 20 volumes without labels that are no test cases" in written
+    assert json.loads((tmp_path / "report" / "study.json").read_text())["held_out"] == ["C"]
+    cells = study.folder / "cells"
+    cards = {
+        name: (cells / f"{name}_seed-0" / "MODEL_CARD.md").read_text() for name in ("central_none", "central_polarity")
+    }
+    for card in cards.values():
+        assert "| B | not stated | images |" in card
+        assert "| C |" not in card.split("## Metrics")[0]
+        assert ", 2 sites; labels of A." in card
+    assert "its scores there are those of this model as it is." in cards["central_none"]
+    assert "of this model after `nnunet-fedharm adapt` on at most 20 volumes" in cards["central_polarity"]
+    own = json.loads((cells / "local_C_none_seed-0" / "model_card.json").read_text())
+    assert [site["name"] for site in own["sites"]] == ["C"]
+    assert not any("took part in no" in line for line in own["limits"])
+
+
 def test_limits_name_small_sites_few_trainings_and_what_is_missing(tmp_path: Path) -> None:
     study = Study(tmp_path, seeds=(0, 1))
     study.arm("central_none", {"A": 0.85, "B": 0.5})

@@ -121,7 +121,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> StudyFindings:
 
 def test_targets_are_the_sites_without_labels(found: StudyFindings, tmp_path: Path) -> None:
     assert found.targets == ("B",)
-    assert target_sites(Study(tmp_path, labelled=()).study) == ("A", "B")
+    assert target_sites(Study(tmp_path / "all", labelled=()).study) == ("A", "B")
+    assert target_sites(Study(tmp_path / "one", labelled=(), held_out=["C"]).study) == ("C",)
+    assert target_sites(Study(tmp_path / "two", held_out=["C"]).study) == ("B", "C")
 
 
 def test_gap_recovered_is_the_gain_over_that_of_own_labels(found: StudyFindings) -> None:

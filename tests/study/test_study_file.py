@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nnunet_fedharm.cli import main
 from nnunet_fedharm.errors import DataError, SetupError
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.sites.registry import SiteInfo, SitesFile
@@ -34,6 +36,19 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, make_raw_dataset: Callable
         folder = make_raw_dataset(raw, n_labelled=4, site=f"{site}_", gain=1.0 + index, seed=index)
     cases = {path.name[:-12]: path.name[0] for path in (folder / "imagesTr").glob("*_0000.nii.gz")}
     SitesFile({"A": SiteInfo(), "B": SiteInfo()}, cases).save(folder / "sites.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """The dataset's cases at three sites, B's second half at C."""
+    folder = tmp_path_factory.mktemp("three") / dataset.name
+    shutil.copytree(dataset, folder)
+    cases = {
+        case: "C" if case in ("B_case002", "B_case003") else case[0]
+        for case in SitesFile.load(dataset / "sites.json").cases
+    }
+    SitesFile({site: SiteInfo() for site in "ABC"}, cases).save(folder / "sites.json")
     return folder
 
 
@@ -109,6 +124,73 @@ def test_a_wrong_study_is_refused_in_one_sentence(tmp_path: Path, dataset: Path,
     with pytest.raises(Exception, match=sentence) as refusal:
         study_of(tmp_path / "s", dataset, rest)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('held_out_sites = ["Z"]', r"unknown site 'Z'\. Known: A, B, C"),
+        ('held_out_sites = ["A"]', "the reference 'A' is in held_out_sites"),
+        ('held_out_sites = ["B"]\nlabelled_sites = ["A", "B"]', "'B' is in labelled_sites and in held_out_sites"),
+        ('held_out_sites = ["B", "C"]', "leaves A alone to train with, but a federation needs two sites"),
+        ('held_out_sites = "B"', "held_out_sites in .study. must be a list"),
+    ],
+)
+def test_sites_that_cannot_be_held_out_are_refused(three: Path, tmp_path: Path, line: str, sentence: str) -> None:
+    head = HEAD.format(dataset=three).replace('labelled_sites = ["A"]\n', "")
+    (tmp_path / STUDY_FILE).write_text(f"{head}{line}\n")
+    with pytest.raises(DataError, match=sentence) as refusal:
+        read_study(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_held_out_site_is_in_no_training_but_its_own(three: Path, tmp_path: Path) -> None:
+    head = HEAD.format(dataset=three).replace('labelled_sites = ["A"]\n', 'held_out_sites = ["C"]\n')
+    (tmp_path / STUDY_FILE).write_text(head)
+    study = read_study(tmp_path)
+    assert (study.training_sites, study.held_out_sites) == (("A", "B"), ("C",))
+    assert (study.labelled_sites, study.unlabelled_sites) == (("A", "B"), ("C",))
+    assert Arm("local", "none", site="C") in arms_of(study)
+    (tmp_path / STUDY_FILE).write_text(head.replace('["C"]', '["B", "C"]') + '[arms]\nmodes = ["central"]\n')
+    assert read_study(tmp_path).training_sites == ("A",)
+
+
+def test_the_template_holds_sites_out_and_leaves_no_file_behind_that_is_refused(three: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    with pytest.raises(DataError, match="unknown site 'Z'"):
+        write_template(folder, three, reference=None, labelled_sites=[], held_out_sites=["Z"], quick=True)
+    assert not (folder / STUDY_FILE).exists()
+    write_template(folder, three, reference=None, labelled_sites=[], held_out_sites=["A"], quick=True)
+    study = read_study(folder)
+    assert (study.held_out_sites, study.subject.reference) == (("A",), "B")
+    with pytest.raises(DataError, match="that is not held out has a labelled case"):
+        write_template(
+            tmp_path / "t", three, reference=None, labelled_sites=[], held_out_sites=["A", "B", "C"], quick=True
+        )
+
+
+def test_init_takes_a_folder_a_number_or_a_name(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(folder: str, dataset: str) -> int:
+        return main(["study", "init", str(tmp_path / folder), "-d", dataset, "--quick", "--held-out-sites", "C"])
+
+    assert init("none", "1") == 2
+    said = capsys.readouterr().err
+    assert "1 is no folder, and it cannot be looked up by number or name: The environment variable nnUNet_raw" in said
+    for name, folder in (("raw", three.parent), ("preprocessed", tmp_path), ("results", tmp_path)):
+        monkeypatch.setenv(f"nnUNet_{name}", str(folder))
+    for number, dataset in enumerate((str(three), "1", "001", "Dataset001_Blobs")):
+        assert init(f"s{number}", dataset) == 0
+        study = read_study(tmp_path / f"s{number}")
+        assert study.raw_dataset == three.resolve()
+        assert study.held_out_sites == ("C",)
+    capsys.readouterr()
+    for wrong in ("7", "Dataset001", "Dataset001_*", str(tmp_path / "Dataset002_Else")):
+        assert init("none", wrong) == 2
+        said = capsys.readouterr().err
+        assert f"was not found in {three.parent}, which holds only: Dataset001_Blobs." in said
+        assert not (tmp_path / "none").exists()
 
 
 def test_sites_that_the_dataset_does_not_have_are_refused(tmp_path: Path, dataset: Path) -> None:

@@ -1,17 +1,20 @@
-"""A whole small study by its command: data, central, local and federated cells, what a stop leaves, status."""
+"""A whole small study by its command: data, central, local and federated cells, a held-out site, what a stop leaves, status."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from nnunet_fedharm.cli import main
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.sites.registry import SiteInfo, SitesFile
+from nnunet_fedharm.study.cell_card import cell_facts
 from nnunet_fedharm.study.data import StudyData
 from nnunet_fedharm.study.results import DICE, read_results
 from nnunet_fedharm.study.study_file import STUDY_FILE, read_study
@@ -23,6 +26,7 @@ dataset = "../nnUNet_raw/Dataset001_Blobs"
 configuration = "2d"
 reference = "A"
 labelled_sites = ["A"]
+held_out_sites = ["C"]
 seeds = [0]
 device = "cpu"
 [arms]
@@ -43,10 +47,14 @@ num_processes = 1
 """
 
 
+SEEN = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "fedharm", "sites", "server")
+"""What a cell's training reads and writes, below its folder."""
+
+
 @pytest.fixture
 def folder(tmp_path: Path, make_raw_dataset: Callable[..., Path]) -> Path:
     raw = tmp_path / "nnUNet_raw" / "Dataset001_Blobs"
-    for index, site in enumerate("AB"):
+    for index, site in enumerate("ABC"):
         make_raw_dataset(tmp_path / "nnUNet_raw", n_labelled=4, site=f"{site}_", gain=1.0 + index, seed=index)
     # A's first subject travelled: B's scan of it is a test case, and at home it is never trained on.
     for kind, name in (("images", "A_case000_0000"), ("labels", "A_case000")):
@@ -57,7 +65,7 @@ def folder(tmp_path: Path, make_raw_dataset: Callable[..., Path]) -> Path:
     (raw / "imagesTr" / "B_case000_0000.nii.gz").rename(raw / "imagesTr" / "B_case009_0000.nii.gz")
     (raw / "labelsTr" / "B_case000.nii.gz").rename(raw / "labelsTr" / "B_case009.nii.gz")
     cases["B_case009"] = cases.pop("B_case000")
-    SitesFile({"A": SiteInfo(), "B": SiteInfo()}, cases).save(raw / "sites.json")
+    SitesFile({site: SiteInfo() for site in "ABC"}, cases).save(raw / "sites.json")
     description = json.loads((raw / "dataset.json").read_text())
     (raw / "dataset.json").write_text(json.dumps({**description, "numTraining": len(cases)}))
     (tmp_path / "study").mkdir()
@@ -73,6 +81,23 @@ def trained_on(root: Path) -> set[str]:
     }
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Through links too."""
+    return [Path(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names]
+
+
+def models_of(cell: Path, name: str) -> list[Path]:
+    """The folder that a new hospital is given."""
+    root = cell if name.startswith("central") else cell / "server"
+    return [path.parents[1] for path in root.glob("nnUNet_results/*/*/fold_all/checkpoint_final.pth")]
+
+
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    content = torch.load(model / "fold_all" / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    found: dict[str, torch.Tensor] = content["network_weights"]
+    return found
+
+
 @pytest.mark.slow
 def test_a_study_runs_from_one_file_and_goes_on_where_it_was_stopped(
     folder: Path, capsys: pytest.CaptureFixture[str]
@@ -80,12 +105,12 @@ def test_a_study_runs_from_one_file_and_goes_on_where_it_was_stopped(
     assert main(["study", "prepare", str(folder)]) == 0
     study = read_study(folder)
     data = StudyData(study)
-    tested = {site: {path.name[:-7] for path in (data.test(site) / "labels").iterdir()} for site in "AB"}
+    tested = {site: {path.name[:-7] for path in (data.test(site) / "labels").iterdir()} for site in "ABC"}
     assert "A_case000" in tested["A"]
     assert "B_case000" in tested["B"]
-    for root in (data.pooled.path, data.consortium / "sites" / "A", data.own("B").path):
+    for root in (data.pooled.path, data.consortium / "sites" / "A", data.own("B").path, data.own("C").path):
         assert trained_on(root)
-        assert not trained_on(root) & (tested["A"] | tested["B"])
+        assert not trained_on(root) & (tested["A"] | tested["B"] | tested["C"])
 
     assert main(["study", "run", str(folder), "--dry-run"]) == 0
     assert "timed steps of the planned network" in " ".join(capsys.readouterr().out.split())
@@ -98,8 +123,8 @@ def test_a_study_runs_from_one_file_and_goes_on_where_it_was_stopped(
                 "--only",
                 "central_none_seed",
                 "central_polarity",
-                "federated_none",
-                "local_B",
+                "federated_polarity",
+                "local_C",
             ]
         )
         == 0
@@ -108,33 +133,57 @@ def test_a_study_runs_from_one_file_and_goes_on_where_it_was_stopped(
     assert {result.cell.arm.name for result in results.finished} == {
         "central_none",
         "central_polarity",
-        "federated_none",
-        "local_B_none",
+        "federated_polarity",
+        "local_C_none",
     }
     for result in results.finished:
-        for site in ("B",) if result.cell.arm.site else ("A", "B"):
+        for site in ("C",) if result.cell.arm.site else ("A", "B", "C"):
             assert set(result.scores(site)) == tested[site]
         environment = json.loads((result.folder / "environment.json").read_text())
         assert environment["versions"]["nnunetv2"].startswith("2.")
         assert list(result.folder.rglob("checkpoint_final.pth"))
     by_name = {result.cell.arm.name: result for result in results.finished}
-    assert by_name["federated_none"].cost.bytes_up > 0
+    assert by_name["federated_polarity"].cost.bytes_up > 0
     for site in "AB":  # the next federated cell finds them
         assert list(data.preprocessed(site).glob(f"{data.dataset_name}/*/*.pkl"))
-        assert not (by_name["federated_none"].folder / "sites" / site / "nnUNet_preprocessed").exists()
+        assert not (by_name["federated_polarity"].folder / "sites" / site / "nnUNet_preprocessed").exists()
     quality = by_name["central_polarity"].quality
     assert quality is not None
     assert quality["lesions"]["B"]["n_lesions"] == 1
     assert (by_name["central_polarity"].folder / "harmonized" / "B").is_dir()
-    assert results.scores(by_name["local_B_none"].cell.arm, "A", DICE) is None
+    assert results.scores(by_name["local_C_none"].cell.arm, "A", DICE) is None
+
+    # C took part in nothing, and the finished models were adapted to it.
+    for name in ("central_none", "central_polarity", "federated_polarity"):
+        cell = by_name[name].folder
+        files = [path for part in SEEN for path in files_below(cell / part)]
+        assert [path for path in files if path.name.startswith("A_")]
+        assert not [path for path in files if any(name.startswith("C") for name in path.relative_to(cell).parts)]
+        plans = [json.loads(path.read_text()) for path in files if path.name == "plans.json"]
+        assert plans
+        assert all(set(content["configurations"]["2d"]["fedharm"]["styles"]) == {"A", "B"} for content in plans)
+        assert (cell / "adapted").exists() == (name != "central_none")
+    for name in ("central_polarity", "federated_polarity"):
+        cell = by_name[name].folder
+        found = json.loads((cell / "adapted" / "C" / "adaptation.json").read_text())
+        assert (found["n_volumes"], found["n_labelled"]) == (3, 0)
+        adapted, given = (weights(path) for path in (cell / "adapted" / "C", *models_of(cell, name)))
+        assert bool(adapted["harmonizer.source_known"])
+        assert not bool(given["harmonizer.source_known"])
+        moved = {key for key, value in given.items() if not torch.equal(value, adapted[key])}
+        assert moved
+        assert all(key.startswith("harmonizer.source") for key in moved)
+    card = cell_facts(study, by_name["federated_polarity"])
+    assert [site.name for site in card.sites] == ["A", "B"]
 
     # A cell that lost its metrics is scored again and not trained again.
     folder_of = by_name["central_polarity"].folder
-    checkpoint = next(folder_of.rglob("checkpoint_final.pth"))
-    before = checkpoint.stat().st_mtime_ns
+    checkpoints = sorted(folder_of.rglob("checkpoint_final.pth"))  # the trained one and C's
+    before = [path.stat().st_mtime_ns for path in checkpoints]
+    assert len(checkpoints) == 2
     (folder_of / "metrics.json").unlink()
     assert main(["study", "run", str(folder), "--cell", "central_polarity_seed-0"]) == 0
-    assert checkpoint.stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in checkpoints] == before
     assert (folder_of / "metrics.json").is_file()
 
     capsys.readouterr()

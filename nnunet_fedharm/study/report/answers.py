@@ -23,7 +23,7 @@ from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.differences.summary import describe
 from nnunet_fedharm.evaluation.words import number, percent, scientific
 from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, Comparison, StudyFindings
-from nnunet_fedharm.study.report.names import kind_name, place
+from nnunet_fedharm.study.report.names import held_out_words, kind_name, place
 from nnunet_fedharm.study.report.phrases import (
     amount,
     amounts,
@@ -70,6 +70,9 @@ def answer_all(found: StudyFindings, sites: Findings | None) -> list[Answer]:
         sites: the site report of the same dataset, where there is one.
     """
     asked = [what_central_gives(found), how_close(found), what_privacy_costs(found)]
+    first = next((index for index, item in enumerate(asked) if item.measured), None)
+    if first is not None:  # once is enough: every headline names the sites
+        asked[first] = replace(asked[first], support=(*held_out_words(found), *asked[first].support))
     return [how_different(found, sites), *(_with_warning(found, item) for item in asked)]
 
 

@@ -204,7 +204,8 @@ def _site_column(found: StudyFindings, site: str) -> Column:
         reached = found.arm(oracle).dice.get(site)
         if reached is not None and reached.value is not None:
             lines.append(("oracle", reached.value, f"own labels: {number(reached.value, 3)}"))
-    labels = "labels used" if site in found.labelled else "labels withheld"
+    withheld = "held out" if site in found.held_out else "labels withheld"
+    labels = "labels used" if site in found.labelled else withheld
     return Column(site, site, f"{count(found.patients.get(site, 0), 'patient')}; {labels}", lines)
 
 

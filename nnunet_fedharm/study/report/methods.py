@@ -10,6 +10,7 @@ from nnunet_fedharm.evaluation.distances import CONVENTIONS
 from nnunet_fedharm.evaluation.words import count
 from nnunet_fedharm.study.controls import KNOWN_INVERSE, TRAVELLING
 from nnunet_fedharm.study.findings import FEWEST_SEEDS, StudyFindings
+from nnunet_fedharm.study.held_out import ADAPTED_WITH, left_out
 from nnunet_fedharm.study.results import StudyResults, read_environment
 from nnunet_fedharm.study.study_file import StudyFile
 
@@ -57,10 +58,22 @@ def _data(study: StudyFile, found: StudyFindings) -> str:
     words = f"Dataset `{found.dataset}`, {count(len(study.sites), 'site')}: {'; '.join(scanners)}. "
     words += f"A share of {study.subject.held_out_fraction:g} of each site's labelled cases was held out for testing before any "
     words += "training, by a seeded draw; travelling subjects, where the dataset has any, were tested on and never trained on. "
+    withheld = [site for site in found.targets if site not in found.held_out]
     if found.targets != found.sites:
-        words += f"Labels of {joined(found.labelled)} were used for training; those of {joined(found.targets)} were withheld, "
-        words += "and their images took part in harmonization only. "
-    return words + f"Images were harmonized to the appearance of site {found.reference}."
+        words += f"Labels of {joined(found.labelled)} were used for training. "
+        if withheld:
+            words += f"Those of {joined(withheld)} were withheld, and their images took part in harmonization only. "
+    return words + _held_out(found) + f"Images were harmonized to the appearance of site {found.reference}."
+
+
+def _held_out(found: StudyFindings) -> str:
+    if not found.held_out:
+        return ""
+    return (
+        f"{left_out(found.held_out)}: neither images nor labels, style or fingerprint from there were used. Each finished model "
+        f"with a harmonizer was adapted there {ADAPTED_WITH}: style, polarity and gate were measured, and no weight was changed. "
+        "Models without a harmonizer were used as they were. "
+    )
 
 
 def _arms(study: StudyFile, found: StudyFindings) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.study.findings import ArmFinding, StudyFindings
+from nnunet_fedharm.study.held_out import left_out
 from nnunet_fedharm.study.study_file import CONTROL
 
 _KINDS = {CONTROL: "plain nnU-Net", "augment": "strong augmentation", "nyul": "Nyul's histogram matching"}
@@ -18,9 +19,23 @@ def kind_name(kind: str, *, augmentation: bool = True) -> str:
 
 
 def place(found: StudyFindings) -> str:
-    """ "at B, C and D (labels withheld)"."""
-    where = f"at {joined(found.targets)}"
-    return f"{where} (labels withheld)" if set(found.targets) != set(found.sites) else where
+    """ "at B, C and D (labels withheld)", "at B (labels withheld) and E (new hospital, held out of all training)"."""
+    if set(found.targets) == set(found.sites):
+        return f"at {joined(found.targets)}"
+    withheld, kind = [site for site in found.targets if site not in found.held_out], "new hospital"
+    parts = [f"{joined(withheld)} (labels withheld)"] if withheld else []
+    if found.held_out:
+        kind += "s" if len(found.held_out) > 1 else ""
+        parts.append(f"{joined(found.held_out)} ({kind}, held out of all training)")
+    return f"at {joined(parts)}"
+
+
+def held_out_words(found: StudyFindings) -> list[str]:
+    """What held-out sites stand for and what was done there; nothing where there is none."""
+    if not found.held_out:
+        return []
+    how = "harmonizers were adapted there without labels, as `nnunet-fedharm adapt` does it"
+    return [f"{left_out(found.held_out)}: {how}; models without a harmonizer were used as they are."]
 
 
 def group_of(arm: ArmFinding) -> str:

@@ -101,11 +101,11 @@ def limits(found: StudyFindings, absent: Sequence[str] = ()) -> list[str]:
     small = [site for site, n in found.patients.items() if n < 10]
     if small:
         said.append(f"Fewer than ten test patients at {joined(small)}: differences there can go unnoticed.")
-    said.append(
-        "Tests over patients hold for these trainings and sites; that another hospital's scanner behaves alike is not "
-        "shown. Rerun "
-        "the study with one site held out to learn about it."
-    )
+    another = "Tests hold for these trainings and sites; that another hospital's scanner behaves alike is not shown."
+    if found.held_out:
+        said.append(f"{another} {joined(found.held_out)}, held out of all training, can only be an example.")
+    else:
+        said.append(f"{another} Rerun the study with `held_out_sites` in study.toml to learn about it.")
     said.append(
         "Dice and distances do not tell whether a lesion was drawn or erased by a harmonizer; see the pictures, and "
         "measure "
@@ -142,6 +142,7 @@ def _lead(found: StudyFindings) -> str:
         f"{found.dataset}, {found.configuration}",
         f"{count(len(found.sites), 'site')}, {count(found.patients_total, 'test patient')}",
         f"labels of {joined(found.labelled)}" if found.targets != found.sites else "labels of every site",
+        *([f"{joined(found.held_out)} held out of all training"] if found.held_out else []),
         f"{count(len(found.arms), 'arm')}, {count(trainings, 'training')}",
         day(found.created),
     ]

@@ -1,0 +1,168 @@
+"""Sites that are held out of all training: nothing of them is in what cells see, and finished models are adapted to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from nnunet_fedharm.errors import DataError, FederationError
+from nnunet_fedharm.evaluation import adapt_model
+from nnunet_fedharm.sites.registry import SiteInfo, SitesFile
+from nnunet_fedharm.study import data as study_data
+from nnunet_fedharm.study.data import READY_FILE, StudyData
+from nnunet_fedharm.study.matrix import Arm, Cell
+from nnunet_fedharm.study.new_site import adapt_to_held_out
+from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile, read_study
+from nnunet_fedharm.study.training import Trained, check_whole
+
+STUDY = """
+[study]
+name = "blobs"
+dataset = "{dataset}"
+configuration = "2d"
+reference = "A"
+labelled_sites = ["A"]
+held_out_sites = {held_out}
+[arms]
+oracle = false
+[training]
+base_features = 4
+max_features = 8
+batch_size = 2
+num_processes = 1
+"""
+ENDING = ".nii.gz"
+
+
+def study_of(folder: Path, make_raw_dataset: Callable[..., Path], sites: str) -> StudyFile:
+    """A study whose site C, where it has one, differs in grid and intensities, and is held out."""
+    raw = folder
+    for index, site in enumerate(sites):
+        shape = (20, 24, 24) if site != "C" else (28, 30, 32)
+        raw = make_raw_dataset(folder, n_labelled=5, site=f"{site}_", gain=1.0 + 5 * index, shape=shape, seed=index)
+    if "C" in sites:
+        for image in (raw / "imagesTr").glob("C_*"):
+            nibabel.save(nibabel.Nifti1Image(nibabel.load(image).get_fdata(), np.diag([2.0, 2, 2, 1])), image)  # type: ignore[attr-defined]
+            label = raw / "labelsTr" / image.name.replace("_0000", "")
+            mask = np.asarray(nibabel.load(label).dataobj, dtype=np.uint8)  # type: ignore[attr-defined]
+            nibabel.save(nibabel.Nifti1Image(mask, np.diag([2.0, 2, 2, 1])), label)
+    cases = {path.name[:-12]: path.name[0] for path in (raw / "imagesTr").glob("*_0000.nii.gz")}
+    SitesFile({site: SiteInfo() for site in sites}, cases).save(raw / "sites.json")
+    description = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({**description, "numTraining": len(cases)}))
+    (folder / "study").mkdir()
+    held_out = json.dumps(["C"] if "C" in sites else [])
+    (folder / "study" / STUDY_FILE).write_text(STUDY.format(dataset=raw, held_out=held_out))
+    return read_study(folder / "study")
+
+
+def names_below(folder: Path) -> Iterator[str]:
+    """Of all files and folders, and what text files say."""
+    for path in folder.rglob("*"):
+        yield path.name
+        if path.suffix == ".json":
+            yield path.read_text()
+
+
+def test_nothing_of_a_held_out_site_is_in_what_trainings_see(
+    tmp_path: Path, make_raw_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_data, "ADAPT_VOLUMES", 3)
+    data = StudyData(study_of(tmp_path / "with", make_raw_dataset, "ABC"))
+    data.prepare()
+    for root in (data.consortium, data.pooled.path):
+        assert any("A_case" in name for name in names_below(root))
+        assert not [name for name in names_below(root) if name == "C" or "C_case" in name or '"C"' in name]
+
+    # Fingerprint, plans and everybody's test cases are those of a dataset that never had the site.
+    never = StudyData(study_of(tmp_path / "without", make_raw_dataset, "AB"))
+    never.prepare()
+    for name in ("dataset_fingerprint.json", "nnUNetStudyPlans.json", "sites.json", "dataset.json"):
+        texts = [(item.pooled.preprocessed / item.dataset_name / name).read_text() for item in (data, never)]
+        assert texts[0] == texts[1], name
+    for site in "AB":
+        tested = [sorted(path.name for path in (item.test(site) / "images").iterdir()) for item in (data, never)]
+        assert tested[0] == tested[1]
+
+    # Its own cases are for its own training, for the test, and, without labels, for the adaptation.
+    tested_here = {path.name for path in (data.test("C") / "images").iterdir()}
+    own = {path.name for path in (data.own("C").raw / data.dataset_name / "imagesTr").iterdir()}
+    given = {path.name for path in data.adapt("C").rglob("*")}
+    assert len(tested_here) == 1
+    assert len(own) == 4
+    assert given < own
+    assert len(given) == 3
+    assert not given & tested_here
+
+    ready = data.folder / READY_FILE
+    assert json.loads(ready.read_text())["held_out_sites"] == ["C"]
+    for root, key in ((never, None), (data, "held_out_sites")):  # a record of an earlier release held nothing out
+        file = root.folder / READY_FILE
+        content = json.loads(file.read_text())
+        del content["held_out_sites"]
+        file.write_text(json.dumps(content))
+        if key is None:
+            root.prepare()
+        else:
+            with pytest.raises(DataError, match="held_out_sites"):
+                root.prepare()
+
+
+def test_a_held_out_site_without_test_case_is_refused(tmp_path: Path, make_raw_dataset: Callable[..., Path]) -> None:
+    study = study_of(tmp_path, make_raw_dataset, "ABC")
+    unlabelled = study.raw_dataset / "imagesUnlabelled"
+    unlabelled.mkdir()
+    for image in sorted((study.raw_dataset / "imagesTr").glob("C_*")):
+        image.rename(unlabelled / image.name)
+        (study.raw_dataset / "labelsTr" / image.name.replace("_0000", "")).unlink()
+    with pytest.raises(DataError, match="held-out site C has no case with a label to test on"):
+        StudyData(study).prepare()
+
+
+class Recorded:
+    """Stands for `adapt_model`: writes what marks a finished adaptation."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Path, Path, str]] = []
+
+    def __call__(self, model: Path, images: Path, output: Path, *, site: str, **_: object) -> None:
+        self.calls.append((model, images, site))
+        output.mkdir(parents=True)
+        (output / "adaptation.json").write_text("{}")
+
+
+def test_each_kind_of_arm_meets_a_held_out_site_as_it_should_and_once(
+    tmp_path: Path, make_raw_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = StudyData(study_of(tmp_path, make_raw_dataset, "ABC"))
+    recorded = Recorded()
+    monkeypatch.setattr(adapt_model, "adapt_model", recorded)
+    trained = Trained({"A": "model", "B": "model", "C": "given"}, {"A": "A", "B": "B", "C": "stored"})
+    for arm in (Arm("central", "none"), Arm("federated", "augment"), Arm("local", "none", site="C")):
+        assert adapt_to_held_out(data, Cell(arm, 0), tmp_path / arm.name, trained, device="cpu") == trained
+    assert not recorded.calls
+    folder = tmp_path / "cell"
+    (folder / "adapted" / ".C.writing-x").mkdir(parents=True)
+    for _ in range(2):
+        found = adapt_to_held_out(data, Cell(Arm("federated", "polarity"), 0), folder, trained, device="cpu")
+        assert dict(found.models) == {"A": "model", "B": "model", "C": str(folder / "adapted" / "C")}
+        assert found.styles == trained.styles
+    assert recorded.calls == [(Path("given"), data.adapt("C"), "C")]
+    assert [path.name for path in (folder / "adapted").iterdir()] == ["C"]
+
+
+def test_a_servers_folder_that_no_new_hospital_could_use_is_refused(tmp_path: Path) -> None:
+    for name in ("plans.json", "dataset.json", "fold_all/checkpoint_final.pth"):
+        with pytest.raises(FederationError, match=name):
+            check_whole(tmp_path, "all")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    check_whole(tmp_path, "all")
+    (tmp_path / "fold_all" / "local_groups.json").touch()
+    with pytest.raises(FederationError, match="each site's own"):
+        check_whole(tmp_path, "all")
