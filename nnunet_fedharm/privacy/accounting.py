@@ -127,6 +127,12 @@ def epsilon_of(noises: Sequence[Noise], delta: float) -> float:
         PrivacyError: delta is out of range.
     """
     _check_delta(delta)
+    return _epsilon_of(tuple(Noise(*equal) for equal in _history(noises)), delta)
+
+
+@lru_cache(maxsize=256)
+def _epsilon_of(noises: tuple[Noise, ...], delta: float) -> float:
+    """Kept, because a site asks for the same composition several times a round, and PRV takes a second."""
     if not noises:
         return 0.0
     if all(noise.sample_rate == 1 for noise in noises):
