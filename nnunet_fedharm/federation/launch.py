@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.daemon import (
     CONNECTION,
+    app_folder,
     flower_environment,
     local_superlink,
     program,
@@ -40,11 +40,6 @@ RUN_LOG = "run.log"
 _OUT_OF_MEMORY = re.compile(r"^ray\.exceptions\.OutOfMemoryError: .*?was ([\d.]+ ?GB) / ([\d.]+ ?GB)", re.MULTILINE)
 _GRACE_S = 10.0
 """How long after the end of `flwr run` the server's last event may still come."""
-
-
-def app_folder() -> Path:
-    """The folder that `flwr run` packs."""
-    return Path(str(files("nnunet_fedharm") / "flower_app"))
 
 
 def federate(config: FederateConfig, *, show: Callable[[str], None] | None = None) -> Path:

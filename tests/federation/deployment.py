@@ -11,6 +11,7 @@ from typing import Any
 
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.daemon import (
+    app_folder,
     descendants,
     flower_environment,
     free_port,
@@ -18,7 +19,7 @@ from nnunet_fedharm.federation.daemon import (
     wait_until_ready,
 )
 from nnunet_fedharm.federation.events import ends_run, read_events
-from nnunet_fedharm.federation.launch import app_folder, write_run_config
+from nnunet_fedharm.federation.launch import write_run_config
 
 Process = subprocess.Popen[bytes]
 

@@ -12,7 +12,8 @@ import pytest
 from nnunet_fedharm.commands import federate as command
 from nnunet_fedharm.errors import FederationError, PlanError
 from nnunet_fedharm.federation.config import FederateConfig, key_of, warnings_of
-from nnunet_fedharm.federation.launch import app_folder, run_arguments, write_run_config
+from nnunet_fedharm.federation.daemon import app_folder
+from nnunet_fedharm.federation.launch import run_arguments, write_run_config
 from nnunet_fedharm.federation.report.config import SiteReportConfig, training_keys
 
 

@@ -21,8 +21,8 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.supercore.primitives.asymmetric_ed25519 import create_message_to_sign, decode_base64url
 
 from nnunet_fedharm.errors import SetupError
+from nnunet_fedharm.federation.daemon import app_folder
 from nnunet_fedharm.federation.deploy.keys import parse_signing_key
-from nnunet_fedharm.federation.launch import app_folder
 
 APP_ID = "@nnunet-fedharm/nnunet-fedharm"
 """Publisher and name in the app's pyproject.toml."""

@@ -30,6 +30,14 @@ from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
 _GONE = "unregistered"
 
 
+class ServerTroubleError(FederationError):
+    """The SuperLink answered that it could not do its work now."""
+
+
+class ServerOffError(SetupError):
+    """Nobody listens where the consortium's SuperLink should be."""
+
+
 class _Token:
     """Adds the operator's token to every request."""
 
@@ -96,6 +104,13 @@ class Operator:
         runs = _ask(self.client.ListRuns, ListRunsRequest(limit=50)).run_dict
         return {int(key): run.status.status for key, run in runs.items() if run.status.status != Status.FINISHED}
 
+    def is_active(self, run_id: int) -> bool | None:
+        """Whether a run has not ended; None where the SuperLink is too busy to say so now."""
+        try:
+            return run_id in self.active_runs()
+        except (httpx.TimeoutException, ServerTroubleError):
+            return None
+
     def stop_run(self, run_id: int) -> None:
         """End a run; what its last completed round has made stays."""
         _ask(self.client.StopRun, StopRunRequest(run_id=run_id))
@@ -106,7 +121,7 @@ def operator(folder: ServerFolder) -> Iterator[Operator]:
     """The operator's connection over loopback, with the consortium's own authority.
 
     Raises:
-        SetupError: nobody answers, or it is another consortium's SuperLink.
+        SetupError: nobody answers, or not in time, or it is another consortium's SuperLink.
     """
     client = ControlHttpClient.from_server_address(
         server_address=local_address(folder),
@@ -119,8 +134,13 @@ def operator(folder: ServerFolder) -> Iterator[Operator]:
     )
     try:
         yield Operator(client)
-    except httpx.TransportError as error:
+    except httpx.TimeoutException as error:
         raise SetupError(
+            f"This consortium's server at {local_address(folder)} is there, but did not answer in time: its machine is very "
+            f"busy. Try again; `nnunet-fedharm server watch {folder.path}` shows whether a run goes on."
+        ) from error
+    except httpx.TransportError as error:
+        raise ServerOffError(
             f"This consortium's server does not answer at {local_address(folder)}. Start it: "
             f"`nnunet-fedharm server start {folder.path}`."
         ) from error
@@ -145,4 +165,5 @@ def _ask(call: Any, request: Any) -> Any:
             raise SetupError(
                 "The SuperLink does not take this folder's operator token. Is it another consortium's server?"
             ) from error
-        raise FederationError(f"The SuperLink refused: {error.response.text[:300]}.") from error
+        kind = ServerTroubleError if error.response.is_server_error else FederationError
+        raise kind(f"The SuperLink refused: {error.response.text[:300]}.") from error

@@ -18,7 +18,7 @@ from nnunet_fedharm.federation.daemon import flower_environment, program
 from nnunet_fedharm.federation.deploy.app_bundle import app_hash, build_app
 from nnunet_fedharm.federation.deploy.certificates import check_server, days_left
 from nnunet_fedharm.federation.deploy.consortium import version_differences
-from nnunet_fedharm.federation.deploy.control import Operator, local_address, operator
+from nnunet_fedharm.federation.deploy.control import Operator, ServerOffError, local_address, operator
 from nnunet_fedharm.federation.deploy.keys import parse_node_key
 from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals, watch
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, expected_site
@@ -33,6 +33,7 @@ _START_S = 90.0
 _GRACE_S = 10.0
 _POLL_S = 0.5
 _ASK_S = 5.0
+_TELL_S = 15.0
 _WARN_DAYS = 30
 Show = Callable[[str], None]
 
@@ -162,6 +163,7 @@ def run(folder: ServerFolder, config: RunConfig, *, detach: bool = False, show: 
         if detach:
             show(f"Submitted. `nnunet-fedharm server watch {folder.path}` shows it.")
             return {}
+        show(f"Submitted for {', '.join(config.site_names)}; Flower starts its server app.")
         return follow(folder, connection, run_id, events, offset, show)
 
 
@@ -197,7 +199,8 @@ def follow(
         FederationError: the run failed, or ended without a word.
     """
     ended: float | None = None
-    asked = time.monotonic()
+    began = asked = told = time.monotonic()
+    silent = True
     why = f"The run ended without a result; {folder.logs}/superexec.log says why."
     with stop_signals() as stopped:
         while not stopped.wait(_POLL_S):
@@ -212,9 +215,15 @@ def follow(
                     if event["event"] == "failed":
                         raise FederationError(str(event["error"]))
                     return event
-            if ended is None and time.monotonic() - asked > _ASK_S:
-                asked = time.monotonic()
-                ended = None if run_id in connection.active_runs() else asked
+            now, silent = time.monotonic(), silent and not new
+            if silent and now - told > _TELL_S:
+                told = now
+                show(f"  waiting for Flower's server app to start ({now - began:.0f} s)")
+            if ended is None and now - asked > _ASK_S:
+                active, asked = connection.is_active(run_id), time.monotonic()
+                if active is None:
+                    show("  the server is too busy to say whether the run goes on; asking again")
+                ended = asked if active is False else None
             if ended is not None and time.monotonic() - ended > _GRACE_S:
                 raise FederationError(why)
     show(f"The run goes on. `nnunet-fedharm server watch {folder.path}` shows it, `server stop` ends it.")
@@ -250,7 +259,7 @@ def _sync_if_running(folder: ServerFolder) -> bool:
     try:
         with operator(folder) as connection:
             _sync(connection, folder)
-    except SetupError:
+    except ServerOffError:
         return False
     return True
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_fedharm.errors import FederationError, SetupError
+from nnunet_fedharm.errors import SetupError
 from nnunet_fedharm.federation.daemon import flower_environment, free_port, program
 from nnunet_fedharm.federation.deploy import app_bundle, keys
 from nnunet_fedharm.federation.deploy.certificates import check_server
 from nnunet_fedharm.federation.deploy.consortium import CONSORTIUM_FILE, Consortium, version_differences
-from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals, watch
+from nnunet_fedharm.federation.deploy.door import Door, watch_door
+from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals
 from nnunet_fedharm.federation.deploy.settings_file import read_settings
 from nnunet_fedharm.federation.policy import POLICY_FILE, TEMPLATE
 from nnunet_fedharm.federation.policy_checks import checked_policy
@@ -24,11 +24,7 @@ from nnunet_fedharm.federation.site_names import check_site_names
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
 _SETTINGS = "site.toml"
-_NOT_LET_IN = "Failed to activate SuperNode"
-_SHUT_OUT = "SuperNode terminated gracefully"
-"""Nobody asked it to: so ends a SuperNode whose key the coordinator has removed."""
-_PATIENCE_S, _AGAIN_S = 90.0, 10.0
-"""Flower lets a site that was killed in again once it has missed two heartbeats, about a minute later."""
+_AGAIN_S = 10.0
 _RESERVED = ("site", "site-root", "device", "num-processes")
 Show = Callable[[str], None]
 
@@ -166,25 +162,16 @@ def start_site(folder: SiteFolder, *, show: Show = print) -> None:
         children(folder.logs, environment) as family,
     ):
         folder.flower_home.mkdir(parents=True, exist_ok=True)
-        refused_since = float("inf")
+        door = Door(settings["site"], folder.node_key.with_suffix(".pub"))
         while True:
             started = time.monotonic()
             _start_flower(folder, settings, family)
             show(f"Site {settings['site']} of {consortium.name} calls {settings['address']}. Ctrl-C stops it.")
-            if _watch(family, stopped):
+            end = watch_door(family, stopped)
+            if end is None:
                 break
             family.stop()
-            now = time.monotonic()
-            refused_since = min(refused_since, now) if now - started < _PATIENCE_S else now
-            if now - refused_since > _PATIENCE_S:
-                raise SetupError(
-                    f"The server does not let {settings['site']} in: this site's key is not registered there, or not any more. "
-                    f"Send {folder.node_key.with_suffix('.pub')} to the coordinator, and start again once it is registered."
-                )
-            show(
-                f"The server does not let {settings['site']} in. Either this site's key is not registered there, or a former "
-                "process of this site was killed less than a minute ago and still counts as connected. Trying again."
-            )
+            show(door.why_again(end, was_up_s=time.monotonic() - started))
             if stopped.wait(_AGAIN_S):
                 break
         show("Stopping.")
@@ -241,17 +228,6 @@ def _start_flower(folder: SiteFolder, settings: dict[str, Any], family: Children
             *("--parent-pid", str(node.pid)),
         ],
     )
-
-
-def _watch(family: Children, stopped: threading.Event) -> bool:
-    """Wait for a signal, and return True; False where Flower ended because the server does not let this key in (any more)."""
-    try:
-        watch(family, stopped)
-    except FederationError:
-        if any(words in family.said("supernode") for words in (_NOT_LET_IN, _SHUT_OUT)):
-            return False
-        raise
-    return True
 
 
 def _check_join(consortium: Consortium, folder: SiteFolder, options: JoinOptions) -> None:

@@ -36,6 +36,8 @@ from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from sqlalchemy import event
+from sqlalchemy.pool import Pool
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -43,6 +45,10 @@ from nnunet_fedharm.errors import FedHarmError
 from nnunet_fedharm.federation.deploy import app_bundle
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
 
+DATABASE_WAIT_S = 120
+"""How long a request waits for the database. Flower gives up after 5 s, and then its helper and the sites' SuperNodes end: on a
+machine that is busy for a while the whole consortium would be down.
+"""
 MOST_BYTES = 64 * 2**20
 """Bound on one request: Flower cuts arrays into pieces of 5 MiB."""
 FROM_OUTSIDE = ("/v1/fleet/", "/health")
@@ -117,12 +123,21 @@ class OperatorAccess(NoOpControlAuthnPlugin):
         return None, None
 
 
+def wait_for_database(connection: Any, *_: Any) -> None:
+    """Let a connection wait its turn, instead of what Flower has set when it was made."""
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {DATABASE_WAIT_S * 1000}")
+    cursor.close()
+
+
 def make_app(folder: ServerFolder) -> Any:
     """Flower's SuperLink for a consortium, with the signed app in its store.
 
     Raises:
         SetupError: the folder is not whole, or the app is not signed.
     """
+    if not event.contains(Pool, "checkout", wait_for_database):
+        event.listen(Pool, "checkout", wait_for_database)
     consortium, settings = folder.consortium(), folder.settings()
     app_content = folder.app.read_bytes()
     signature = json.loads(folder.signature.read_text(encoding="utf-8"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import httpx
 import pytest
 
-from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.errors import FederationError, SetupError
 from nnunet_fedharm.federation.deploy import server as module
-from nnunet_fedharm.federation.deploy.control import Operator
+from nnunet_fedharm.federation.deploy.control import Operator, operator
 from nnunet_fedharm.federation.deploy.server import follow
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
 from nnunet_fedharm.federation.events import EventLog
@@ -55,3 +56,39 @@ def test_a_run_that_ended_without_a_word_points_to_flowers_log(server: ServerFol
     log.write("started", run_id="a", resumed=False, rounds_done={})
     with pytest.raises(FederationError, match=r"superexec\.log says why"):
         follow(server, Door(), 7, log.path, 0, lambda line: None)
+
+
+def test_whoever_waits_for_flower_is_told_so(
+    server: ServerFolder, log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TELL_S", 0.02)
+    lines: list[str] = []
+
+    def show(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            log.write("reported", results="report.json", sites=["A", "B"])
+
+    follow(server, Door(runs={7: "pending"}), 7, log.path, 0, show)
+    assert lines == ["  waiting for Flower's server app to start (0 s)"] * 2 + ["reported on A, B: report.json"]
+
+
+def test_a_server_that_is_too_busy_to_answer_does_not_end_the_following(server: ServerFolder, log: EventLog) -> None:
+    asked: list[int] = []
+
+    @dataclass(frozen=True)
+    class Busy(Operator):
+        client: object = None
+
+        def active_runs(self) -> dict[int, str]:
+            asked.append(1)
+            if len(asked) == 2:
+                log.write("finished", results="model", sites_without_model=[])
+            raise httpx.ReadTimeout("30 s are over")
+
+    lines: list[str] = []
+    last = follow(server, Busy(), 7, log.path, 0, lines.append)
+    assert last["event"] == "finished"
+    assert "  the server is too busy to say whether the run goes on; asking again" in lines
+    with pytest.raises(SetupError, match="did not answer in time: its machine is very busy"), operator(server):
+        raise httpx.ReadTimeout("30 s are over")

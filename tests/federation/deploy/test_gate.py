@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import threading
+import time
 from typing import Any
 
 import pytest
 from flwr.common.constant import ACCESS_TOKEN_KEY
+from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
-from nnunet_fedharm.federation.deploy.superlink import MOST_BYTES, Gate, OperatorAccess, make_app
+from nnunet_fedharm.federation.deploy.superlink import DATABASE_WAIT_S, MOST_BYTES, Gate, OperatorAccess, make_app
 
 OUTSIDE, SERVER = ("192.0.2.7", 50000), ("192.0.2.1", 9092)
 PATHS = (
@@ -104,3 +108,20 @@ def test_flowers_own_app_asks_for_token_secret_and_node_key(server: ServerFolder
     assert client.post("/v1/runtime/acquire-task", headers=protobuf).status_code in (401, 403), "the secret is missing"
     for path in ("pull-messages", "push-messages", "get-run", "get-fab", "register-node", "activate-node"):
         assert client.post(f"/v1/fleet/{path}", headers=protobuf).status_code == 401, path
+
+
+def test_a_request_waits_for_a_busy_database_longer_than_flower_would(server: ServerFolder) -> None:
+    """Flower's own 5 s are over soon on a busy machine, and a single refusal ends its helper and with it the server."""
+    state = make_app(server).state.linkstate_factory.state()
+    for _ in range(2):
+        with state.session() as session:
+            assert session.execute(text("PRAGMA busy_timeout")).scalar_one() == 1000 * DATABASE_WAIT_S
+    other = sqlite3.connect(server.database, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    freed = threading.Timer(6.0, other.rollback)
+    freed.start()
+    try:
+        assert state.reserve_nonce("test", "a", time.time() + 60)
+    finally:
+        freed.join()
+        other.close()
