@@ -84,7 +84,7 @@ def _policy(args: argparse.Namespace) -> int:
         print(TEMPLATE, end="")
         return 0
     from nnunet_fedharm.federation.deploy.site_node import SiteFolder
-    from nnunet_fedharm.federation.policy_checks import checked_policy
+    from nnunet_fedharm.federation.policy import checked_policy
 
     folder = SiteFolder(args.root.expanduser().resolve())
     for name, value in vars(checked_policy(folder.policy_file, site="here")).items():

@@ -135,3 +135,23 @@ def _typed(name: str, value: Any, default: Any, where: str) -> Any:
     if isinstance(value, int | float) and value < 0:
         raise FederationError(f"{where} has {name} = {value}; it must not be negative.")
     return value
+
+
+def checked_policy(path: Path, *, site: str) -> Policy:
+    """Rules of a file, for commands; a file that is missing is an error here.
+
+    Raises:
+        FederationError: there is none, or it is damaged, or names a trainer or harmonizer that does not exist.
+    """
+    if not path.is_file():
+        raise FederationError(f"{path} does not exist. `nnunet-fedharm site policy` prints one to start from.")
+    policy = load_policy(path, site=site)
+    if policy.harmonizers or policy.trainers:
+        from nnunet_fedharm.trainers.names import TRAINER_SUFFIX, trainer_name_for  # loads torch and nnU-Net
+
+        trainers = [trainer_name_for(kind) for kind in TRAINER_SUFFIX]
+        for rule, known in (("harmonizers", list(TRAINER_SUFFIX)), ("trainers", trainers)):
+            odd = sorted(set(getattr(policy, rule)) - set(known))
+            if odd:
+                raise FederationError(f"{path} names {odd[0]!r} in work.{rule}; known are {', '.join(known)}.")
+    return policy

@@ -14,14 +14,13 @@ from typing import Any
 from nnunet_fedharm.errors import CheckpointError, FederationError
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.durable import read_json, write_json
-from nnunet_fedharm.federation.policy import Policy, load_policy
 from nnunet_fedharm.federation.report import site as report_site
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, read_section
 from nnunet_fedharm.privacy.accounting import epsilon_of
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.options import PrivacyOptions
-from nnunet_fedharm.trainers.names import TRAINER_SUFFIX, trainer_name_for
+from nnunet_fedharm.trainers.names import trainer_name_for
 
 USE_FILE = "policy-use.json"
 """What each run has had of this site: rounds, epochs, and the epsilon that it may cost."""
@@ -231,20 +230,3 @@ def _count(site: Site, values: Values, epsilon: float) -> None:
     _at_most(site, "work.max_rounds_of_all_runs", policy.max_rounds_of_all_runs, total, "rounds of all runs")
     _at_most(site, "work.max_epochs", policy.max_epochs, run["epochs"], "epochs of this run")
     write_json(site.folder / USE_FILE, use)
-
-
-def checked_policy(path: Path, *, site: str) -> Policy:
-    """Rules of a file, for commands; a file that is missing is an error here.
-
-    Raises:
-        FederationError: there is none, or it is damaged, or names a trainer or harmonizer that does not exist.
-    """
-    if not path.is_file():
-        raise FederationError(f"{path} does not exist. `nnunet-fedharm site policy` prints one to start from.")
-    policy = load_policy(path, site=site)
-    trainers = [trainer_name_for(kind) for kind in TRAINER_SUFFIX]
-    for rule, known in (("harmonizers", list(TRAINER_SUFFIX)), ("trainers", trainers)):
-        odd = sorted(set(getattr(policy, rule)) - set(known))
-        if odd:
-            raise FederationError(f"{path} names {odd[0]!r} in work.{rule}; known are {', '.join(known)}.")
-    return policy

@@ -17,8 +17,16 @@ from nnunet_fedharm.federation.answers import answer
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.durable import read_json, write_json
 from nnunet_fedharm.federation.events import read_events
-from nnunet_fedharm.federation.policy import METRICS, POLICY_FILE, TEMPLATE, Policy, load_policy, policy_from_dict
-from nnunet_fedharm.federation.policy_checks import USE_FILE, checked_policy, enforce
+from nnunet_fedharm.federation.policy import (
+    METRICS,
+    POLICY_FILE,
+    TEMPLATE,
+    Policy,
+    checked_policy,
+    load_policy,
+    policy_from_dict,
+)
+from nnunet_fedharm.federation.policy_checks import USE_FILE, enforce
 from nnunet_fedharm.federation.server_app import run_server
 from nnunet_fedharm.federation.site import Site, locate_site
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, Schedule

@@ -18,8 +18,7 @@ from nnunet_fedharm.federation.deploy.consortium import CONSORTIUM_FILE, Consort
 from nnunet_fedharm.federation.deploy.door import Door, watch_door
 from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals
 from nnunet_fedharm.federation.deploy.settings_file import read_settings
-from nnunet_fedharm.federation.policy import POLICY_FILE, TEMPLATE
-from nnunet_fedharm.federation.policy_checks import checked_policy
+from nnunet_fedharm.federation.policy import POLICY_FILE, TEMPLATE, checked_policy
 from nnunet_fedharm.federation.site_names import check_site_names
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
