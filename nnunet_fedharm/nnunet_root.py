@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_fedharm.errors import SetupError
+from nnunet_fedharm.errors import DataError, SetupError
 
 _VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
@@ -77,6 +77,26 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def find_dataset(folder: Path, dataset: str, *, advice: str = "Check -d and nnUNet_raw.") -> str:
+    """Folder name of a dataset given by number ("910") or name, below nnUNet_raw or nnUNet_preprocessed.
+
+    Args:
+        folder: where datasets lie.
+        advice: what to do where it is not there.
+
+    Raises:
+        DataError: there is none, or several.
+    """
+    names = sorted(path.name for path in folder.glob("Dataset*") if path.is_dir())
+    number = f"Dataset{int(dataset):03d}_" if dataset.isdigit() else None
+    found = [name for name in names if (name == dataset if number is None else name.startswith(number))]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(names) or "nothing"
+    there = f"several datasets of that number ({', '.join(found)})" if found else f"only: {known}"
+    raise DataError(f"Dataset {dataset} was not found in {folder}, which holds {there}. {advice}")
 
 
 def environment_paths() -> tuple[Path, Path, Path]:

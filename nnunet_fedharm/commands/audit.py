@@ -209,12 +209,12 @@ def _inversion(args: argparse.Namespace) -> int:
 
 def _site(args: argparse.Namespace) -> AuditedSite:
     from nnunet_fedharm.commands.device import torch_device
-    from nnunet_fedharm.evaluation.audit.site import AuditedSite, find_dataset_name, find_plans
-    from nnunet_fedharm.nnunet_root import NnunetRoot
+    from nnunet_fedharm.evaluation.audit.site import AuditedSite, find_plans
+    from nnunet_fedharm.nnunet_root import NnunetRoot, find_dataset
     from nnunet_fedharm.planning.central import EnvironmentRoot
 
     root = EnvironmentRoot.from_environment() if args.site_root is None else NnunetRoot(args.site_root)
-    name = find_dataset_name(root.preprocessed, args.dataset)
+    name = find_dataset(root.preprocessed, args.dataset, advice="Plan and preprocess it first.")
     return AuditedSite(
         root=root,
         dataset_name=name,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnunet_fedharm.nnunet_root import environment_paths
-from nnunet_fedharm.planning.central import find_dataset
+from nnunet_fedharm.errors import SetupError
+from nnunet_fedharm.nnunet_root import environment_paths, find_dataset
 
 
 def find_raw_dataset(dataset: str) -> Path:
@@ -17,5 +17,8 @@ def find_raw_dataset(dataset: str) -> Path:
     """
     if Path(dataset).is_dir():
         return Path(dataset)
-    raw, _, _ = environment_paths()
+    try:
+        raw, _, _ = environment_paths()
+    except SetupError as error:
+        raise SetupError(f"{dataset} is no folder, and it cannot be looked up by number or name: {error}") from error
     return raw / find_dataset(raw, Path(dataset).name)

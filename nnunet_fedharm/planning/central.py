@@ -9,11 +9,12 @@ from typing import Any
 
 from nnunet_fedharm.errors import DataError, PlanError
 from nnunet_fedharm.harmonizers.style import Style
-from nnunet_fedharm.nnunet_root import NnunetRoot, environment_paths
+from nnunet_fedharm.nnunet_root import NnunetRoot, environment_paths, find_dataset
 from nnunet_fedharm.planning.defaults import complete_schedule, complete_sizes
 from nnunet_fedharm.planning.earlier_plans import known_sections, read_if_there, renamed
 from nnunet_fedharm.planning.explain import write_explanation
-from nnunet_fedharm.planning.planner import PlanOptions, plan_federation, require_configuration
+from nnunet_fedharm.planning.planner import PlanOptions, require_configuration
+from nnunet_fedharm.planning.pooled import HERE, plan_pooled
 from nnunet_fedharm.planning.preprocess import preprocess_site
 from nnunet_fedharm.planning.private_fingerprint import private_fingerprint, private_plans
 from nnunet_fedharm.planning.private_style import style_release
@@ -28,7 +29,6 @@ from nnunet_fedharm.sites.files import (
     labelled_cases,
     read_dataset_json,
     read_json,
-    reader_class,
     unlabelled_cases,
     write_json,
 )
@@ -38,7 +38,6 @@ STOCK_PLANS = "nnUNetPlans"
 DEFAULT_PLANS = "nnUNetFedHarmPlans"
 ONE_SITE = "one_site"
 """Name of the only site where no sites.json tells sites apart."""
-_HERE = "central"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class EnvironmentRoot(NnunetRoot):
             SetupError: a variable is not set.
         """
         raw, preprocessed, results = environment_paths()
-        return cls(Path(_HERE), raw, preprocessed, results)
+        return cls(Path(HERE), raw, preprocessed, results)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +154,7 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
     root.create()
     name = find_dataset(root.raw, dataset)
     raw, preprocessed = root.raw / name, root.preprocessed / name
-    dataset_json = read_dataset_json(raw, site=_HERE)
+    dataset_json = read_dataset_json(raw, site=HERE)
     registry = site_registry(raw, dataset_json)
     if options.reference != CONSENSUS and options.reference not in registry.sites:
         raise PlanError(
@@ -173,7 +172,7 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
         plans = renamed(existing_plans(root, name, options.base_plans), options.plan.plans_name)
     else:
         assert fingerprint is not None
-        plans = _base_plans(root, name, dataset_json, fingerprint, options.plan)
+        plans = _base_plans(root, name, fingerprint, options.plan)
     sections = known_sections(preprocessed / f"{options.plan.plans_name}.json", plans)
     for configuration in options.configurations:
         require_configuration(plans, configuration)
@@ -233,25 +232,6 @@ def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], opti
     )
 
 
-def find_dataset(raw: Path, dataset: str) -> str:
-    """Folder name of a dataset given by identifier ("910") or name.
-
-    Raises:
-        DataError: there is none, or several.
-    """
-    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdigit() else dataset
-    found = sorted(path.name for path in raw.glob(pattern) if path.is_dir())
-    if len(found) != 1:
-        known = sorted(path.name for path in raw.glob("Dataset*")) if raw.is_dir() else []
-        there = (
-            f"several datasets of that number ({', '.join(found)})"
-            if found
-            else f"only: {', '.join(known) or 'nothing'}"
-        )
-        raise DataError(f"Dataset {dataset} was not found in {raw}, which holds {there}. Check -d and nnUNet_raw.")
-    return found[0]
-
-
 def site_registry(raw: Path, dataset_json: Mapping[str, Any]) -> SitesFile:
     """sites.json of a raw dataset; without one, all cases come from one site.
 
@@ -287,8 +267,8 @@ def _stock_fingerprint(root: NnunetRoot, name: str, options: CentralOptions) -> 
     file = root.preprocessed / name / "dataset_fingerprint.json"
     if not file.is_file():
         if options.check:
-            check_raw_dataset(root.raw / name, site=_HERE, num_processes=options.num_processes)
-        if not labelled_cases(root.raw / name, read_dataset_json(root.raw / name, site=_HERE)):
+            check_raw_dataset(root.raw / name, site=HERE, num_processes=options.num_processes)
+        if not labelled_cases(root.raw / name, read_dataset_json(root.raw / name, site=HERE)):
             raise DataError(
                 f"{root.raw / name} has no labelled case in imagesTr, so nnU-Net cannot plan. Add labelled cases."
             )
@@ -300,7 +280,6 @@ def _stock_fingerprint(root: NnunetRoot, name: str, options: CentralOptions) -> 
 def _base_plans(
     root: NnunetRoot,
     name: str,
-    dataset_json: Mapping[str, Any],
     fingerprint: Mapping[str, Any],
     options: PlanOptions,
 ) -> dict[str, Any]:
@@ -310,10 +289,8 @@ def _base_plans(
     if not options.resizes and stock.is_file():
         plans = read_json(stock, what="nnU-Net's plans")
     else:
-        example = labelled_cases(root.raw / name, dataset_json)[0].images[0]
-        reader = reader_class(dataset_json, example, site=_HERE).__name__
         before = read_if_there(root.preprocessed / name / f"{planned.plans_name}.json")
-        plans = plan_federation(fingerprint, dataset_json, dataset_name=name, reader=reader, root=root, options=planned)
+        plans = plan_pooled(root.raw / name, fingerprint, planned, root=root)
         if before is not None:
             write_json(before, root.preprocessed / name / f"{planned.plans_name}.json")
         # As stock nnU-Net leaves it; the planner's copy lacks the key that lists single files.

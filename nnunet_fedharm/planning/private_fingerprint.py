@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nnunet_fedharm.nnunet_root import NnunetRoot
-from nnunet_fedharm.planning.planner import PlanOptions, plan_federation
+from nnunet_fedharm.planning.planner import PlanOptions
+from nnunet_fedharm.planning.pooled import HERE, plan_pooled
 from nnunet_fedharm.planning.private_merge import merge_private
 from nnunet_fedharm.planning.private_summary import fingerprint_release, summarize_private
 from nnunet_fedharm.privacy.ledger import Ledger
@@ -25,12 +26,9 @@ from nnunet_fedharm.sites.files import (
     labelled_cases,
     read_dataset_json,
     read_json,
-    reader_class,
     unlabelled_cases,
     write_json,
 )
-
-_HERE = "central"
 
 
 def fingerprint_file(preprocessed: Path, noise: float) -> Path:
@@ -65,9 +63,9 @@ def private_fingerprint(
     if kept.get("cases") != cases:
         ledger.refuse_beyond(privacy.budget, [release])
         if check:
-            check_raw_dataset(raw, site=_HERE, num_processes=num_processes)
-        summary = summarize_private(raw, site=_HERE, noise_multiplier=noise, num_processes=num_processes)
-        channels = len(read_dataset_json(raw, site=_HERE)["channel_names"])
+            check_raw_dataset(raw, site=HERE, num_processes=num_processes)
+        summary = summarize_private(raw, site=HERE, noise_multiplier=noise, num_processes=num_processes)
+        channels = len(read_dataset_json(raw, site=HERE)["channel_names"])
         kept = {"cases": cases, "fingerprint": merge_private([summary], n_channels=channels)}
         write_json(kept, path)
     fingerprint: dict[str, Any] = kept["fingerprint"]
@@ -82,22 +80,13 @@ def private_plans(raw: Path, fingerprint: Mapping[str, Any], options: PlanOption
     Raises:
         PlanError: nnU-Net cannot plan from this fingerprint.
     """
-    description = read_dataset_json(raw, site=_HERE)
-    reader = reader_class(description, labelled_cases(raw, description)[0].images[0], site=_HERE).__name__
     with TemporaryDirectory() as scratch:
-        return plan_federation(
-            fingerprint,
-            description,
-            dataset_name=raw.name,
-            reader=reader,
-            root=NnunetRoot(Path(scratch)),
-            options=options,
-        )
+        return plan_pooled(raw, fingerprint, options, root=NnunetRoot(Path(scratch)))
 
 
 def _digest_of_cases(raw: Path) -> str:
     """Which cases there are; stays here."""
-    description = read_dataset_json(raw, site=_HERE)
+    description = read_dataset_json(raw, site=HERE)
     cases = [*labelled_cases(raw, description), *unlabelled_cases(raw, description)]
     names = [f"{case.case} {case.label is not None}" for case in cases]
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()

@@ -14,7 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from nnunet_fedharm.errors import DataError, PlanError, PrivacyError
+from nnunet_fedharm.errors import PlanError, PrivacyError
 from nnunet_fedharm.nnunet_root import NnunetRoot, environment
 from nnunet_fedharm.planning.central import EnvironmentRoot
 from nnunet_fedharm.planning.section import SECTION, read_section, with_section
@@ -69,22 +69,6 @@ class AuditedSite:
                 "or make the plans with `nnunet-fedharm plan --epsilon`."
             )
         return PrivacyOptions(**given)
-
-
-def find_dataset_name(preprocessed: Path, dataset: str) -> str:
-    """The preprocessed dataset of that number or name.
-
-    Raises:
-        DataError: there is none, or several.
-    """
-    number = f"Dataset{int(dataset):03d}_*" if dataset.isdigit() else dataset
-    found = [path.name for path in sorted(preprocessed.glob(number)) if path.is_dir()]
-    if len(found) != 1:
-        seen = "none" if not found else ", ".join(found)
-        raise DataError(
-            f"{preprocessed} has no single preprocessed dataset {dataset!r} ({seen}). Plan and preprocess it first."
-        )
-    return found[0]
 
 
 def find_plans(root: NnunetRoot, dataset_name: str, plans_name: str, configuration: str) -> dict[str, Any]:
