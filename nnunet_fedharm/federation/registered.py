@@ -23,17 +23,24 @@ def write_registered(folder: Path, nodes: Mapping[int, str]) -> None:
     write_json(folder / NODES_FILE, {"nodes": {str(node): site for node, site in nodes.items()}})
 
 
+def registered_site(folder: Path, node: int) -> str:
+    """The site whose key a node has; an empty text where nothing is known of it.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / NODES_FILE
+    return str(read_json(path)["nodes"].get(str(node), "")) if path.is_file() else ""
+
+
 def false_name(folder: Path, node: int, site: str) -> str:
     """Why a node may not use a site's name; an empty text where it may.
 
     Raises:
         CheckpointError: the file is damaged.
     """
-    path = folder / NODES_FILE
-    if not path.is_file():
-        return ""
-    known = read_json(path)["nodes"].get(str(node))
-    if known == site:
+    known = registered_site(folder, node)
+    if known == site or not (folder / NODES_FILE).is_file():
         return ""
     whose = f"the key of {known}" if known else "a key that is not registered any more"
     return f"A node with {whose} calls itself {site}. It is set aside; correct the site's name, or register its key."

@@ -184,6 +184,20 @@ class StudyData:
             for path in cases[index].images:
                 place(path, self.adapt(site) / path.name, link=True)
 
+    def _refuse_shared_patients(self, trained: set[str], ending: str) -> None:
+        """A patient whose scan at another hospital was trained on is no patient of a new hospital."""
+        registry = self.study.registry
+        known = {registry.patient_of(case): case for case in sorted(trained)}
+        for site in self.study.held_out_sites:
+            for path in sorted((self.test(site) / "labels").glob(f"*{ending}")):
+                patient = registry.patient_of(path.name.removesuffix(ending))
+                if patient in known:
+                    raise DataError(
+                        f"Patient {patient} would be tested at the held-out site {site} and trained on at "
+                        f"{registry.site_of(known[patient])} (case {known[patient]}). Remove the patient's cases from one of the "
+                        "two, or hold both sites out."
+                    )
+
     def _pool(self) -> None:
         target = self.pooled.create().raw / self.dataset_name
         cases: dict[str, str] = {}
@@ -196,6 +210,7 @@ class StudyData:
         description = read_dataset_json(source, site="pooled")
         ending = str(description["file_ending"])
         trained = {path.name[: -len(ending) - 5] for path in _files(target, "imagesTr", UNLABELLED)}
+        self._refuse_shared_patients(trained, ending)
         n_labelled = len(list((target / "labelsTr").glob(f"*{ending}")))
         write_json({**description, "numTraining": n_labelled}, target / "dataset.json")
         registry = self.study.registry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from nnunet_fedharm.differences.options import StatisticsOptions
 from nnunet_fedharm.differences.statistics import find_differences
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.events import read_events
+from nnunet_fedharm.federation.progress import describe
+from nnunet_fedharm.federation.registered import NODES_FILE, write_registered
 from nnunet_fedharm.federation.report.config import SiteReportConfig
 from nnunet_fedharm.federation.report.server import run_site_report
 from nnunet_fedharm.privacy.ledger import Ledger
@@ -209,6 +211,62 @@ def test_a_site_that_falls_silent_is_left_out_and_the_rest_goes_on(
         (found,) = part.classifiers
         assert list(found.confusion) == ["A", "C"]
         assert sum(map(sum, (row.values() for row in found.confusion.values()))) == PATIENTS["A"] + PATIENTS["C"]
+
+
+def test_a_site_that_connects_while_others_are_greeted_takes_part(root: Path, tables: dict[str, FeatureTable]) -> None:
+    config = report_config(root)
+    clients = report_sites(config, 3)
+    grid = LocalGrid({100: clients[100], 101: clients[101]})
+
+    def slow(message: Message) -> Message | None:
+        grid.clients[102] = clients[102]
+        return clients[100](message)
+
+    grid.clients[100] = slow
+    findings = from_json(Findings, json.loads(run_site_report(grid, config).read_text()))
+    assert [card.site for card in findings.sites] == ["A", "B", "C"]
+
+
+@pytest.fixture
+def registered(root: Path) -> Iterator[None]:
+    """The coordinator has registered the nodes' keys."""
+    fedharm = root / "server" / "fedharm"
+    write_registered(fedharm, {100: "A", 101: "B", 102: "C"})
+    yield
+    (fedharm / NODES_FILE).unlink()
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_site_whose_first_answer_comes_too_late_is_asked_again_and_named_meanwhile(
+    root: Path, tables: dict[str, FeatureTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nnunet_fedharm.federation.report.exchange._GREETING_S", 0.3)
+    monkeypatch.setattr("nnunet_fedharm.federation.exchange.WAITING_EVERY_S", 0.1)
+    config = report_config(root)
+    clients = report_sites(config, 3)
+    asked: list[str] = []
+
+    def busy(message: Message) -> Message | None:
+        asked.append(message.metadata.message_type)
+        return None if len(asked) == 1 else clients[102](message)
+
+    events = root / "server" / "fedharm" / "events.jsonl"
+    offset = events.stat().st_size if events.exists() else 0
+    findings = report(config, {**clients, 102: busy})
+    assert [card.site for card in findings.sites] == ["A", "B", "C"]
+    assert asked[:3] == ["query.report_hello", "query.report_hello", "query.report_measure"]
+    lines = [describe(event) for event in read_events(events, offset)[0]]
+    assert "  waiting for a first answer: C (0 s)" in lines
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_connected_site_that_says_nothing_is_not_called_disconnected(
+    root: Path, tables: dict[str, FeatureTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nnunet_fedharm.federation.report.exchange._GREETING_S", 0.2)
+    config = report_config(root, join_wait_s=0.5)
+    findings = report(config, {**report_sites(config, 3), 102: lambda message: None})
+    assert "is connected, but did not answer within" in findings.settings["left_out"]["C"]
 
 
 def test_every_release_is_in_the_sites_ledger(root: Path, tables: dict[str, FeatureTable]) -> None:

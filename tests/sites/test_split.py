@@ -75,6 +75,17 @@ def test_held_out_cases_follow_the_seed_and_not_the_other_sites(dataset: Path, t
     assert any(held_out(f"seed{seed}", seed=seed) != first for seed in range(4, 8))
 
 
+def test_a_site_that_is_left_out_gets_no_folder_and_changes_nothing_for_the_others(
+    dataset: Path, tmp_path: Path
+) -> None:
+    both = split_dataset(dataset, tmp_path / "both")
+    (share,) = split_dataset(dataset, tmp_path / "one", SplitOptions(without_sites=("B",)))
+    assert [path.name for path in (tmp_path / "one" / "sites").iterdir()] == ["A"]
+    for folder in ("imagesTr", "imagesTs"):
+        assert names(share.root.raw / NAME / folder) == names(both[0].root.raw / NAME / folder)
+    assert not [path for path in (tmp_path / "one").rglob("*") if path.name.startswith("B")]
+
+
 def test_cases_that_must_be_held_out_are_beside_those_that_are_drawn(dataset: Path, tmp_path: Path) -> None:
     drawn, forced = (
         split_dataset(dataset, tmp_path / name, SplitOptions(held_out_cases=cases))[0]

@@ -124,6 +124,19 @@ def test_a_held_out_site_without_test_case_is_refused(tmp_path: Path, make_raw_d
         StudyData(study).prepare()
 
 
+def test_a_patient_of_a_training_site_is_none_of_a_new_hospital(
+    tmp_path: Path, make_raw_dataset: Callable[..., Path]
+) -> None:
+    study = study_of(tmp_path, make_raw_dataset, "ABC")
+    registry = SitesFile.load(study.raw_dataset / "sites.json")
+    patients = {case: "P1" for case in registry.cases if case[0] in "AC"}
+    SitesFile(registry.sites, registry.cases, patients).save(study.raw_dataset / "sites.json")
+    with pytest.raises(
+        DataError, match=r"Patient P1 would be tested at the held-out site C and trained on at A \(case A_"
+    ):
+        StudyData(read_study(study.folder)).prepare()
+
+
 class Recorded:
     """Stands for `adapt_model`: writes what marks a finished adaptation."""
 

@@ -19,9 +19,9 @@ from flwr.serverapp import Grid
 from nnunet_fedharm.errors import FederationError, SiteMismatchError
 from nnunet_fedharm.federation.codec import Weights, payload_bytes
 from nnunet_fedharm.federation.events import EventLog
-from nnunet_fedharm.federation.exchange import exchange
+from nnunet_fedharm.federation.exchange import Answers, exchange
 from nnunet_fedharm.federation.messages import Schema, Unpacked, pack, unpack_reply
-from nnunet_fedharm.federation.registered import false_name
+from nnunet_fedharm.federation.registered import false_name, registered_site
 from nnunet_fedharm.federation.report.config import SiteReportConfig
 from nnunet_fedharm.federation.report.messages import HELLO, HELLO_REPLY
 from nnunet_fedharm.federation.secure.sum import SecureSum
@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 _AGREED = ("channels", "labels", "versions")
 _GREETING_S = 120.0
+_ATTEMPTS = 3
+_ANNOUNCE_S = 15.0
 _WIDTH = 8
 """Bytes of an entry in a secure sum: rank sums need all the precision there is."""
 
@@ -54,6 +56,9 @@ class Sites:
     descriptions: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     sent: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    _heard: set[int] = field(default_factory=set)
+    _asked: Counter[int] = field(default_factory=Counter)
+    """Nodes that have said nothing so far, and how often they were asked."""
 
     @property
     def names(self) -> list[str]:
@@ -72,20 +77,20 @@ class Sites:
             FederationError: too few came, or two nodes have one name.
             SiteMismatchError: sites describe different data or run different versions.
         """
-        start, known, announced = time.monotonic(), set[int](), 0.0
-        while set(self.config.site_names) - set(self.nodes) - set(self.left_out):
-            self._greet(sorted(set(self.grid.get_node_ids()) - known))
-            known |= set(self.grid.get_node_ids())
+        start, announced = time.monotonic(), -_ANNOUNCE_S
+        while True:
+            self._greet()
             waited = time.monotonic() - start
-            missing = sorted(set(self.config.site_names) - set(self.nodes) - set(self.left_out))
-            if not missing or waited > self.config.join_wait_s:
+            if not self._missing or (waited > self.config.join_wait_s and not self._came_meanwhile()):
                 break
-            if waited - announced > 15:
+            if waited - announced >= _ANNOUNCE_S:
                 announced = waited
-                self.log.write("waiting", what="sites to connect", sites=missing, seconds=round(waited))
+                self.log.write("waiting", what="sites to connect", sites=self._missing, seconds=round(waited))
             time.sleep(min(1.0, self.config.join_wait_s))
-        for site in sorted(set(self.config.site_names) - set(self.nodes) - set(self.left_out)):
-            self.leave_out(site, f"did not connect within {self.config.join_wait_s:.0f} s")
+        silent = {self._name_of(node) for node in self._asked}
+        for site in self._missing:
+            what = "is connected, but did not answer" if site in silent else "did not connect"
+            self.leave_out(site, f"{what} within {waited:.0f} s")
         self._require_enough()
         self._check_agreement()
 
@@ -170,9 +175,28 @@ class Sites:
         self.left_out[site] = reason
         self.log.write("report_site_left_out", site=site, reason=reason)
 
-    def _greet(self, nodes: list[int]) -> None:
+    @property
+    def _missing(self) -> list[str]:
+        """Expected sites of which nothing has been heard."""
+        return sorted(set(self.config.site_names) - set(self.nodes) - set(self.left_out))
+
+    def _came_meanwhile(self) -> bool:
+        """Whether a node has connected while others were asked."""
+        return bool(set(self.grid.get_node_ids()) - self._heard - set(self._asked))
+
+    def _name_of(self, node: int) -> str:
+        """The site to which the coordinator gave the node's key; empty where nobody registered it."""
+        return registered_site(self.log.path.parent, node)
+
+    def _greet(self) -> None:
+        """Ask every node that has not said who it is; one that stays silent again, as a busy site's first answer takes long."""
+        online = set(self.grid.get_node_ids())
+        self._heard &= online  # who left and comes back may have been mended
+        self._asked = Counter({node: count for node, count in self._asked.items() if node in online})
+        nodes = sorted(node for node in online - self._heard if self._asked[node] < _ATTEMPTS)
         if not nodes:
             return
+        self._asked.update(nodes)
         content = pack(HELLO, {"run_id": self.run_id, "dataset": self.config.dataset})
         requests = {
             str(node): Message(
@@ -180,9 +204,20 @@ class Sites:
             )
             for node in nodes
         }
+
+        def waiting(left: set[str], seconds: float) -> None:
+            named = sorted(filter(None, (self._name_of(int(node)) for node in left)))
+            self.log.write("waiting", what="a first answer", sites=named or self._missing, seconds=round(seconds))
+
+        def complete(answers: Answers[tuple[str, dict[str, Any]]]) -> bool:
+            return {site for site, _ in answers.accepted.values()} >= set(self._missing)
+
         answers = exchange(
-            self.grid, requests, deadline_s=_GREETING_S, accept=lambda node, answer: _read_hello(node, answer)
+            self.grid, requests, deadline_s=_GREETING_S, accept=_read_hello, waiting=waiting, enough=complete
         )
+        for node in (*answers.accepted, *(set(answers.failures) - answers.undelivered)):
+            self._heard.add(int(node))
+            del self._asked[int(node)]
         for node, (site, description) in sorted(answers.accepted.items()):
             reason = false_name(self.log.path.parent, int(node), site)
             if reason:
@@ -194,7 +229,10 @@ class Sites:
             else:
                 self.nodes[site], self.descriptions[site] = int(node), description
         for node, reason in answers.failures.items():
-            self.log.write("node_set_aside", reason=reason)
+            if node in answers.undelivered and not self._missing:
+                continue  # nobody waited for it
+            name = self._name_of(int(node))
+            self.log.write("node_set_aside", reason=reason if name in reason else f"{name}: {reason}")
             named = [site for site in self.config.site_names if f"Site {site}" in reason]
             if node not in answers.undelivered and named:
                 self.leave_out(max(named, key=len), reason)
