@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from nnunet_fedharm.cli import main
 from nnunet_fedharm.federation.daemon import free_port
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, ServerOptions, init_server
 from nnunet_fedharm.federation.deploy.site_node import JoinOptions, SiteFolder, join
@@ -46,8 +49,17 @@ class RealConsortium:
             made.ca_certificate.write_bytes(authority.ca_certificate.read_bytes())
         return made
 
-    def command(self, *words: str, seconds: float = 120) -> tuple[int, str]:
-        """Run a command to its end; status and output."""
+    def command(self, *words: str, seconds: float | None = None) -> tuple[int, str]:
+        """Run a command to its end; status and output.
+
+        Args:
+            seconds: in a process of its own that may take so long; None: in this one, which has imported everything already.
+        """
+        if seconds is None:
+            output = io.StringIO()
+            with redirect_stdout(output), redirect_stderr(output):
+                status = main(list(words))
+            return status, output.getvalue()
         done = subprocess.run(
             [sys.executable, "-m", "nnunet_fedharm.cli", *words],
             capture_output=True,
@@ -73,6 +85,13 @@ class RealConsortium:
         while text not in self.output(name):
             if time.monotonic() > end:
                 raise AssertionError(f"{name} did not write {text!r}: {self.output(name)}")
+            time.sleep(0.2)
+
+    def wait_for_count(self, log: Path, text: str, count: int, *, seconds: float = 90) -> None:
+        """Wait until a log has a text so many times."""
+        end = time.monotonic() + seconds
+        while (found := log.read_text(errors="replace").count(text)) < count:
+            assert time.monotonic() < end, f"{log} has {text!r} {found} times, not {count}"
             time.sleep(0.2)
 
     def wait_for_log(self, site: str, text: str, *, seconds: float = 90) -> None:

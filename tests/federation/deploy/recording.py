@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
-from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse, PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -123,13 +123,21 @@ def messages_from_sites(proxy: Proxy) -> list[Message]:
                 pushed = PushObjectRequest.FromString(body)
                 objects[pushed.object_id] = pushed.object_content
             elif path == "/v1/fleet/push-messages":
-                trees += list(PushMessagesRequest.FromString(body).message_object_trees)
+                answer = (
+                    PushMessagesResponse.FromString(answers[index]) if index < len(answers) else PushMessagesResponse()
+                )
+                wanted = set(answer.objects_to_push)
+                trees += [(tree, wanted) for tree in PushMessagesRequest.FromString(body).message_object_trees]
             elif path == "/v1/fleet/pull-object" and index < len(answers):
                 # What the server sent before and a site sends back unchanged does not travel again.
                 asked = PullObjectRequest.FromString(body)
                 objects.setdefault(asked.object_id, PullObjectResponse.FromString(answers[index]).object_content)
     found = []
-    for tree in trees:
-        contents = {item.object_id: objects[item.object_id] for item in iterate_object_tree(tree)}
+    for tree, wanted in trees:
+        parts = [item.object_id for item in iterate_object_tree(tree)]
+        missing = set(parts) - set(objects)
+        if missing and not missing & wanted:
+            continue  # it came too late, so the server did not ask for its content, which never left the site
+        contents = {part: objects[part] for part in parts}
         found.append(inflate_object_from_contents(tree.object_id, contents))
     return found

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from nnunet_fedharm.errors import FederationError, SetupError
-from nnunet_fedharm.federation.deploy import door as module
 from nnunet_fedharm.federation.deploy.door import Door, End, end_of, watch_door
 from nnunet_fedharm.federation.deploy.processes import children
 
@@ -44,7 +43,7 @@ def test_a_removed_site_stops_soon_and_an_unknown_one_has_patience(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("nnunet_fedharm.federation.deploy.door.time.monotonic", lambda: clock[0])
     removed, unknown = Door("north", tmp_path / "node.pub"), Door("north", tmp_path / "node.pub")
     assert "not let north in any more" in removed.why_again(End.SHUT_OUT, was_up_s=500)
     assert "killed less than a minute ago" in unknown.why_again(End.NOT_LET_IN, was_up_s=1)

@@ -15,21 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 
-from nnunet_fedharm.federation import messages
-from nnunet_fedharm.federation.codec import decode
+from nnunet_fedharm.differences.findings import Findings
+from nnunet_fedharm.differences.findings_file import from_json
 from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.daemon import app_folder
 from nnunet_fedharm.federation.deploy.control import operator
 from nnunet_fedharm.federation.deploy.server_folder import ServerOptions, init_server
-from nnunet_fedharm.federation.launch import app_folder
-from nnunet_fedharm.federation.messages import SiteFailure, unpack_reply
-from nnunet_fedharm.federation.state import load_state
-from nnunet_fedharm.harmonizers import SITE_ROWS
+from nnunet_fedharm.federation.deploy.site_node import SiteFolder
+from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from tests.federation.deploy.real import TINY, RealConsortium, listening
 from tests.federation.deploy.recording import http_parts, messages_from_sites
+from tests.federation.deploy.wire import FLEET, REPLIES, REPORT_REPLIES, check_message, known_tensors
 from tests.federation.test_flower import check_results
 
 pytestmark = [
@@ -39,17 +38,6 @@ pytestmark = [
 
 SITES = ("hospital-north", "hospital-south")
 RESULTS = "nnUNet_results/Dataset001_Blobs/nnUNetTrainerFedHarmNone__nnUNetFedHarmPlans__2d"
-REPLIES = {
-    "query.preflight": messages.PREFLIGHT_REPLY,
-    "query.summarize": messages.SUMMARIZE_REPLY,
-    "query.prepare": messages.PREPARE_REPLY,
-    "query.plans": messages.STORE_PLANS_REPLY,
-    "train": messages.TRAIN_REPLY,
-    "query.finish": messages.FINISH_REPLY,
-}
-ROWS = {f"harmonizer.{name}" for name in SITE_ROWS}
-FLEET = {"activate-node", "deactivate-node", "register-node", "send-node-heartbeat", "pull-messages", "push-messages"}
-FLEET |= {"get-run", "get-fab", "push-object", "pull-object", "confirm-message-received", "unregister-node"}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +45,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, make_raw_dataset: Callable[..
     root = tmp_path_factory.mktemp("real")
     for index, site in enumerate((*SITES, "stranger")):
         raw = root / site / "nnUNet_raw"
-        make_raw_dataset(raw, n_labelled=2, site=site, gain=1.0 + index, seed=index, shape=(12, 24, 24))
+        make_raw_dataset(raw, n_labelled=4, site=site, gain=1.0 + index, seed=index, shape=(12, 24, 24))
     made = RealConsortium(root, (*SITES, "stranger"))
     try:
         for site in SITES:
@@ -91,6 +79,10 @@ def test_a_run_that_a_policy_forbids_ends_with_the_rule_at_the_server(real: Real
     assert (
         "Site hospital-north refuses by the rule work.harmonizers of its own policy: none is not among curve." in text
     )
+
+
+def events_of(real: RealConsortium, name: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(real.server.results / "fedharm" / EVENTS_FILE)[0] if event["event"] == name]
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +134,79 @@ def test_the_network_sees_neither_tensors_nor_names(trained: RealConsortium) -> 
         assert data not in wire, f"{word} was readable"
 
 
+def test_a_site_report_over_the_deployment_is_at_the_server_and_at_every_site(real: RealConsortium) -> None:
+    words = (
+        "--sites",
+        ",".join(SITES),
+        "--min-patients",
+        "2",
+        "--scales",
+        "raw",
+        "--simulations",
+        "0",
+        "--bootstrap",
+        "0",
+    )
+    status, text = real.command("server", "report", str(real.server.path), "-d", "1", *words, seconds=900)
+    assert status == 0, text
+    assert "Make the page: nnunet-fedharm sites report --findings" in text
+    assert "case0" not in text
+    (path,) = (real.server.results / "fedharm" / "site-report").glob("*/report.json")
+    findings = from_json(Findings, json.loads(path.read_text()))
+    assert {card.site: card.n_patients for card in findings.sites} == dict.fromkeys(SITES, 4)
+    part = next(part for part in findings.variants[0].parts if part.region == "foreground")
+    mean = next(feature for feature in part.features if feature.name == "firstorder_Mean")
+    assert mean.medians[SITES[0]] < mean.medians[SITES[1]], "the sites' gains are 1 and 2"
+    assert part.classifiers, "two folds of two patients each"
+    for site in SITES:
+        (kept,) = (real.root / site / "fedharm" / "site-report").glob("*/report.json")
+        assert f"{site}case000" in (kept.parent / "features.csv").read_text()
+    sent = [one for one in messages_from_sites(real.inside) if one.metadata.message_type in REPORT_REPLIES]
+    seen = {check_message(message, {}, 0) for message in sent if message.has_content()}
+    assert seen == set(REPORT_REPLIES)
+
+
+def test_a_site_that_is_removed_in_a_run_stays_out_until_it_has_another_key(real: RealConsortium) -> None:
+    stays, away = SITES
+    study, key = str(real.server.path), str(SiteFolder(real.root / away).node_key.with_suffix(".pub"))
+    options = ("--segmenter-rounds", "3", "--quorum", "1", "--seed", "1")
+    real.start("run", "server", "run", study, "-d", "1", "--sites", ",".join(SITES), *TINY, *options)
+    real.wait_for("run", "segmenter round 1/3 done", seconds=600)
+    assert real.command("server", "remove", study, away) == (0, f"{away} is shut out.\n")
+
+    # The run goes on without it, and says so.
+    assert real.processes["run"].wait(600) == 0, real.output("run")
+    rounds = [event["sites"] for event in events_of(real, "round_end") if event["round"] in (1, 3)][-2:]
+    assert rounds == [[stays, away], [stays]]
+    assert events_of(real, "finished")[-1]["sites_without_model"] == [away]
+
+    # The site says why and stops trying.
+    assert real.processes[away].wait(180) == 2, real.output(away)
+    assert f"The coordinator has removed {away}, or replaced its key" in real.output(away)
+
+    # Its key stays out, whatever the coordinator or the site does.
+    status, text = real.command("server", "register", study, away, key, "--replace")
+    assert status == 2
+    assert "was shut out before, and such a key is never let in again" in text
+    lets_in = "SuperNode ID"
+    log = real.root / away / "fedharm" / "logs" / "supernode.log"
+    entered = log.read_text(errors="replace").count(lets_in)
+    real.start(away, "site", "start", str(real.root / away))
+    real.wait_for(away, f"The server does not let {away} in. Either")
+    assert real.end(away) == 0
+    assert log.read_text(errors="replace").count(lets_in) == entered
+
+    # Another key lets it in again.
+    file = str(real.server.consortium_file)
+    status, text = real.command("site", "join", file, "--site", away, "--site-root", str(real.root / away), "--new-key")
+    assert status == 0, text
+    assert real.command("server", "register", study, away, key, "--replace") == (0, f"{away} is registered.\n")
+    real.start(away, "site", "start", str(real.root / away))
+    real.wait_for_count(log, lets_in, entered + 1)
+    with operator(real.server) as connection:
+        assert {node.site: node.status for node in connection.nodes()} == dict.fromkeys(SITES, "online")
+
+
 def test_an_app_that_the_coordinator_did_not_sign_runs_nowhere(real: RealConsortium, tmp_path: Path) -> None:
     from flwr.cli.build import build_fab_from_disk
 
@@ -189,42 +254,3 @@ def test_server_and_sites_end_cleanly_on_signals(real: RealConsortium) -> None:
     assert real.end(SITES[1], signal.SIGINT) == 0
     assert real.end("server", signal.SIGTERM) == 0
     assert listening(pid) == []
-
-
-def known_tensors(real: RealConsortium) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Names and shapes of the model's tensors, and the number of pixels in a patch."""
-    folder = max((path.parent for path in (real.server.results / "fedharm").glob("*/weights*")), default=None)
-    assert folder is not None
-    state, weights = load_state(folder)
-    assert weights is not None
-    patch = state.plans["configurations"]["2d"]["patch_size"]
-    return {name: value.shape for name, value in weights.items()}, patch[0] * patch[1]
-
-
-def check_message(message: Message, known: dict[str, tuple[int, ...]], least: int) -> str:
-    """Hold one message from a site against its schema; returns its kind."""
-    kind = message.metadata.message_type
-    content = message.content
-    assert set(content.config_records) == {"config"}
-    assert not content.metric_records
-    assert set(content.array_records) <= {"weights"}
-    try:
-        read = unpack_reply(REPLIES[kind], content, source="a site")
-    except SiteFailure:
-        assert set(content.config_records["config"]) == {"status", "kind", "text"}
-        assert not content.array_records
-        return kind
-    arrays = decode(read.weights, source="a site")
-    for name, value in arrays.items():
-        own_row = (1, *known[name][1:]) if name in ROWS else None
-        assert value.shape in (known[name], own_row), f"{name}: tensors of the model and the site's own rows only"
-    assert longest_list(read.values) < least, "no list of numbers as long as a patch"
-    assert "case0" not in json.dumps(read.values), "no case identifier"
-    return kind
-
-
-def longest_list(value: Any) -> int:
-    """Length of the longest list anywhere in a message."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    own = len(value) if isinstance(value, list | dict) else 0
-    return max([own, *map(longest_list, inner)])
