@@ -25,7 +25,7 @@ COMMANDS: dict[str, str] = {
     "study": "compare central, federated and local training, harmonizers and epsilons on one data set, and report",
     "slurm": "write job scripts for a cluster: preprocessing, training, simulation, a node as a site",
     "privacy": "plan the noise for a target epsilon; what a site has released and spent",
-    "audit": "attack our own models and private training: membership, canaries, gradient inversion",
+    "audit": "attack our own models and private training: membership, canaries, statistics, gradient inversion",
     "evaluate": "score predictions: Dice and HD95 per label, case and site",
     "predict": "segment like nnUNetv2_predict, with each volume's own style where none is stored",
     "adapt": "a results folder for a new hospital from a few of its volumes; no weight moves",

@@ -29,6 +29,7 @@ from nnunet_fedharm.privacy.options import RESERVE, PrivacyOptions, common_noise
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients, draw_patients, refuse_mixing_layers
 from nnunet_fedharm.privacy.releases import GAUSSIAN, SUBSAMPLED, Release
 from nnunet_fedharm.privacy.shared_steps import SharedSteps
+from nnunet_fedharm.privacy.votes import private_votes
 from nnunet_fedharm.trainers.patches import PatchSampler
 from nnunet_fedharm.trainers.patient_loader import Cases
 from nnunet_fedharm.trainers.private_card import write_privacy_card
@@ -96,7 +97,7 @@ class PrivateTraining:
         if self.shared is not None:
             return self.shared.noise
         parts = tuple((phase.sample_rate, phase.steps_per_epoch * phase.epochs) for phase in self.phases.values())
-        settled = (*self.options.statistics_part, *map(self._vote_noise, self._voters))
+        settled = (*self.options.statistics_part, *map(self.vote_noise, self._voters))
         return common_noise(self.options.epsilon, self.options.delta, parts, settled)
 
     def check_budget(self, *, harmonizer_epochs: int, segmenter_epochs: int) -> None:
@@ -214,21 +215,32 @@ class PrivateTraining:
         trainer.harmonizer.set_batch_styles(None)
         return losses
 
-    def _vote(self, sampler: PatchSampler) -> None:
-        """Mean vote of each site's patients, with noise, where it is due and is a release."""
-        harmonizer = self.trainer.harmonizer
+    def votes(self, sampler: PatchSampler) -> dict[int, torch.Tensor]:
+        """site -> (patients, C), each patient's mean vote, of the sites that vote; exact, so they stay at this place."""
+        harmonizer, found = self.trainer.harmonizer, {}
         if not isinstance(harmonizer, JudgedHarmonizer) or harmonizer.polarity_judge is None:
-            return
+            return {}
         for site, patients in self._voting_sites.items():
-            own = harmonizer.bank_quantiles[site : site + 1]
-            total = torch.zeros_like(harmonizer.bank_polarity[site])
+            own, rows = harmonizer.bank_quantiles[site : site + 1], []
             for cases in patients:
                 image, _ = sampler.of(cases, self.options.patches_per_patient).next()
                 votes = harmonizer.votes(image.to(self.trainer.device), own.expand(len(image), -1, -1))
-                total += torch.nan_to_num(votes).mean(dim=0)
-            noise = self.noise(total.shape, total.device) * self._vote_noise(len(patients)).noise_multiplier
-            harmonizer.bank_polarity[site] = ((total + noise * math.sqrt(total.numel())) / len(patients)).clamp(-1, 1)
-            self.ledger.record(self._vote_release(len(patients)))
+                rows.append(torch.nan_to_num(votes).mean(dim=0))
+            found[site] = torch.stack(rows)
+        return found
+
+    def vote_noise(self, patients: int) -> Noise:
+        """Of the votes of so many patients; one of them moves the sum of the votes of C channels by at most sqrt(C)."""
+        channels = self.trainer.harmonizer.num_channels
+        return Noise(max(VOTE_NOISE, VOTE_ERROR * patients / math.sqrt(channels)))
+
+    def _vote(self, sampler: PatchSampler) -> None:
+        """Mean vote of each site's patients, with noise, where it is due and is a release."""
+        for site, votes in self.votes(sampler).items():
+            multiplier = self.vote_noise(len(votes)).noise_multiplier
+            told = private_votes(votes, noise_multiplier=multiplier, noise=self.noise)
+            self.trainer.harmonizer.bank_polarity[site] = told
+            self.ledger.record(self._vote_release(len(votes)))
 
     @property
     def _voters(self) -> list[int]:
@@ -240,13 +252,8 @@ class PrivateTraining:
         """site -> patients, of the sites that vote."""
         return voting_sites(self.trainer)
 
-    def _vote_noise(self, patients: int) -> Noise:
-        """One patient moves the sum of the votes of C channels by at most sqrt(C)."""
-        channels = self.trainer.harmonizer.num_channels
-        return Noise(max(VOTE_NOISE, VOTE_ERROR * patients / math.sqrt(channels)))
-
     def _vote_release(self, patients: int) -> Release:
-        multiplier = self._vote_noise(patients).noise_multiplier
+        multiplier = self.vote_noise(patients).noise_multiplier
         return Release(what=VOTES, mechanism=GAUSSIAN, noise_multiplier=multiplier, run_id=self.run_id)
 
     def _release(self, what: str, *, steps: int) -> Release:

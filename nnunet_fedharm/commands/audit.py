@@ -1,4 +1,4 @@
-"""`nnunet-fedharm audit membership|canaries|inversion`: attacks on our own models and mechanisms, with a report."""
+"""`nnunet-fedharm audit membership|canaries|statistics|inversion`: attacks on our own models and mechanisms, with a report."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ FOUND = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the three audits."""
+    """Declare the four audits."""
     # Imported here: the options' docstrings are their help.
     from nnunet_fedharm.commands.options import add_dataclass_options
     from nnunet_fedharm.evaluation.audit.gradient_canaries import CanaryOptions
     from nnunet_fedharm.evaluation.audit.inversion import InversionOptions
     from nnunet_fedharm.evaluation.audit.membership import MembershipOptions
+    from nnunet_fedharm.evaluation.audit.noisy_statistics import StatisticOptions
     from nnunet_fedharm.privacy.options import PrivacyOptions
 
-    actions = parser.add_subparsers(dest="action", required=True, metavar="membership|canaries|inversion")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="membership|canaries|statistics|inversion")
     member = actions.add_parser("membership", help="was a case in the training of a model?")
     _add_membership(member)
     add_dataclass_options(member, MembershipOptions)
@@ -50,17 +51,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose private steps are audited (default: %(default)s)",
     )
     add_dataclass_options(canaries, CanaryOptions)
+    statistics = actions.add_parser("statistics", help="the same of the noisy fingerprint, styles and votes")
+    _add_training(statistics)
+    statistics.add_argument(
+        "-np", "--num-processes", type=int, default=1, help="to read the images (default: %(default)s)"
+    )
+    add_dataclass_options(statistics, StatisticOptions)
     inversion = actions.add_parser("inversion", help="can the receiver of an update draw the patch behind it?")
     _add_training(inversion)
     add_dataclass_options(inversion, InversionOptions)
-    for action in (canaries, inversion):
+    for action in (canaries, statistics, inversion):
         claim = action.add_argument_group("differential privacy", "what the plans say, unless given here")
         add_dataclass_options(claim, PrivacyOptions, show_defaults=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen audit, write its report, print its table and reading."""
-    return {"membership": _membership, "canaries": _canaries, "inversion": _inversion}[args.action](args)
+    actions = {"membership": _membership, "canaries": _canaries, "statistics": _statistics, "inversion": _inversion}
+    return actions[args.action](args)
 
 
 def _add_membership(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +194,25 @@ def _canaries(args: argparse.Namespace) -> int:
     content = {"phase": args.phase, **found}
     _finish(args.output, sentence, content, canary_page(audit, patients, dataset=site.dataset_name))
     return FOUND if audit.refuted or audit.suspicions or (patients is not None and patients.refuted) else 0
+
+
+def _statistics(args: argparse.Namespace) -> int:
+    from nnunet_fedharm.commands.options import given_options, read_dataclass_options
+    from nnunet_fedharm.evaluation.audit import words
+    from nnunet_fedharm.evaluation.audit.noisy_statistics import StatisticOptions
+    from nnunet_fedharm.evaluation.audit.pages import statistics_page
+    from nnunet_fedharm.evaluation.audit.site_statistics import audit_statistics
+    from nnunet_fedharm.privacy.options import PrivacyOptions
+
+    site, options = _site(args), read_dataclass_options(args, StatisticOptions)
+    privacy = site.privacy(given_options(args, PrivacyOptions))
+    found = audit_statistics(site, privacy, options, num_processes=args.num_processes, progress=True)
+    print(words.plain_table(words.STATISTICS_HEAD, words.statistics_rows(found.audits)))
+    for what, why in found.left_out.items():
+        print(f"Not audited: {what}; {why}.")
+    page = statistics_page(found, dataset=site.dataset_name)
+    _finish(args.output, words.statistics_sentence(found), found.to_dict(), page)
+    return FOUND if found.refuted else 0
 
 
 def _inversion(args: argparse.Namespace) -> int:

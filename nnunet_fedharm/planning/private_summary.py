@@ -175,14 +175,10 @@ def private_summary(
     Raises:
         DataError: no case.
     """
-    told: dict[str, list[CaseSummary]] = {}
-    for case, summary in cases:
-        told.setdefault(patients.get(case, case), []).append(summary)
+    told = _by_patient(cases, patients)
     if not told:
         raise DataError(f"Site {site} is empty. Add cases or leave the site out.")
-    total = np.sum([patient_vector(own, measured) for own in told.values()], axis=0)
-    if noise_multiplier > 0:
-        total = total + noise_multiplier * noise.wide(total.size)
+    total = private_sum(_vectors(told, measured), noise_multiplier=noise_multiplier, noise=noise)
     return PrivateSummary(
         site=site,
         n_patients=len(told),
@@ -192,6 +188,36 @@ def private_summary(
         noise_multiplier=float(noise_multiplier),
         sums=tuple(float(value) for value in total),
     )
+
+
+def private_sum(vectors: Vector, *, noise_multiplier: float, noise: SecureNoise) -> Vector:
+    """What leaves the site: the sum of its patients' vectors, with noise.
+
+    Args:
+        vectors: (N, entries), of `patient_vectors`.
+        noise_multiplier: sigma; 0 for no noise.
+        noise: secure source of normal numbers.
+    """
+    total: Vector = vectors.sum(axis=0)
+    return total + noise_multiplier * noise.wide(total.size) if noise_multiplier > 0 else total
+
+
+def patient_vectors(
+    cases: Iterable[tuple[str, CaseSummary]], patients: Mapping[str, str], measured: Sequence[int]
+) -> Vector:
+    """(N, entries), a row a patient; exact, so they stay at this place."""
+    return _vectors(_by_patient(cases, patients), measured)
+
+
+def _by_patient(cases: Iterable[tuple[str, CaseSummary]], patients: Mapping[str, str]) -> dict[str, list[CaseSummary]]:
+    told: dict[str, list[CaseSummary]] = {}
+    for case, summary in cases:
+        told.setdefault(patients.get(case, case), []).append(summary)
+    return told
+
+
+def _vectors(told: Mapping[str, Sequence[CaseSummary]], measured: Sequence[int]) -> Vector:
+    return np.stack([patient_vector(own, measured) for own in told.values()])
 
 
 def patient_vector(cases: Sequence[CaseSummary], measured: Sequence[int]) -> Vector:

@@ -114,15 +114,33 @@ def _average(
 
     With noise every patient weighs the same, whose own cases are averaged first.
     """
-    measured = {case: _measure(case, folder) for case, folder in tqdm(list(cases), desc=description, leave=False)}
-    if noise_multiplier == 0:
-        quantiles, offsets = zip(*measured.values(), strict=True)
-        return Style(np.mean(quantiles, axis=0), np.mean(offsets, axis=0), len(measured))
+    if noise_multiplier > 0:
+        found = patient_styles(cases, patients, description=description)
+        return private_style(*found, noise_multiplier=noise_multiplier, noise=SecureNoise())
+    quantiles, offsets = zip(*_measured(cases, description).values(), strict=True)
+    return Style(np.mean(quantiles, axis=0), np.mean(offsets, axis=0), len(quantiles))
+
+
+def patient_styles(
+    cases: Iterable[tuple[str, Path]], patients: Mapping[str, str], *, description: str
+) -> tuple[FloatArray, FloatArray]:
+    """Quantiles (N, C, Q) and offsets (N, C), a row a patient, the mean over their cases; exact, so they stay at this place.
+
+    Args:
+        cases: (identifier, folder).
+        patients: case -> patient; a case that is not here is its own patient.
+        description: of the progress bar.
+    """
+    measured = _measured(cases, description)
     members: dict[str, list[str]] = {}
     for case in measured:
         members.setdefault(patients.get(case, case), []).append(case)
     means = [[np.mean([measured[case][i] for case in own], axis=0) for own in members.values()] for i in range(2)]
-    return private_style(np.stack(means[0]), np.stack(means[1]), noise_multiplier=noise_multiplier, noise=SecureNoise())
+    return np.stack(means[0]), np.stack(means[1])
+
+
+def _measured(cases: Iterable[tuple[str, Path]], description: str) -> dict[str, tuple[FloatArray, FloatArray]]:
+    return {case: _measure(case, folder) for case, folder in tqdm(list(cases), desc=description, leave=False)}
 
 
 def _measure(case: str, folder: Path) -> tuple[FloatArray, FloatArray]:

@@ -12,6 +12,7 @@ from nnunet_fedharm.evaluation.audit.gradient_canaries import GradientAudit
 from nnunet_fedharm.evaluation.audit.inversion import Image, InversionAudit
 from nnunet_fedharm.evaluation.audit.membership import MembershipAudit
 from nnunet_fedharm.evaluation.audit.patient_canaries import PatientAudit
+from nnunet_fedharm.evaluation.audit.site_statistics import SiteStatistics
 from nnunet_fedharm.evaluation.charts import Line, Point, interval_chart, line_chart, scale, svg, ticks
 from nnunet_fedharm.evaluation.html import Html, figure, table, text
 from nnunet_fedharm.evaluation.page_style import STYLE
@@ -158,6 +159,32 @@ def inversion_page(audit: InversionAudit, *, dataset: str) -> str:
     )
 
 
+def statistics_page(found: SiteStatistics, *, dataset: str) -> str:
+    """The page of an audit of statistics."""
+    cards = [
+        (
+            f"{max(audit.epsilon_low, audit.gaussian_low):.2f} / {audit.claimed:.2f}",
+            f"{audit.what}: lower bound on epsilon of {audit.together} releases, and the upper bound that is claimed",
+        )
+        for audit in found.audits
+    ]
+    missing = "".join(f"<li>{text(f'{what} was not audited: {why}.')}</li>" for what, why in found.left_out.items())
+    body = _section(
+        "Promised and found",
+        table(words.STATISTICS_HEAD, words.statistics_rows(found.audits)) + (f"<ul>{missing}</ul>" if missing else ""),
+        "Noise is a multiplier of what one patient may move; the bounds are of all releases behind one score together. If "
+        "Gaussian: the same rates against Gaussian noise, which is the promise, instead of against any mechanism.",
+    )
+    for audit in found.audits:
+        strip = _strip(_by_bit(audit.scores), label="distance from the answer without the canary, in sensitivities")
+        note = f"Each dot is the mean of {audit.together} releases. Where the two rows lie apart, one sees who was in."
+        body += _section(audit.what, figure("", strip), note)
+    return _page(
+        "Statistics audit", f"What {dataset} tells about itself", words.statistics_sentence(found), cards, body,
+        _STATISTICS_NOTES,
+    )  # fmt: skip
+
+
 def _membership_lead(audit: MembershipAudit) -> str:
     return (
         f"{audit.members} members, {audit.others} non-members, reference models: {audit.references}. Mean loss "
@@ -240,6 +267,13 @@ _CANARY_NOTES = (
     "fingerprints or the harmonizer's phase.",
     "A lower bound below the claim does not prove the claim; it could not be refuted with so many canaries and steps.",
     "Steinke, Nasr, Jagielski, Privacy Auditing with One (1) Training Run, NeurIPS 2023, theorem 5.2.",
+)
+_STATISTICS_NOTES = (
+    "The bounds hold for the mechanisms as they ran here, on this site's own patients, with one patient beside them who is as "
+    "wild as a patient can be. What is told without noise is not covered, nor what is done with the answers.",
+    "A bound below the claim does not prove the claim; it could not be refuted with so many draws.",
+    "Noise that several sites add together in a secure sum is not covered: here each site adds all of it.",
+    "This page is about patients of this site, and its numbers have no noise of their own. Keep it where the images may be.",
 )
 _INVERSION_NOTES = (
     "Strong assumptions in the attacker's favour: labels, weights, optimizer and preprocessing are known, the update is of one "

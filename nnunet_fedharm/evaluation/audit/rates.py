@@ -13,7 +13,9 @@ proof. `one_run` needs none, but needs members that a coin has chosen.
 References:
     Kairouz, Oh, Viswanath, "The Composition Theorem for Differential Privacy", ICML 2015 (rates under DP);
     Clopper, Pearson, Biometrika 1934 (exact limits);
-    Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022 (TPR at low FPR).
+    Carlini et al., "Membership Inference Attacks From First Principles", S&P 2022 (TPR at low FPR);
+    Dong, Roth, Su, "Gaussian Differential Privacy", JRSS-B 2022 (rates under Gaussian noise);
+    Nasr et al., "Tight Auditing of Differentially Private Machine Learning", USENIX Security 2023 (audits by them).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import beta, rankdata
+from scipy.stats import beta, norm, rankdata
 
 from nnunet_fedharm.errors import DataError
 
@@ -128,14 +130,33 @@ def clopper_pearson(count: int, total: int, level: float) -> tuple[float, float]
 
 def epsilon_lower_bound(members: Values, others: Values, *, delta: float, confidence: float) -> float:
     """Best bound over QUANTILES and both directions, which share the error; 0 if none is above it."""
-    # At each threshold both directions use the same two limits: two statements.
-    level = (1 - confidence) / (2 * len(QUANTILES))
     best = 0.0
+    for tpr, fpr in _limits(members, others, confidence):
+        best = max(best, _log_ratio(tpr - delta, fpr), _log_ratio(1 - fpr - delta, 1 - tpr))
+    return best
+
+
+def gaussian_lower_bound(members: Values, others: Values, *, confidence: float) -> float:
+    """Bound on mu, the distance in noises of a Gaussian mechanism's answers: no such mechanism has
+
+        TPR > Phi(Phi^-1(FPR) + mu)
+
+    Finer than epsilon's bound, and against the claim of Gaussian noise alone (Dong, Roth, Su 2022; Nasr et al. 2023). The
+    limits are those of `epsilon_lower_bound`, so both bounds hold together at `confidence`.
+    """
+    found = [norm.ppf(tpr) - norm.ppf(fpr) for tpr, fpr in _limits(members, others, confidence) if tpr > 0 and fpr < 1]
+    return max(0.0, *map(float, found)) if found else 0.0
+
+
+def _limits(members: Values, others: Values, confidence: float) -> list[tuple[float, float]]:
+    """(lower limit of TPR, upper limit of FPR) at each of QUANTILES, wrong anywhere with a chance of 1 - confidence."""
+    # At each threshold both directions use the same two limits: two statements.
+    level, found = (1 - confidence) / (2 * len(QUANTILES)), []
     for threshold in np.quantile(np.concatenate([members, others]), QUANTILES):
         hits, alarms = int(np.sum(members > threshold)), int(np.sum(others > threshold))
-        tpr, fpr = clopper_pearson(hits, len(members), level), clopper_pearson(alarms, len(others), level)
-        best = max(best, _log_ratio(tpr[0] - delta, fpr[1]), _log_ratio(1 - fpr[1] - delta, 1 - tpr[0]))
-    return best
+        low, high = clopper_pearson(hits, len(members), level)[0], clopper_pearson(alarms, len(others), level)[1]
+        found.append((low, high))
+    return found
 
 
 def largest_bound(members: int, others: int, *, delta: float, confidence: float) -> float:

@@ -90,12 +90,15 @@ def find_plans(root: NnunetRoot, dataset_name: str, plans_name: str, configurati
 
 
 @contextmanager
-def audit_trainer(site: AuditedSite, options: PrivacyOptions | None) -> Iterator[nnUNetTrainerFedHarm]:
+def audit_trainer(
+    site: AuditedSite, options: PrivacyOptions | None, *, segmenter: bool = True
+) -> Iterator[nnUNetTrainerFedHarm]:
     """An initialized trainer at the start of its segmenter phase, ready for `train_step`.
 
     Args:
         site: where and what.
         options: of differential privacy; None: none, also where the plans ask for it.
+        segmenter: off stops at the start of the harmonizer phase, which needs no labels.
 
     Raises:
         FedHarmError: data or plans cannot be used.
@@ -104,7 +107,7 @@ def audit_trainer(site: AuditedSite, options: PrivacyOptions | None) -> Iterator
         root = EnvironmentRoot(Path(scratch), site.root.raw, site.root.preprocessed, Path(scratch) / "results")
         description = read_json(site.root.preprocessed / site.dataset_name / "dataset.json", what="The description")
         with root.activate():
-            trainer = _quietly_prepared(site, options, description, Path(scratch))
+            trainer = _quietly_prepared(site, options, description, Path(scratch), segmenter)
             try:
                 yield trainer
             finally:
@@ -124,7 +127,11 @@ def claim_of(trainer: nnUNetTrainerFedHarm, phase: str = SEGMENTER) -> tuple[flo
 
 
 def _quietly_prepared(
-    site: AuditedSite, options: PrivacyOptions | None, description: Mapping[str, Any], scratch: Path
+    site: AuditedSite,
+    options: PrivacyOptions | None,
+    description: Mapping[str, Any],
+    scratch: Path,
+    segmenter: bool,
 ) -> nnUNetTrainerFedHarm:
     section = read_section(site.plans["configurations"][site.configuration], configuration_name=site.configuration)
     plans = with_section(dict(site.plans), replace(section, privacy=options), (site.configuration,))
@@ -134,12 +141,13 @@ def _quietly_prepared(
         trainer = make_trainer(
             trainer_name_for(section.kind), plans, site.configuration, site.fold, description, site.device
         )
-        trainer.initialize()
+        trainer.initialize() if segmenter else trainer.assemble()
         trainer.disable_checkpointing = True
         trainer.harmonizer.open_gate()
         if options is not None:
             trainer.private = PrivateTraining(trainer, options, ledger=Ledger(scratch), run_id="audit")
-        trainer.on_train_start()
-        trainer.on_train_epoch_start()
+        if segmenter:
+            trainer.on_train_start()
+            trainer.on_train_epoch_start()
     log.debug("%s", said.getvalue())
     return trainer

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from nnunet_fedharm.evaluation.audit.gradient_canaries import GradientAudit
 from nnunet_fedharm.evaluation.audit.inversion import InversionAudit
 from nnunet_fedharm.evaluation.audit.membership import MembershipAudit
+from nnunet_fedharm.evaluation.audit.noisy_statistics import StatisticAudit
 from nnunet_fedharm.evaluation.audit.one_run import OneRun
 from nnunet_fedharm.evaluation.audit.patient_canaries import PatientAudit
+from nnunet_fedharm.evaluation.audit.site_statistics import SiteStatistics
 
 Rows = list[list[str]]
 
@@ -195,3 +198,45 @@ def inversion_sentence(audit: InversionAudit) -> str:
         f"Reconstructions nearest to their own patch among {audit.patches}: {'; '.join(said)}. By luck it is one in "
         f"{audit.patches}. The attacker knew the labels; that this attack fails on an update does not show that all would."
     )
+
+
+STATISTICS_HEAD = (
+    "release", "patients", "noise", "found at most", "a patient moves", "together", "epsilon >=", "if Gaussian", "claimed <=",
+    "verdict",
+)  # fmt: skip
+
+
+def statistics_rows(audits: Sequence[StatisticAudit]) -> Rows:
+    """One row per release."""
+    return [
+        [
+            audit.what,
+            str(audit.patients),
+            f"{audit.noise_multiplier:.2f}",
+            f"{audit.noise_most:.2f}" if math.isfinite(audit.noise_most) else "-",
+            f"{audit.share:.3f}",
+            str(audit.together),
+            f"{audit.epsilon_low:.2f}",
+            f"{audit.gaussian_low:.2f}",
+            f"{audit.claimed:.2f}",
+            "refuted" if audit.refuted else "not refuted",
+        ]
+        for audit in audits
+    ]
+
+
+def statistics_sentence(found: SiteStatistics) -> str:
+    """The reading."""
+    if not found.audits:
+        return "No statistic of this site has noise: there is no claim to audit."
+    wrong = [audit for audit in found.audits if audit.refuted]
+    draws = found.audits[0].draws
+    looked = f"{len(found.audits)} statistics, each drawn for {draws} scores with a canary patient and {draws} without"
+    if not wrong:
+        return f"{looked}: nothing contradicts the noise that is claimed, and no patient moves more than the bound."
+    said = []
+    for audit in wrong:
+        low = max(audit.epsilon_low, audit.gaussian_low)
+        bound = f"epsilon of {audit.together} together is at least {low:.2f}, claimed {audit.claimed:.2f}"
+        said.append(" ".join([f"{audit.what}: {bound}.", *audit.suspicions]))
+    return f"{looked}: the claim is contradicted. {' '.join(said)}"

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
-from torch import Tensor
 
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.evaluation.audit.gradient_canaries import CanaryOptions, GradientAudit, audit_gradients
 from nnunet_fedharm.evaluation.audit.patient_canaries import audit_patients
 from nnunet_fedharm.evaluation.audit.site import AuditedSite, audit_trainer
-from nnunet_fedharm.privacy.noise import SecureNoise
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from tests.evaluation.audit import broken
@@ -22,7 +19,7 @@ OPTIONS = {"epsilon": 2.0, "delta": DELTA, "patients_per_step": 3.0, "patches_pe
 """Every second patient in each step; ten steps of thirty are audited, so the claim is an epsilon of about 1."""
 AUDIT = CanaryOptions(canaries=500, steps=10)
 
-Break = Callable[[nnUNetTrainerFedHarm], None]
+Break = Callable[[PatientGradients], None]
 
 
 def collector(trainer: nnUNetTrainerFedHarm) -> PatientGradients:
@@ -30,69 +27,24 @@ def collector(trainer: nnUNetTrainerFedHarm) -> PatientGradients:
     return trainer._gradients
 
 
-def no_noise(trainer: nnUNetTrainerFedHarm) -> None:
-    broken.no_noise(collector(trainer))
-
-
-def no_clipping(trainer: nnUNetTrainerFedHarm) -> None:
-    broken.no_clipping(collector(trainer))
-
-
-class SameEveryStep:
-    """A stream that starts anew with every step, as from a generator that is seeded in the training loop."""
-
-    def __init__(self, tensors: int) -> None:
-        self.source, self.tensors, self.calls = SecureNoise(), tensors, 0
-
-    def __call__(self, shape: torch.Size, device: torch.device) -> Tensor:
-        self.source._calls = self.calls % self.tensors
-        self.calls += 1
-        return self.source(shape, device)
-
-
-def noise_repeats(trainer: nnUNetTrainerFedHarm) -> None:
-    collector(trainer).noise = SameEveryStep(len(collector(trainer).parameters))
-
-
-class SameEveryTensor:
-    """A stream that starts anew with every tensor of a step, as from a generator that is seeded with the step."""
-
-    def __init__(self, tensors: int) -> None:
-        self.source, self.tensors, self.calls = SecureNoise(), tensors, 0
-
-    def __call__(self, shape: torch.Size, device: torch.device) -> Tensor:
-        self.source._calls = self.calls // self.tensors
-        self.calls += 1
-        return self.source(shape, device)
-
-
-def tensors_share_noise(trainer: nnUNetTrainerFedHarm) -> None:
-    collector(trainer).noise = SameEveryTensor(len(collector(trainer).parameters))
-
-
-def noise_of_a_mean(trainer: nnUNetTrainerFedHarm) -> None:
-    """Noise that was calibrated for the sum, divided as if it were for the mean of the patients: once too often."""
-    gradients, honest = collector(trainer), SecureNoise()
-    gradients.noise = lambda shape, device: honest(shape, device) / gradients.expected_patients
-
-
 def everybody_every_step(trainer: nnUNetTrainerFedHarm) -> None:
     """Accounting of rare random draws, and all patients in each step."""
     trainer.dataloader_train.sample_rate = 1.0
 
 
-def noise_by_name(trainer: nnUNetTrainerFedHarm) -> None:
-    """Every tensor gets noise once under each of its three names in the state dict, and the names are averaged."""
-    honest = SecureNoise()
-    collector(trainer).noise = lambda shape, device: torch.stack([honest(shape, device) for _ in range(3)]).mean(dim=0)
-
-
 def audited(
-    site: AuditedSite, breaking: Break | None = None, options: CanaryOptions = AUDIT, **privacy: float
+    site: AuditedSite,
+    breaking: Break | None = None,
+    options: CanaryOptions = AUDIT,
+    *,
+    before: Callable[[nnUNetTrainerFedHarm], None] | None = None,
+    **privacy: float,
 ) -> GradientAudit:
     with audit_trainer(site, site.privacy({**OPTIONS, **privacy})) as trainer:
         if breaking is not None:
-            breaking(trainer)
+            breaking(collector(trainer))
+        if before is not None:
+            before(trainer)
         return audit_gradients(trainer, options, delta=DELTA)
 
 
@@ -112,10 +64,10 @@ def test_the_real_steps_are_not_refuted_and_nothing_is_suspicious(site: AuditedS
 @pytest.mark.parametrize(
     ("breaking", "word"),
     [
-        (no_noise, "The noise is 0"),
-        (no_clipping, "clipping promises at most 1"),
-        (noise_repeats, "new in every step"),
-        (tensors_share_noise, "Two tensors of a step share noise"),
+        (broken.no_noise, "The noise is 0"),
+        (broken.no_clipping, "clipping promises at most 1"),
+        (broken.noise_repeats, "new in every step"),
+        (broken.tensors_share_noise, "Two tensors of a step share noise"),
     ],
 )
 def test_every_broken_mechanism_is_refuted_and_its_cause_named(site: AuditedSite, breaking: Break, word: str) -> None:
@@ -127,21 +79,21 @@ def test_every_broken_mechanism_is_refuted_and_its_cause_named(site: AuditedSite
 
 @pytest.mark.slow
 def test_noise_of_the_wrong_scale_is_refuted_and_named(site: AuditedSite) -> None:
-    audit = audited(site, noise_of_a_mean, patients_per_step=6.0)
+    audit = audited(site, broken.noise_of_a_mean, patients_per_step=6.0)
     assert audit.refuted
     assert any("less than the promised" in sentence for sentence in audit.suspicions)
 
 
 @pytest.mark.slow
 def test_all_patients_in_each_step_are_refuted_where_rare_draws_are_accounted_for(site: AuditedSite) -> None:
-    audit = audited(site, everybody_every_step, patients_per_step=0.6)
+    audit = audited(site, before=everybody_every_step, patients_per_step=0.6)
     assert audit.sample_rate == pytest.approx(0.1)
     assert audit.refuted
     assert any("Canaries took part in 100.0%" in sentence for sentence in audit.suspicions)
 
 
 def test_noise_averaged_over_the_names_of_a_tensor_is_suspicious_where_the_bound_is_too_weak(site: AuditedSite) -> None:
-    audit = audited(site, noise_by_name)
+    audit = audited(site, broken.noise_by_name)
     assert any("less than the promised" in sentence for sentence in audit.suspicions)
 
 
@@ -180,7 +132,7 @@ def test_real_patients_as_canaries_say_how_little_six_of_them_can_show(site: Aud
 
 def test_without_noise_the_gradients_give_real_patients_away(site: AuditedSite) -> None:
     with audit_trainer(site, site.privacy({**OPTIONS, "patients_per_step": 6.0})) as trainer:
-        no_noise(trainer)
+        broken.no_noise(collector(trainer))
         loader = trainer.dataloader_train
         patches = {patient: loader._load(patient) for patient in loader.patients}  # known to the auditor, and fixed
         loader._load = patches.__getitem__
