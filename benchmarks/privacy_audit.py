@@ -1,12 +1,13 @@
-"""Three attacks on the same training with and without differential privacy: membership, canaries, gradient inversion.
+"""Four audits of the same training with and without differential privacy: membership, canaries, statistics, gradient inversion.
 
-    python benchmarks/privacy_audit.py run    --data DATA --work WORK
-    python benchmarks/privacy_audit.py report --work WORK > docs/benchmarks/privacy-audit.md
+    PYTHONPATH=. python benchmarks/privacy_audit.py run    --data DATA --work WORK
+    PYTHONPATH=. python benchmarks/privacy_audit.py report --work WORK > docs/benchmarks/privacy-audit.md
 
 DATA is the nnU-Net raw dataset `Dataset910_HippocampusSites`. Site A's 60 cases are split by a coin into 20 members, 20
 non-members and 20 for reference models. One 2d network is trained on the members without and with differential privacy, three
-reference models on 14 others each, and the commands that a user would type attack them. The canary audit also runs on
-mechanisms that are broken on purpose. What is done already is not done again, so an interrupted run goes on. One thread.
+reference models on 14 others each, and the commands that a user would type attack them. The statistics of all four hospitals
+are audited in one place. The audits of canaries and statistics also run on mechanisms that are broken on purpose. What is done
+already is not done again, so an interrupted run goes on. One thread.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update({"nnUNet_compile": "f", "nnUNet_def_n_proc": "1", "MPLBACKEND": "Agg"})
 
 import numpy as np
+import privacy_audit_statistics as statistics
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
@@ -37,8 +39,9 @@ from nnunet_fedharm.planning.central import CentralOptions, plan_central
 from nnunet_fedharm.planning.planner import PlanOptions
 from nnunet_fedharm.planning.section import Schedule
 from nnunet_fedharm.privacy.options import PrivacyOptions
-from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
+from nnunet_fedharm.privacy.patient_gradients import PatientGradients
 from nnunet_fedharm.trainers.results import make_trainer
+from tests.evaluation.audit import broken as breaking
 
 NAME = "Dataset910_HippocampusSites"
 TRAINER = "nnUNetTrainerFedHarmNone"
@@ -125,45 +128,11 @@ def command(work: Path, name: str, words: list[Any]) -> None:
         note(work, f"audit {name}", time.process_time() - began)
 
 
-def no_noise(trainer: nnUNetTrainerFedHarm) -> None:
-    trainer._gradients.noise = lambda shape, device: torch.zeros(shape, device=device)
-
-
-def no_clipping(trainer: nnUNetTrainerFedHarm) -> None:
-    gradients = trainer._gradients
-    honest = gradients.end_patient
-
-    def end_patient() -> float:
-        clip, gradients.clip = gradients.clip, float("inf")
-        norm = honest()
-        gradients.clip = clip
-        return norm
-
-    gradients.end_patient = end_patient
-
-
-def repeated_noise(trainer: nnUNetTrainerFedHarm) -> None:
-    gradients, calls = trainer._gradients, [0]
-    source, tensors = gradients.noise, len(gradients.parameters)
-
-    def noise(shape: torch.Size, device: torch.device) -> torch.Tensor:
-        source._calls = calls[0] % tensors
-        calls[0] += 1
-        return source(shape, device)
-
-    gradients.noise = noise
-
-
-def noise_of_a_mean(trainer: nnUNetTrainerFedHarm) -> None:
-    gradients, honest = trainer._gradients, trainer._gradients.noise
-    gradients.noise = lambda shape, device: honest(shape, device) / gradients.expected_patients
-
-
-BROKEN: dict[str, Callable[[nnUNetTrainerFedHarm], None]] = {
-    "noise off": no_noise,
-    "clipping off": no_clipping,
-    "the same noise in every step": repeated_noise,
-    "noise divided by the patients of a step": noise_of_a_mean,
+BROKEN: dict[str, Callable[[PatientGradients], None]] = {
+    "noise off": breaking.no_noise,
+    "clipping off": breaking.no_clipping,
+    "the same noise in every step": breaking.noise_repeats,
+    "noise divided by the patients of a step": breaking.noise_of_a_mean,
 }
 
 
@@ -172,13 +141,14 @@ def broken(work: Path, root: NnunetRoot, plans_name: str) -> None:
     site = AuditedSite(
         root=root, dataset_name=NAME, plans=find_plans(root, NAME, plans_name, "2d"), configuration="2d", fold="all"
     )
-    for name, breaking in BROKEN.items():
+    for name, make_broken in BROKEN.items():
         path = work / "reports" / f"broken {name}.json"
         if path.is_file():
             continue
         began = time.process_time()
         with audit_trainer(site, site.privacy({})) as trainer:
-            breaking(trainer)
+            assert trainer._gradients is not None
+            make_broken(trainer._gradients)
             found = audit_gradients(trainer, CanaryOptions(canaries=CANARIES, steps=STEPS), delta=DELTA)
         path.write_text(json.dumps({"gradient_canaries": found.to_dict()}))
         note(work, f"canaries, {name}", time.process_time() - began)
@@ -212,6 +182,9 @@ def run(data: Path, work: Path) -> None:
     broken(work, members, "private")
     attack = ["--patch-size", 24, 24, "--targets", 2, "--iterations", 600]
     command(work, "inversion", ["inversion", *site, *attack])
+    began = time.process_time()
+    statistics.run(data, work, PRIVACY)
+    note(work, "statistics", time.process_time() - began)
 
 
 def report(work: Path) -> str:
@@ -262,6 +235,7 @@ def report(work: Path) -> str:
         f"{patients['steps']} steps, epsilon >= {patients['found']['epsilon_low']:.2f} (claimed {patients['claimed']:.2f}); "
         f"{patients['found']['canaries']} patients could show {patients['found']['most']:.2f} at most.",
     ]
+    lines += ["", "## Statistics", "", STATISTICS_TEXT, *statistics.table(work)]
     lines += ["", "## Gradient inversion", "", INVERSION_TEXT]
     lines += ["| patch | update | correlation | with another patch | PSNR, dB | SSIM | own patch is nearest |"]
     lines += ["|---|---|---|---|---|---|---|"]
@@ -284,8 +258,8 @@ def _minutes(work: Path) -> str:
 
 HEAD = """# Audits with and without differential privacy
 
-    python benchmarks/privacy_audit.py run    --data DATA --work WORK
-    python benchmarks/privacy_audit.py report --work WORK > docs/benchmarks/privacy-audit.md
+    PYTHONPATH=. python benchmarks/privacy_audit.py run    --data DATA --work WORK
+    PYTHONPATH=. python benchmarks/privacy_audit.py report --work WORK > docs/benchmarks/privacy-audit.md
 
 Site A of Dataset910 (60 hippocampus crops), split by a coin into 20 members, 20 non-members and 20 for reference models. A 2d
 nnU-Net (features 32 to 128, patches 32 x 32) is trained on the members: for 300 steps as nnU-Net does; for 1200 steps without
@@ -301,6 +275,12 @@ CANARY_TEXT = """\
 `nnunet-fedharm audit canaries`: 2000 canary patients, half of them put into 20 private steps of the trainer by a coin;
 bounds with 95% confidence by Steinke, Nasr, Jagielski (2023). The claim is the accountant's epsilon of these 20 steps at
 the audit's delta, 5e-6. Below it the same audit on mechanisms that are broken on purpose.
+"""
+STATISTICS_TEXT = """\
+`nnunet-fedharm audit statistics` on all four hospitals in one place, with `polarity` in front, so that B, C and D vote: 1000
+scores with a canary patient and 1000 without, by the noise of a run at epsilon 8 and delta 1e-3. Bounds and claims are of as many
+releases as stand behind a score, with 95% confidence for all rows together. Below it the same audit on mechanisms that are broken
+on purpose.
 """
 INVERSION_TEXT = """\
 `nnunet-fedharm audit inversion`: patches of 24 x 24 voxels from one update, labels known to the attacker, 600 iterations.
