@@ -1,0 +1,83 @@
+"""Noise that all sites add together, through the real Flower: SuperLink, a SuperNode a site, and a private start to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_fedharm.federation.events import read_events
+from nnunet_fedharm.federation.launch import federate
+from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of
+from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
+from nnunet_fedharm.privacy.ledger import Ledger
+from nnunet_fedharm.privacy.options import PRIVACY_FILE
+from tests.federation.test_in_process import tiny
+
+pytestmark = pytest.mark.slow
+
+DELTA, EPSILON, ROUNDS = 1e-3, 6.0, 2
+CASES = {"A": 2, "B": 2, "C": 3}
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=False)["network_weights"]
+    return weights
+
+
+def test_sites_share_the_noise_they_planned_in_secure_sums_and_end_with_one_model(
+    tmp_path: Path, make_consortium: Callable[..., Path]
+) -> None:
+    root = make_consortium(tmp_path / "consortium", {site: (count, 0) for site, count in CASES.items()})
+    config = tiny(
+        root,
+        patient_noise="distributed",
+        secure_aggregation="segmenter",
+        strategy="fedavgm",
+        quorum=3,
+        segmenter_rounds=ROUNDS,
+        epsilon=EPSILON,
+        delta=DELTA,
+        patients_per_step=3.0,
+        style_noise=6.0,
+        join_wait_s=120.0,
+        deadline_s=600.0,
+    )
+    fold = federate(config, show=lambda _: None)
+
+    events = read_events(root / "server" / "fedharm" / "events.jsonl")[0]
+    sums = [event for event in events if event["event"] == "secure_sum"]
+    assert [event["sites"] for event in sums] == [["A", "B", "C"]] * ROUNDS
+
+    facts = {site: {"n_labelled": count} for site, count in CASES.items()}
+    planned = shared_steps_of(replace(config, sites="A,B,C"), facts)
+    assert planned is not None
+    promised = json.loads((fold / PRIVACY_FILE).read_text())["patient_level"]
+    assert promised["noise_multiplier"] == pytest.approx(planned.noise)
+    assert (promised["epsilon"], promised["least_sites"]) == (EPSILON, 3)
+    model = weights_of(fold / "checkpoint_final.pth")
+    for site in CASES:
+        ledger = Ledger(root / "sites" / site / "fedharm")
+        steps = [entry for entry in ledger.releases() if entry.what == "segmenter training"]
+        assert [(entry.noise_multiplier, entry.sample_rate, entry.steps) for entry in steps] == [
+            (pytest.approx(planned.noise), pytest.approx(3 / 7), 1)
+        ] * ROUNDS
+        assert {entry.note for entry in steps} == {"inside a secure sum of at most 3 sites"}
+        spent = ledger.spent(DELTA)
+        statistics = [entry.noise for entry in ledger.releases() if entry.bounded and entry not in steps]
+        assert len(statistics) == 2, "style and fingerprint"
+        assert spent.epsilon == pytest.approx(epsilon_of([*statistics, Noise(planned.noise, 3 / 7, ROUNDS)], DELTA))
+        assert 4.0 < spent.epsilon <= EPSILON
+        assert spent.unbounded == ()
+        (own,) = (root / "sites" / site / "nnUNet_results").rglob("checkpoint_final.pth")
+        at_site = weights_of(own)
+        moved = [
+            name
+            for name, value in model.items()
+            if name.startswith("segmenter.") and not torch.equal(value, at_site[name])
+        ]
+        assert moved == [], "the model is one"
