@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -16,15 +16,13 @@ from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import SiteUpdate, as_dtype
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.ownership import Ownership
+from nnunet_fedharm.federation.run_options import RunOptions
 from nnunet_fedharm.federation.secure.checks import check_colluding
 from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of, statement
 from nnunet_fedharm.federation.updates import quorum_of
 from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
 from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES
 from nnunet_fedharm.privacy.site_level import DISTRIBUTED, LOCAL, MODES, SERVER, SitePrivacy, clipped
-
-if TYPE_CHECKING:
-    from nnunet_fedharm.federation.config import FederateConfig
 
 OFF = "off"
 NOISY_MEAN = "noisy mean"
@@ -35,7 +33,7 @@ _MEANS = ("fedavg", "fedavgm", "fedadam", "fedyogi")
 _SUMMED = ("curve",)
 
 
-def site_privacy_of(config: FederateConfig, sites: int) -> SitePrivacy | None:
+def site_privacy_of(config: RunOptions, sites: int) -> SitePrivacy | None:
     """The promise of a phase; None without.
 
     Args:
@@ -56,7 +54,7 @@ def site_privacy_of(config: FederateConfig, sites: int) -> SitePrivacy | None:
     return replace(promised, least=least, colluding=config.site_colluding)
 
 
-def privacy_statement(config: FederateConfig, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def privacy_statement(config: RunOptions, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What a run promises, each with its unit: to patients (`patient_level`), to sites (`site_level`).
 
     Args:
@@ -86,7 +84,7 @@ def privacy_statement(config: FederateConfig, facts: Mapping[str, Mapping[str, A
     return said
 
 
-def check_site_privacy(config: FederateConfig) -> None:
+def check_site_privacy(config: RunOptions) -> None:
     """Check everything about the privacy of sites that the configuration alone can tell.
 
     Raises:
@@ -120,7 +118,7 @@ def check_site_privacy(config: FederateConfig) -> None:
     site_privacy_of(config, len(config.site_names) or MIN_SITES)
 
 
-def _check_sums(config: FederateConfig) -> None:
+def _check_sums(config: RunOptions) -> None:
     summed = config.secure_aggregation
     if config.site_dp != DISTRIBUTED:
         if summed != OFF:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import (
@@ -24,6 +24,7 @@ from nnunet_fedharm.federation.aggregation import (
 from nnunet_fedharm.federation.codec import Tensors, Weights
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.robust import TRIMMED_LEAST, coordinate_median, krum_choice, krum_least, trimmed_mean
+from nnunet_fedharm.federation.run_options import RunOptions
 from nnunet_fedharm.federation.server_steps import (
     adaptive_step,
     add_controls,
@@ -33,9 +34,6 @@ from nnunet_fedharm.federation.server_steps import (
     running_average,
 )
 from nnunet_fedharm.federation.state import Memory
-
-if TYPE_CHECKING:
-    from nnunet_fedharm.federation.config import FederateConfig
 
 SERVER_LR = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01, "scaffold": 1.0}
 """Strategies with a server learning rate, and the one that they take where none is given."""
@@ -91,7 +89,7 @@ class Strategy:
         return (median_metric if self.name in ROBUST else mean_metric)(updates, share, name)
 
 
-def strategy_of(config: FederateConfig) -> Strategy:
+def strategy_of(config: RunOptions) -> Strategy:
     """The strategy that a configuration asks for."""
     return Strategy(
         name=config.strategy,

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.run_options import RunOptions
 from nnunet_fedharm.federation.strategy import SERVER_LR, STRATEGIES, check_replies, strategy_of
 from nnunet_fedharm.planning.facts import SiteFacts
-
-if TYPE_CHECKING:
-    from nnunet_fedharm.federation.config import FederateConfig
 
 LOCAL_GROUPS = ("harmonizer", "norm", "encoder", "decoder", "heads")
 """As in `trainers.groups`, which is too slow to import here."""
@@ -30,7 +26,7 @@ MOST_PROXIMAL = 1.0
 """Of mu times the learning rate: from 1.33 on Nesterov's momentum blows the proximal term up by itself."""
 
 
-def check_strategy(config: FederateConfig) -> None:
+def check_strategy(config: RunOptions) -> None:
     """Check everything about the strategy that the configuration alone can tell.
 
     Raises:
@@ -39,9 +35,8 @@ def check_strategy(config: FederateConfig) -> None:
     if config.strategy not in STRATEGIES:
         raise FederationError(f"strategy is {config.strategy!r}; choose one of {', '.join(STRATEGIES)}.")
     _check_ranges(config)
-    defaults = {item.name: item.default for item in fields(config)}
-    for name, strategies in _OF.items():
-        if getattr(config, name) != defaults[name] and config.strategy not in strategies:
+    for name, strategies in _OF.items():  # the class holds the defaults
+        if getattr(config, name) != getattr(type(config), name) and config.strategy not in strategies:
             raise FederationError(
                 f"{name.replace('_', '-')} is for {' and '.join(strategies)}; the strategy {config.strategy} does not read it."
             )
@@ -59,7 +54,7 @@ def check_strategy(config: FederateConfig) -> None:
     _check_local_groups(config)
 
 
-def check_sites(config: FederateConfig, facts: Sequence[SiteFacts]) -> None:
+def check_sites(config: RunOptions, facts: Sequence[SiteFacts]) -> None:
     """Check the strategy against what the sites have.
 
     Raises:
@@ -78,7 +73,7 @@ def check_sites(config: FederateConfig, facts: Sequence[SiteFacts]) -> None:
         )
 
 
-def strategy_warnings(config: FederateConfig) -> list[str]:
+def strategy_warnings(config: RunOptions) -> list[str]:
     """What of the strategy is allowed but may surprise; one sentence each."""
     found = []
     if config.own_groups:
@@ -93,7 +88,7 @@ def strategy_warnings(config: FederateConfig) -> list[str]:
     return found
 
 
-def _check_ranges(config: FederateConfig) -> None:
+def _check_ranges(config: RunOptions) -> None:
     below_one = ("server_momentum", "server_beta1", "server_beta2", "server_ema")
     for name in below_one:
         if not 0 <= getattr(config, name) < 1:
@@ -120,7 +115,7 @@ def _check_ranges(config: FederateConfig) -> None:
         )
 
 
-def _check_local_groups(config: FederateConfig) -> None:
+def _check_local_groups(config: RunOptions) -> None:
     groups = config.own_groups
     for group in groups:
         if group not in LOCAL_GROUPS:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.federation.run_options import RunOptions
 from nnunet_fedharm.planning.facts import SiteFacts
 from nnunet_fedharm.privacy.fixed_point import Field, Layout
 from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, default_threshold
-
-if TYPE_CHECKING:
-    from nnunet_fedharm.federation.config import FederateConfig
 
 MODES = ("off", "segmenter", "all")
 """Which rounds the server sees as sums only."""
@@ -20,12 +17,12 @@ _SUMMED = ("curve",)
 """Learned harmonizers of which every site trains every tensor."""
 
 
-def secures(config: FederateConfig, phase: str) -> bool:
+def secures(config: RunOptions, phase: str) -> bool:
     """Whether the updates of a phase go through secure sums."""
     return config.secure_aggregation == "all" or config.secure_aggregation == phase
 
 
-def check_secure(config: FederateConfig) -> None:
+def check_secure(config: RunOptions) -> None:
     """Check everything about secure aggregation that the configuration alone can tell.
 
     Raises:
@@ -57,7 +54,7 @@ def check_secure(config: FederateConfig) -> None:
         _require(len(config.site_names), "this federation")
 
 
-def check_colluding(config: FederateConfig, *, opens: str) -> None:
+def check_colluding(config: RunOptions, *, opens: str) -> None:
     """Refuse more colluding sites than hidden noise can bear: with the threshold's number the server opens everything.
 
     Args:
@@ -74,7 +71,7 @@ def check_colluding(config: FederateConfig, *, opens: str) -> None:
         )
 
 
-def check_secure_sites(config: FederateConfig, facts: Sequence[SiteFacts]) -> None:
+def check_secure_sites(config: RunOptions, facts: Sequence[SiteFacts]) -> None:
     """Check secure aggregation against what the sites have.
 
     Raises:
@@ -84,7 +81,7 @@ def check_secure_sites(config: FederateConfig, facts: Sequence[SiteFacts]) -> No
         _require(sum(fact.n_labelled > 0 for fact in facts), "the segmenter phase (sites with labels)")
 
 
-def _check_numbers(config: FederateConfig) -> None:
+def _check_numbers(config: RunOptions) -> None:
     if not config.secure_clip > 0:
         raise FederationError(f"secure-clip must be > 0, got {config.secure_clip}.")
     if not 4 <= config.secure_bytes <= 8:

@@ -16,6 +16,7 @@ import numpy as np
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import as_dtype
 from nnunet_fedharm.federation.codec import Weights
+from nnunet_fedharm.federation.run_options import RunOptions
 from nnunet_fedharm.federation.secure.checks import check_colluding
 from nnunet_fedharm.federation.secure.home import NOISY, ONE, Offer
 from nnunet_fedharm.federation.secure.update import MeanUpdate
@@ -26,7 +27,6 @@ from nnunet_fedharm.privacy.shared_steps import SharedSteps, shared_steps, surpl
 from nnunet_fedharm.privacy.site_level import REACH
 
 if TYPE_CHECKING:
-    from nnunet_fedharm.federation.config import FederateConfig
     from nnunet_fedharm.trainers.clipped_sum import ClippedSum
 
 LOCAL, DISTRIBUTED = "local", "distributed"
@@ -35,7 +35,7 @@ PLACES = (LOCAL, DISTRIBUTED)
 PATIENTS = "patients"
 
 
-def check_patient_noise(config: FederateConfig) -> None:
+def check_patient_noise(config: RunOptions) -> None:
     """Check everything about shared noise that the configuration alone can tell.
 
     Raises:
@@ -61,7 +61,7 @@ def check_patient_noise(config: FederateConfig) -> None:
     check_colluding(config, opens="part")
 
 
-def shared_steps_of(config: FederateConfig, facts: Mapping[str, Mapping[str, Any]]) -> SharedSteps | None:
+def shared_steps_of(config: RunOptions, facts: Mapping[str, Mapping[str, Any]]) -> SharedSteps | None:
     """What the segmenter's rounds promise; None where every site adds all of its noise.
 
     Args:
@@ -143,7 +143,7 @@ class StepSum:
 
 
 def step_sum_of(
-    config: FederateConfig,
+    config: RunOptions,
     shared: SharedSteps,
     facts: Mapping[str, Mapping[str, Any]],
     names: frozenset[str],
