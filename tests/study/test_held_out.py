@@ -47,9 +47,9 @@ def study_of(folder: Path, make_raw_dataset: Callable[..., Path], sites: str) ->
         raw = make_raw_dataset(folder, n_labelled=5, site=f"{site}_", gain=1.0 + 5 * index, shape=shape, seed=index)
     if "C" in sites:
         for image in (raw / "imagesTr").glob("C_*"):
-            nibabel.save(nibabel.Nifti1Image(nibabel.load(image).get_fdata(), np.diag([2.0, 2, 2, 1])), image)  # type: ignore[attr-defined]
+            nibabel.save(nibabel.Nifti1Image(nibabel.load(image).get_fdata(), np.diag([2.0, 2, 2, 1])), image)
             label = raw / "labelsTr" / image.name.replace("_0000", "")
-            mask = np.asarray(nibabel.load(label).dataobj, dtype=np.uint8)  # type: ignore[attr-defined]
+            mask = np.asarray(nibabel.load(label).dataobj, dtype=np.uint8)
             nibabel.save(nibabel.Nifti1Image(mask, np.diag([2.0, 2, 2, 1])), label)
     cases = {path.name[:-12]: path.name[0] for path in (raw / "imagesTr").glob("*_0000.nii.gz")}
     SitesFile({site: SiteInfo() for site in sites}, cases).save(raw / "sites.json")
