@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -211,23 +211,52 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_file: Path
 def terminate_as_interrupt() -> Iterator[None]:
     """A SIGTERM (batch systems send it) stops the daemon like Ctrl-C does.
 
-    Forked children inherit the handler, and a pool ends its workers by SIGTERM: they die of it as ever. A worker that began to
-    clean up like its parent could wait for a lock that nobody gives back, and the parent for the worker.
+    Children that are forked meanwhile die of SIGTERM as ever: a pool ends its workers by it, and nnU-Net opens pools everywhere.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows signal handlers in the main thread only
         return
 
-    owner = os.getpid()
-
     def interrupt(number: int, frame: object) -> None:
-        if os.getpid() == owner:
-            raise KeyboardInterrupt
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        raise KeyboardInterrupt
 
     former = signal.signal(signal.SIGTERM, interrupt)
+    _Forks.guarded += 1
     try:
         yield
     finally:
+        _Forks.guarded -= 1
         signal.signal(signal.SIGTERM, former)
+
+
+class _Forks:
+    """SIGTERM waits while a process forks, and a child takes back the system's way to handle it.
+
+    A child that kept our handler could miss a SIGTERM for ever: Python's handler only notes a signal, and a new child forgets
+    what was noted before it was complete. The parent then waits for a worker that waits for work.
+    """
+
+    guarded = 0
+    """How many `terminate_as_interrupt` are open."""
+    mask: ClassVar[set[int]] = set()
+
+    @staticmethod
+    def before() -> None:
+        if _Forks.guarded:
+            _Forks.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    @staticmethod
+    def in_parent() -> None:
+        if _Forks.guarded:
+            signal.pthread_sigmask(signal.SIG_SETMASK, _Forks.mask)
+
+    @staticmethod
+    def in_child() -> None:
+        if _Forks.guarded:
+            _Forks.guarded = 0
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, _Forks.mask)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_Forks.before, after_in_parent=_Forks.in_parent, after_in_child=_Forks.in_child)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
+from multiprocessing.process import BaseProcess
 
 import pytest
 
@@ -19,11 +20,27 @@ def test_sigterm_stops_the_owner_like_ctrl_c_and_the_former_handler_is_back_afte
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-def test_a_forked_worker_dies_of_sigterm_as_if_there_were_no_handler() -> None:
+def test_a_forked_worker_dies_of_sigterm_even_if_it_comes_before_the_worker_is_complete() -> None:
     context = multiprocessing.get_context("fork")
     with terminate_as_interrupt():
-        worker = context.Process(target=time.sleep, args=(60,))
-        worker.start()
-        worker.terminate()
-        worker.join(20)
-    assert worker.exitcode == -signal.SIGTERM
+        for _ in range(5):
+            worker = context.Process(target=time.sleep, args=(60,))
+            worker.start()
+            worker.terminate()  # at once: on a busy machine the child has not run a line yet
+            worker.join(20)
+            ended = worker.exitcode
+            worker.kill()
+            assert ended == -signal.SIGTERM
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_the_parent_is_still_interrupted_after_it_has_forked() -> None:
+    context = multiprocessing.get_context("fork")
+    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
+        _fork_and_raise(context.Process(target=time.sleep, args=(0,)))
+
+
+def _fork_and_raise(child: BaseProcess) -> None:
+    child.start()
+    child.join(20)
+    signal.raise_signal(signal.SIGTERM)
