@@ -97,9 +97,10 @@ def test_an_identity_harmonizer_changes_no_number(folders: Folders) -> None:
     found = report(replace(folders, after=folders.before))
     for channels in found["sites"].values():
         for values in channels["0000"].values():
-            assert values["before"] == values["after"]
-            assert values["change"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert found["features"]["icc"]["median"]["change"]["value"] == 0.0
+            # Sums of the same numbers may differ in the last bit, as arrays lie at other addresses.
+            assert values["before"] == pytest.approx(values["after"], rel=1e-12)
+            assert values["change"] == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.0}, abs=1e-12)
+    assert found["features"]["icc"]["median"]["change"]["value"] == pytest.approx(0.0, abs=1e-12)
     assert found["site_classifier"]["before"] == found["site_classifier"]["after"]
     assert found["sites"]["C"]["0000"]["nrmse"]["before"]["value"] == pytest.approx(2, abs=1e-4)
 
