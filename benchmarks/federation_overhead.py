@@ -62,7 +62,7 @@ def run(case: str, config: FederateConfig) -> list[Event]:
     deployment = Deployment(root)
     try:
         deployment.start_superlink()
-        for site in config.sites.split(","):
+        for site in config.site_names:
             deployment.start_site(site, also="warm-minutes=0" if case == "cold" else "")
         deployment.run(config)
         deployment.wait_for(lambda event: event["event"] == "finished", seconds=900.0)

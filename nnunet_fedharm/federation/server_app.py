@@ -27,8 +27,6 @@ from nnunet_fedharm.federation.state import ServerState, find_run, load_state, n
 from nnunet_fedharm.federation.strategy import final_weights
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
-"""Beside the server's checkpoints where sites keep tensors for themselves."""
-
 app = ServerApp()
 
 

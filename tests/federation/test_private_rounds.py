@@ -22,6 +22,18 @@ from tests.federation.test_in_process import real_sites, tiny
 
 pytestmark = pytest.mark.slow
 DELTA = 1e-3
+THREE_SITES = {"A": (2, 0), "B": (2, 0), "C": (3, 0)}
+SHARED_NOISE: dict[str, Any] = {
+    "patient_noise": "distributed",
+    "secure_aggregation": "segmenter",
+    "strategy": "fedavgm",
+    "quorum": 3,
+    "epsilon": 6.0,
+    "delta": DELTA,
+    "patients_per_step": 3.0,
+    "style_noise": 6.0,
+}
+"""Noise that all sites add together."""
 STATISTICS = {"fingerprint summary": 1}
 
 
@@ -96,18 +108,8 @@ def site_card(root: Path, site: str) -> dict[str, Any]:
 def test_noise_that_all_sites_add_together_is_one_mechanism_in_every_ledger(
     tmp_path: Path, make_consortium: Callable[..., Path]
 ) -> None:
-    root = make_consortium(tmp_path / "consortium", {"A": (2, 0), "B": (2, 0), "C": (3, 0)})
-    config = tiny(
-        root,
-        patient_noise="distributed",
-        secure_aggregation="segmenter",
-        strategy="fedavgm",
-        quorum=3,
-        epsilon=6.0,
-        delta=DELTA,
-        patients_per_step=3.0,
-        style_noise=6.0,
-    )
+    config = tiny(make_consortium(tmp_path / "consortium", THREE_SITES), **SHARED_NOISE)
+    root = Path(config.root)
     run_server(LocalGrid(real_sites(config, 3)), config)
     alone = set()
     for site in "ABC":

@@ -17,11 +17,12 @@ from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.options import PRIVACY_FILE
 from tests.federation.test_in_process import tiny
+from tests.federation.test_private_rounds import DELTA, SHARED_NOISE, THREE_SITES
 
 pytestmark = pytest.mark.slow
 
-DELTA, EPSILON, ROUNDS = 1e-3, 6.0, 2
-CASES = {"A": 2, "B": 2, "C": 3}
+ROUNDS = 2
+EPSILON = SHARED_NOISE["epsilon"]
 
 
 def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -32,35 +33,22 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_sites_share_the_noise_they_planned_in_secure_sums_and_end_with_one_model(
     tmp_path: Path, make_consortium: Callable[..., Path]
 ) -> None:
-    root = make_consortium(tmp_path / "consortium", {site: (count, 0) for site, count in CASES.items()})
-    config = tiny(
-        root,
-        patient_noise="distributed",
-        secure_aggregation="segmenter",
-        strategy="fedavgm",
-        quorum=3,
-        segmenter_rounds=ROUNDS,
-        epsilon=EPSILON,
-        delta=DELTA,
-        patients_per_step=3.0,
-        style_noise=6.0,
-        join_wait_s=120.0,
-        deadline_s=600.0,
-    )
+    root = make_consortium(tmp_path / "consortium", THREE_SITES)
+    config = tiny(root, **SHARED_NOISE, segmenter_rounds=ROUNDS, join_wait_s=120.0, deadline_s=600.0)
     fold = federate(config, show=lambda _: None)
 
     events = read_events(root / "server" / "fedharm" / "events.jsonl")[0]
     sums = [event for event in events if event["event"] == "secure_sum"]
     assert [event["sites"] for event in sums] == [["A", "B", "C"]] * ROUNDS
 
-    facts = {site: {"n_labelled": count} for site, count in CASES.items()}
+    facts = {site: {"n_labelled": count} for site, (count, _) in THREE_SITES.items()}
     planned = shared_steps_of(replace(config, sites="A,B,C"), facts)
     assert planned is not None
     promised = json.loads((fold / PRIVACY_FILE).read_text())["patient_level"]
     assert promised["noise_multiplier"] == pytest.approx(planned.noise)
     assert (promised["epsilon"], promised["least_sites"]) == (EPSILON, 3)
     model = weights_of(fold / "checkpoint_final.pth")
-    for site in CASES:
+    for site in THREE_SITES:
         ledger = Ledger(root / "sites" / site / "fedharm")
         steps = [entry for entry in ledger.releases() if entry.what == "segmenter training"]
         assert [entry.steps for entry in steps] == [1] * ROUNDS

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from nnunet_fedharm.errors import FederationError, SiteMismatchError
 from nnunet_fedharm.federation.codec import Weights, payload_bytes
 from nnunet_fedharm.federation.events import EventLog
-from nnunet_fedharm.federation.exchange import Answers, exchange
+from nnunet_fedharm.federation.exchange import WAITING_EVERY_S, Answers, exchange
 from nnunet_fedharm.federation.messages import Schema, Unpacked, pack, unpack_reply
 from nnunet_fedharm.federation.registered import false_name, registered_site
 from nnunet_fedharm.federation.report.config import SiteReportConfig
@@ -32,7 +32,6 @@ T = TypeVar("T")
 _AGREED = ("channels", "labels", "versions")
 _GREETING_S = 120.0
 _ATTEMPTS = 3
-_ANNOUNCE_S = 15.0
 _WIDTH = 8
 """Bytes of an entry in a secure sum: rank sums need all the precision there is."""
 
@@ -77,13 +76,13 @@ class Sites:
             FederationError: too few came, or two nodes have one name.
             SiteMismatchError: sites describe different data or run different versions.
         """
-        start, announced = time.monotonic(), -_ANNOUNCE_S
+        start, announced = time.monotonic(), -WAITING_EVERY_S
         while True:
             self._greet()
             waited = time.monotonic() - start
             if not self._missing or (waited > self.config.join_wait_s and not self._came_meanwhile()):
                 break
-            if waited - announced >= _ANNOUNCE_S:
+            if waited - announced >= WAITING_EVERY_S:
                 announced = waited
                 self.log.write("waiting", what="sites to connect", sites=self._missing, seconds=round(waited))
             time.sleep(min(1.0, self.config.join_wait_s))
