@@ -1,6 +1,6 @@
 """What a round costs beyond the local epochs themselves, with and without warm workers, in a deployment and in simulation.
 
-Run from the repository's root: `PYTHONPATH=. python benchmarks/federation_overhead.py --case warm --steps 20`.
+Run from the repository's root: `PYTHONPATH=. python benchmarks/federation_overhead.py --case consortium --steps 20`.
 One case a call, so that each is short; every call appends a line to `--out`, and `--table` prints all of them as Markdown.
 
 A round lasts from its `round_start` to the next one, so it holds the request, the sites' work, the aggregation, the checkpoint
@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fedharm.federation.config import FederateConfig
-from nnunet_fedharm.federation.events import read_events
+from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from nnunet_fedharm.federation.launch import federate
 from tests.conftest import write_raw_dataset
+from tests.federation.deploy.real import RealConsortium
 from tests.federation.deployment import Deployment
 
 SITES = ("A", "B")
-CASES = ("cold", "warm", "simulation")
-"""Deployment without and with warm workers, and `nnunet-fedharm federate`."""
+CASES = ("consortium", "warm", "cold", "simulation")
+"""`nnunet-fedharm server start` and `site start`; Flower's stock programs, with warm workers and without; `federate`."""
 Event = dict[str, Any]
 
 
@@ -59,6 +60,8 @@ def run(case: str, config: FederateConfig) -> list[Event]:
     if case == "simulation":
         federate(config, show=lambda line: print(line, flush=True))
         return read_events(root / "server" / "fedharm" / "events.jsonl")[0]
+    if case == "consortium":
+        return run_consortium(config)
     deployment = Deployment(root)
     try:
         deployment.start_superlink()
@@ -69,6 +72,29 @@ def run(case: str, config: FederateConfig) -> list[Event]:
         return deployment.events()
     finally:
         deployment.stop()
+
+
+def run_consortium(config: FederateConfig) -> list[Event]:
+    """All events of one run between hospitals: TLS, node keys, signed app, by the commands that people type."""
+    made = RealConsortium(Path(config.root) / "sites", config.site_names, recorded=False)
+    options = ("--segmenter-rounds", config.segmenter_rounds, "--iterations-per-epoch", config.iterations_per_epoch)
+    options += ("--val-iterations", config.val_iterations, "--base-features", config.base_features)
+    options += ("--batch-size", config.batch_size, "--patch-size", config.patch_size)
+    options += ("--deadline-s", config.deadline_s, "--join-wait-s", config.join_wait_s)
+    try:
+        for site in config.site_names:
+            made.register(made.join(site))
+        made.start("server", "server", "start", str(made.server.path))
+        made.wait_for("server", "sites may connect")
+        for site in config.site_names:
+            made.start(site, "site", "start", str(made.root / site))
+        words = ("server", "run", str(made.server.path), "-d", config.dataset, "--sites", config.sites)
+        status, text = made.command(*words, *map(str, options), seconds=3600)
+        if status:
+            raise RuntimeError(text)
+        return read_events(made.server.results / "fedharm" / EVENTS_FILE)[0]
+    finally:
+        made.close()
 
 
 def rounds_of(events: list[Event]) -> list[tuple[float, float, float]]:
@@ -89,7 +115,7 @@ def measure(case: str, n_sites: int, *, steps: int, rounds: int, features: int) 
         root, sites = Path(folder), SITES[:n_sites]
         for index, site in enumerate(sites):
             raw = root / "sites" / site / "nnUNet_raw"
-            write_raw_dataset(raw, n_labelled=3, site=site, gain=1.0 + index, seed=index, shape=(24, 64, 64))
+            write_raw_dataset(raw, n_labelled=5, site=site, gain=1.0 + index, seed=index, shape=(24, 64, 64))
         events = run(case, configuration(root, sites, steps=steps, rounds=rounds, features=features))
     measured = rounds_of(events)
     rest = measured[1:] or measured

@@ -136,8 +136,9 @@ def _start(study: StudyFile, cell: Cell, slot: int, *, device: str, devices: Seq
     command = [program("nnunet-fedharm"), "study", "run", str(study.folder), "--cell", cell.name, "--device", device]
     own: dict[str, str] = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
     if device == "cpu":
-        # nnU-Net asks torch for every core; cells side by side would wait for each other's threads.
-        threads = str(max(1, (os.cpu_count() or 1) // parallel))
+        # nnU-Net asks torch for every core; cells side by side would wait for each other's threads. Who shares the machine
+        # with others says so by OMP_NUM_THREADS.
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // parallel))
         own |= dict.fromkeys(("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "MKL_NUM_THREADS"), threads)
     with (folder / LOG).open("a", encoding="utf-8") as stream:
         process = subprocess.Popen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -220,13 +221,19 @@ def _start_flower(folder: SiteFolder, settings: dict[str, Any], family: Children
     family.start(
         "superexec",
         [
-            program("flower-superexec"),
+            *superexec(),
             "--insecure",  # over loopback, to the SuperNode above
             *("--runtime-api-address", f"127.0.0.1:{port}"),
             *("--superexec-auth-secret-file", str(folder.superexec_secret)),
             *("--parent-pid", str(node.pid)),
         ],
     )
+
+
+def superexec() -> list[str]:
+    """The helper that runs a process for every message: the quick one where forking is safe, else Flower's own."""
+    forking = [sys.executable, "-m", "nnunet_fedharm.federation.deploy.superexec"]
+    return forking if sys.platform == "linux" else [program("flower-superexec")]
 
 
 def _check_join(consortium: Consortium, folder: SiteFolder, options: JoinOptions) -> None:

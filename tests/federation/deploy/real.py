@@ -23,15 +23,19 @@ TINY = (
 
 
 class RealConsortium:
-    """Sites reach the server through `network` (what anybody sees) and `inside` (what the server sees).
+    """Sites reach the server through `network` (what anybody sees) and `inside` (what the server sees), or directly.
+
+    Args:
+        recorded: whether by those two ways.
 
     Attributes:
         root: holds one folder a site and the server's `study`.
         server: the consortium's folder.
     """
 
-    def __init__(self, root: Path, sites: tuple[str, ...]) -> None:
+    def __init__(self, root: Path, sites: tuple[str, ...], *, recorded: bool = True) -> None:
         self.root = root
+        self.recorded = recorded
         options = ServerOptions(name="Real", hosts=["localhost"], sites=sites, port=free_port(), bind="127.0.0.1")
         self.server = init_server(root / "study", options)
         tls = (self.server.certificate, self.server.certificate_key, self.server.ca_certificate)
@@ -42,9 +46,10 @@ class RealConsortium:
     def join(self, site: str, *, file: Path | None = None, authority: ServerFolder | None = None) -> SiteFolder:
         """Join, with the site's own door to the network."""
         made = join(file or self.server.consortium_file, self.root / site, JoinOptions(site=site, device="cpu"))[0]
-        text = made.settings_file.read_text()
-        own = f"localhost:{self.server.settings()['port']}"
-        made.settings_file.write_text(text.replace(own, f"localhost:{self.network.port}"))
+        if self.recorded:
+            text = made.settings_file.read_text()
+            own = f"localhost:{self.server.settings()['port']}"
+            made.settings_file.write_text(text.replace(own, f"localhost:{self.network.port}"))
         if authority is not None:
             made.ca_certificate.write_bytes(authority.ca_certificate.read_bytes())
         return made
@@ -102,6 +107,12 @@ class RealConsortium:
             if time.monotonic() > end:
                 raise AssertionError(f"{site} did not write {text!r}: {self.output(site)} {log.read_text()[-2000:]}")
             time.sleep(0.2)
+
+    def register(self, folder: SiteFolder) -> None:
+        """Let a site in, by the coordinator's command."""
+        words = (str(self.server.path), folder.settings()["site"], str(folder.node_key.with_suffix(".pub")))
+        status, text = self.command("server", "register", *words)
+        assert status == 0, text
 
     def end(self, name: str, number: int = signal.SIGTERM, *, seconds: float = 60) -> int:
         """Signal a command and wait for its end; its status."""

@@ -51,10 +51,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, make_raw_dataset: Callable[..
         for site in SITES:
             folder = made.join(site)
             folder.policy_file.write_text("[patients]\nmin_patients = 2\n")
-            status, text = made.command(
-                "server", "register", str(made.server.path), site, str(folder.node_key.with_suffix(".pub"))
-            )
-            assert status == 0, text
+            made.register(folder)
         made.start("server", "server", "start", str(made.server.path))
         made.wait_for("server", "sites may connect")
         for site in SITES:
