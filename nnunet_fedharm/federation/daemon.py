@@ -46,6 +46,8 @@ def flower_environment(home: Path, *, device: str, parallel_sites: int) -> dict[
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray listens on loopback then, not on the machine's address
+        # Ray makes its processes as nice as can be, so that a simulation next to any other work all but stands still.
+        "RAY_worker_niceness": "0",
         # Flower starts its helpers by name: they have to be those of this Python.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import subprocess
+import sys
 import time
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
 
-from nnunet_fedharm.federation.daemon import terminate_as_interrupt
+from nnunet_fedharm.federation.daemon import flower_environment, terminate_as_interrupt
 
 
 def test_sigterm_stops_the_owner_like_ctrl_c_and_the_former_handler_is_back_afterwards() -> None:
@@ -44,3 +47,21 @@ def _fork_and_raise(child: BaseProcess) -> None:
     child.start()
     child.join(20)
     signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no niceness")
+def test_simulated_sites_are_as_urgent_as_whoever_started_them(tmp_path: Path) -> None:
+    """Ray's own choice lets a simulation next to other work all but stand still."""
+    asks = "import os, ray; ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)\n"
+    asks += "print(ray.get(ray.remote(lambda: os.nice(0)).remote()), os.nice(0))"
+    done = subprocess.run(
+        [sys.executable, "-c", asks],
+        env=flower_environment(tmp_path, device="cpu", parallel_sites=1),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    site, starter = done.stdout.split()
+    assert site == starter
