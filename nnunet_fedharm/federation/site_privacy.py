@@ -17,7 +17,7 @@ from nnunet_fedharm.federation.aggregation import SiteUpdate, as_dtype
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.run_options import RunOptions
-from nnunet_fedharm.federation.secure.checks import check_colluding
+from nnunet_fedharm.federation.secure.checks import MEANS, SUMMED, check_colluding
 from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of, statement
 from nnunet_fedharm.federation.updates import quorum_of
 from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
@@ -29,8 +29,6 @@ NOISY_MEAN = "noisy mean"
 """Name of the one reply that the mean of a round is."""
 NOT_COVERED = ("facts", "fingerprint summary", "style", "who takes part")
 """What tells about a site beside its updates."""
-_MEANS = ("fedavg", "fedavgm", "fedadam", "fedyogi")
-_SUMMED = ("curve",)
 
 
 def site_privacy_of(config: RunOptions, sites: int) -> SitePrivacy | None:
@@ -95,16 +93,16 @@ def check_site_privacy(config: RunOptions) -> None:
         return
     if mode not in MODES:
         raise FederationError(f"site-dp is {mode!r}; choose one of {', '.join((OFF, *MODES))}.")
-    if config.strategy not in _MEANS:
+    if config.strategy not in MEANS:
         raise FederationError(
             f"The strategy {config.strategy} is not made for site-dp, which gives it one noisy mean. Choose one of "
-            f"{', '.join(_MEANS)}."
+            f"{', '.join(MEANS)}."
         )
     if config.norm_bound:
         raise FederationError(
             "norm-bound sets sites aside by their updates, which no noise of site-dp hides. Leave it out."
         )
-    if config.harmonizer_rounds and config.harmonizer not in _SUMMED:
+    if config.harmonizer_rounds and config.harmonizer not in SUMMED:
         raise FederationError(
             f"Of the harmonizer {config.harmonizer!r}, one site trains parts alone, or votes: site-dp cannot hide it. Use curve, "
             "or a harmonizer without rounds."

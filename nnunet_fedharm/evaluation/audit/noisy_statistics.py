@@ -126,30 +126,38 @@ class StatisticAudit:
         return {**content, "noise_most": shown, "suspicions": self.suspicions, "refuted": self.refuted}
 
 
+@dataclass(frozen=True)
+class Mechanism:
+    """What makes a release, for a site's patients with or without a canary.
+
+    Attributes:
+        what: name of the release.
+        draw: makes one.
+        patients: of the site, without the canary.
+        noise_multiplier: that the release is said to have.
+        sensitivity: largest change of the exact answer by one patient (L2).
+    """
+
+    what: str
+    draw: Draw
+    patients: int
+    noise_multiplier: float
+    sensitivity: float
+
+
 def audit_statistic(
-    what: str,
-    draw: Draw,
-    *,
-    patients: int,
-    noise_multiplier: float,
-    sensitivity: float,
-    delta: float,
-    options: StatisticOptions,
-    progress: bool = False,
+    mechanism: Mechanism, *, delta: float, options: StatisticOptions, progress: bool = False
 ) -> StatisticAudit:
     """Bound the epsilon of releases from many of them.
 
     Args:
-        what: name.
-        draw: the mechanism.
-        patients: of the site.
-        noise_multiplier: of the claim.
-        sensitivity: largest change of the exact answer by one patient (L2).
         delta: of the claim.
 
     Raises:
         PrivacyError: a canary that changes nothing, or a claim without noise.
     """
+    what, draw, noise_multiplier = mechanism.what, mechanism.draw, mechanism.noise_multiplier
+    sensitivity = mechanism.sensitivity
     without, inside = draw(False, 0.0), draw(True, 0.0)
     length = float(np.linalg.norm(inside - without))
     if length == 0:
@@ -166,7 +174,7 @@ def audit_statistic(
     mu = gaussian_lower_bound(members, others, confidence=options.confidence)
     return StatisticAudit(
         what=what,
-        patients=patients,
+        patients=mechanism.patients,
         noise_multiplier=noise_multiplier,
         draws=options.draws,
         together=together,
@@ -181,16 +189,13 @@ def audit_statistic(
     )
 
 
-def audit_fingerprint(
+def fingerprint_mechanism(
     cases: Sequence[tuple[str, CaseSummary]],
     patients: Mapping[str, str],
     measured: Sequence[int],
     *,
     noise_multiplier: float,
-    delta: float,
-    options: StatisticOptions,
-    progress: bool = False,
-) -> StatisticAudit:
+) -> Mechanism:
     """Of the fingerprint summary; the canary has slices of two metres, and intensities beyond all CT numbers.
 
     Args:
@@ -203,22 +208,10 @@ def audit_fingerprint(
     def draw(inside: bool, sigma: float) -> Vector:
         return private_sum(with_canary if inside else vectors, noise_multiplier=sigma, noise=noise)
 
-    return audit_statistic(
-        "fingerprint summary", draw, patients=len(vectors), noise_multiplier=noise_multiplier, sensitivity=1.0, delta=delta,
-        options=options, progress=progress,
-    )  # fmt: skip
+    return Mechanism("fingerprint summary", draw, len(vectors), noise_multiplier, sensitivity=1.0)
 
 
-def audit_style(
-    quantiles: FloatArray,
-    offsets: FloatArray,
-    *,
-    what: str,
-    noise_multiplier: float,
-    delta: float,
-    options: StatisticOptions,
-    progress: bool = False,
-) -> StatisticAudit:
+def style_mechanism(quantiles: FloatArray, offsets: FloatArray, *, what: str, noise_multiplier: float) -> Mechanism:
     """Of a style; the canary has an offset that no image has.
 
     Args:
@@ -236,21 +229,10 @@ def audit_style(
 
     # One patient's terms over all patients; the canary's are in the offsets alone, which are told with half their weight.
     sensitivity = CLIP * math.sqrt(channels) / OFFSET_WEIGHT / (patients + 1)
-    return audit_statistic(
-        what, draw, patients=patients, noise_multiplier=noise_multiplier, sensitivity=sensitivity, delta=delta, options=options,
-        progress=progress,
-    )  # fmt: skip
+    return Mechanism(what, draw, patients, noise_multiplier, sensitivity)
 
 
-def audit_votes(
-    votes: torch.Tensor,
-    *,
-    what: str,
-    noise_multiplier: float,
-    delta: float,
-    options: StatisticOptions,
-    progress: bool = False,
-) -> StatisticAudit:
+def votes_mechanism(votes: torch.Tensor, *, what: str, noise_multiplier: float) -> Mechanism:
     """Of the votes on polarity; the canary votes a hundred times against the others.
 
     Args:
@@ -265,10 +247,7 @@ def audit_votes(
         told = private_votes(inside if canary else nothing, noise_multiplier=sigma, noise=noise)
         return told.double().numpy()
 
-    return audit_statistic(
-        what, draw, patients=patients, noise_multiplier=noise_multiplier, sensitivity=math.sqrt(channels) / (patients + 1),
-        delta=delta, options=options, progress=progress,
-    )  # fmt: skip
+    return Mechanism(what, draw, patients, noise_multiplier, sensitivity=math.sqrt(channels) / (patients + 1))
 
 
 def _wild_case(channels: int) -> CaseSummary:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from nnunet_fedharm.evaluation.audit.noisy_statistics import (
+    Mechanism,
     StatisticAudit,
     StatisticOptions,
-    audit_fingerprint,
-    audit_style,
-    audit_votes,
+    audit_statistic,
+    fingerprint_mechanism,
+    style_mechanism,
+    votes_mechanism,
 )
 from nnunet_fedharm.evaluation.audit.site import AuditedSite, audit_trainer
 from nnunet_fedharm.planning.private_summary import measured_channels
@@ -23,9 +24,6 @@ from nnunet_fedharm.planning.summary import read_cases
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
 from nnunet_fedharm.trainers.seeds import derive_seed
-
-Audit = Callable[..., StatisticAudit]
-"""Takes delta, options and progress."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +68,19 @@ def audit_statistics(
     """
     path = site.root.preprocessed / site.dataset_name / SITES_FILE
     registry = SitesFile.load(path) if path.is_file() else SitesFile()
-    audits: list[Audit] = []
+    mechanisms: list[Mechanism] = []
     left_out: dict[str, str] = {}
     for found, missing in (
         _fingerprint(site, privacy, registry, num_processes), _styles(site, privacy, registry), _votes(site, privacy),
     ):  # fmt: skip
-        audits += found
+        mechanisms += found
         left_out |= missing
-    shared = replace(options, confidence=1 - (1 - options.confidence) / max(1, len(audits)))
-    done = tuple(audit(delta=privacy.delta, options=shared, progress=progress) for audit in audits)
-    return SiteStatistics(done, left_out)
+    shared = replace(options, confidence=1 - (1 - options.confidence) / max(1, len(mechanisms)))
+    audits = [audit_statistic(one, delta=privacy.delta, options=shared, progress=progress) for one in mechanisms]
+    return SiteStatistics(tuple(audits), left_out)
 
 
-Found = tuple[list[Audit], dict[str, str]]
+Found = tuple[list[Mechanism], dict[str, str]]
 
 
 def _fingerprint(site: AuditedSite, privacy: PrivacyOptions, registry: SitesFile, num_processes: int) -> Found:
@@ -94,8 +92,7 @@ def _fingerprint(site: AuditedSite, privacy: PrivacyOptions, registry: SitesFile
         return [], {what: "the raw images are not here"}
     description, cases = read_cases(raw, site=site.root.path.name, num_processes=num_processes)
     measured = measured_channels(description["channel_names"])
-    audit = partial(audit_fingerprint, list(cases), registry.patients, measured, noise_multiplier=noise)
-    return [audit], {}
+    return [fingerprint_mechanism(list(cases), registry.patients, measured, noise_multiplier=noise)], {}
 
 
 def _styles(site: AuditedSite, privacy: PrivacyOptions, registry: SitesFile) -> Found:
@@ -105,12 +102,12 @@ def _styles(site: AuditedSite, privacy: PrivacyOptions, registry: SitesFile) -> 
     own: dict[str, list[str]] = {}
     for case in folders:
         own.setdefault(registry.cases.get(case, "this site"), []).append(case)
-    audits: list[Audit] = []
+    mechanisms = []
     for name, cases in sorted(own.items()):
         text = f"Measuring the style of {name}"
         rows = patient_styles([(case, folders[case]) for case in cases], registry.patients, description=text)
-        audits.append(partial(audit_style, *rows, what=f"style of {name}", noise_multiplier=privacy.style_noise))
-    return audits, {}
+        mechanisms.append(style_mechanism(*rows, what=f"style of {name}", noise_multiplier=privacy.style_noise))
+    return mechanisms, {}
 
 
 def _votes(site: AuditedSite, privacy: PrivacyOptions) -> Found:
@@ -123,8 +120,7 @@ def _votes(site: AuditedSite, privacy: PrivacyOptions) -> Found:
         names = list(trainer.bank)
     if not votes:
         return [], {"votes on polarity": "nobody here votes in a run by these plans"}
-    audits: list[Audit] = [
-        partial(audit_votes, rows.cpu(), what=f"votes of {names[index]}", noise_multiplier=noises[index])
+    return [
+        votes_mechanism(rows.cpu(), what=f"votes of {names[index]}", noise_multiplier=noises[index])
         for index, rows in votes.items()
-    ]
-    return audits, {}
+    ], {}

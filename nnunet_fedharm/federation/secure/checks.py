@@ -12,8 +12,9 @@ from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, default_thresho
 
 MODES = ("off", "segmenter", "all")
 """Which rounds the server sees as sums only."""
-_MEANS = ("fedavg", "fedavgm", "fedadam", "fedyogi")
-_SUMMED = ("curve",)
+MEANS = ("fedavg", "fedavgm", "fedadam", "fedyogi")
+"""Strategies that need no single updates, only their mean."""
+SUMMED = ("curve",)
 """Learned harmonizers of which every site trains every tensor."""
 
 
@@ -33,17 +34,17 @@ def check_secure(config: RunOptions) -> None:
     if config.secure_aggregation == "off":
         return
     _check_numbers(config)
-    if config.strategy not in _MEANS:
+    if config.strategy not in MEANS:
         raise FederationError(
             f"The strategy {config.strategy} needs the single updates that secure aggregation hides. Choose one of "
-            f"{', '.join(_MEANS)}."
+            f"{', '.join(MEANS)}."
         )
     for name, used in (("norm-bound", config.norm_bound > 0), ("fp16", config.fp16)):
         if used:
             raise FederationError(
                 f"{name} looks at or shortens single updates, which secure aggregation hides. Leave it out."
             )
-    if config.secure_aggregation == "all" and config.harmonizer_rounds and config.harmonizer not in _SUMMED:
+    if config.secure_aggregation == "all" and config.harmonizer_rounds and config.harmonizer not in SUMMED:
         raise FederationError(
             f"Of the harmonizer {config.harmonizer!r}, the reference's site trains parts alone: a sum of one site hides nothing. "
             "Use secure-aggregation segmenter; the harmonizer rounds are then as without it."

@@ -16,11 +16,13 @@ from scipy.stats import norm
 from nnunet_fedharm import cli
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.evaluation.audit.noisy_statistics import (
+    Mechanism,
     StatisticAudit,
     StatisticOptions,
-    audit_fingerprint,
-    audit_style,
-    audit_votes,
+    audit_statistic,
+    fingerprint_mechanism,
+    style_mechanism,
+    votes_mechanism,
 )
 from nnunet_fedharm.evaluation.audit.site import AuditedSite
 from nnunet_fedharm.evaluation.audit.site_statistics import audit_statistics
@@ -34,8 +36,6 @@ from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
 from tests.evaluation.audit import broken
 from tests.evaluation.audit.conftest import NAME, SCHEDULE
 
-Audit = Callable[..., StatisticAudit]
-
 _generator = np.random.default_rng(0)
 _QUANTILES = norm.ppf(QUANTILE_LEVELS) * _generator.uniform(0.9, 1.1, size=(40, 2, 1))
 _OFFSETS = _generator.uniform(1.8, 2.6, size=(40, 2))
@@ -45,18 +45,19 @@ _CASES = [
 _CT = ((60.0, 900.0, -50.0, 300.0), {int(INTENSITY.codes(np.array([60.0]))[0]): 1.0})
 _CT_CASES = [(case, replace(summary, labelled=True, channels=(_CT,))) for case, summary in _CASES]
 _VOTES = torch.from_numpy(_generator.uniform(-0.5, 0.9, size=(40, 2))).float()
-AUDITS: dict[str, Audit] = {
-    "fingerprint": partial(audit_fingerprint, _CASES, {"case1": "case0"}, ()),
-    "fingerprint of CT": partial(audit_fingerprint, _CT_CASES, {}, (0,)),
-    "style": partial(audit_style, _QUANTILES, _OFFSETS, what="style"),
-    "votes": partial(audit_votes, _VOTES, what="votes"),
+MECHANISMS: dict[str, Callable[..., Mechanism]] = {
+    "fingerprint": partial(fingerprint_mechanism, _CASES, {"case1": "case0"}, ()),
+    "fingerprint of CT": partial(fingerprint_mechanism, _CT_CASES, {}, (0,)),
+    "style": partial(style_mechanism, _QUANTILES, _OFFSETS, what="style"),
+    "votes": partial(votes_mechanism, _VOTES, what="votes"),
 }
-EACH = pytest.mark.parametrize("what", AUDITS)
+EACH = pytest.mark.parametrize("what", MECHANISMS)
 
 
 def audited(what: str, *, noise: float, draws: int = 300, factor: float = 1.0) -> StatisticAudit:
     with broken.statistics_noise(factor):
-        return AUDITS[what](noise_multiplier=noise, delta=1e-3, options=StatisticOptions(draws=draws))
+        mechanism = MECHANISMS[what](noise_multiplier=noise)
+        return audit_statistic(mechanism, delta=1e-3, options=StatisticOptions(draws=draws))
 
 
 @EACH
