@@ -172,6 +172,9 @@ def test_as_good_as_needs_both_one_sided_tests_and_the_interval(
     assert words in answer.headline
     assert never not in answer.headline
     assert "what is federated is the harmonizer" in " ".join(answer.support)
+    assert "times as many patches" not in " ".join(answer.support)
+    both = how_close(replace(bare, federated=[item], labelled=("A", "B")))
+    assert "sees 2 times as many patches" in " ".join(both.support)
 
 
 def test_a_federation_with_two_trainings_is_exploratory(bare: StudyFindings) -> None:
