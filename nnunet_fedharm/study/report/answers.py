@@ -133,8 +133,8 @@ def how_close(found: StudyFindings) -> Answer:
         )
     if len(found.labelled) > 1:
         support.append(
-            f"With as many steps at each of the {len(found.labelled)} labelled sites as in central training, a federated segmenter "
-            f"sees {len(found.labelled)} times as many patches."
+            f"With as many steps at each of the {len(found.labelled)} labelled sites as in central training, a federated "
+            f"segmenter sees {len(found.labelled)} times as many patches."
         )
     support.append(
         f"As good means: within {margin:g} Dice on both sides, by two one-sided tests and by the 90% interval over patients and "
