@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before torch, numpy and nnU-Net are imported by anyone: their thread pools are sized once. Children inherit all of it.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"):
@@ -43,7 +44,21 @@ def benchmark_folder() -> Path | None:
     return folder if (folder / "dataset.json").is_file() else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long too")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not config.getoption("--long"):
+        text = "Tests marked long were left out: `python3 start.py test --long` runs them too (before a release)."
+        terminalreporter.write_line(text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     if benchmark_folder() is None:
         skip = pytest.mark.skip(reason=f"{BENCHMARK} is not here; set NNUNET_FEDHARM_BENCHMARK_DATA")
         for item in items:

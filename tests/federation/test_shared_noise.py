@@ -19,7 +19,7 @@ from nnunet_fedharm.privacy.options import PRIVACY_FILE
 from tests.federation.test_in_process import tiny
 from tests.federation.test_private_rounds import DELTA, SHARED_NOISE, THREE_SITES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROUNDS = 2
 EPSILON = SHARED_NOISE["epsilon"]

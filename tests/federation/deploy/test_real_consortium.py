@@ -131,6 +131,7 @@ def test_the_network_sees_neither_tensors_nor_names(trained: RealConsortium) -> 
         assert data not in wire, f"{word} was readable"
 
 
+@pytest.mark.long
 def test_a_site_report_over_the_deployment_is_at_the_server_and_at_every_site(real: RealConsortium) -> None:
     words = (
         "--sites",
@@ -163,6 +164,7 @@ def test_a_site_report_over_the_deployment_is_at_the_server_and_at_every_site(re
     assert seen == set(REPORT_REPLIES)
 
 
+@pytest.mark.long
 def test_a_site_that_is_removed_in_a_run_stays_out_until_it_has_another_key(real: RealConsortium) -> None:
     stays, away = SITES
     study, key = str(real.server.path), str(SiteFolder(real.root / away).node_key.with_suffix(".pub"))
