@@ -10,7 +10,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.base import Setting, Source
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer, dress, dressed_references, polarity_step
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
+
+_LEARNED = 0.9
+"""Share of the loss of guessing, above which a judge has learned nothing. Judges that found every site were below a half."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +84,13 @@ class PolarityTraining(HarmonizerTraining):
         dressed = dressed_references(self.harmonizer, references)
         loss = polarity_step(self, image, sites, generator, dressed, judge_steps=1)
         return {"loss": float("nan") if loss is None else loss}
+
+    def doubt(self, losses: Mapping[str, float]) -> str:
+        """A judge that guesses has the loss log 2, and its votes say nothing; a site that only votes has no loss."""
+        loss, chance = losses.get("loss", math.nan), math.log(2)
+        if not loss > _LEARNED * chance:
+            return ""
+        return (
+            f"The judge of polarity guesses (loss {loss:.3f}, by chance {chance:.3f}): sites of inverted contrast stay as they are. "
+            "Plan more harmonizer epochs, or a larger batch."
+        )

@@ -69,6 +69,9 @@ class HarmonizerPhase:
         losses = self.epoch(training, sampler, torch_generator(seed, *stream, "harmonizer"), epoch)
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         trainer.print_to_log_file(f"Harmonizer epoch {epoch}: {parts}")
+        doubt = training.doubt(losses) if epoch == self.schedule.harmonizer_epochs - 1 else ""
+        if doubt:
+            trainer.print_to_log_file(f"WARNING: {doubt}")
 
     def epoch(
         self, training: HarmonizerTraining, sampler: PatchSampler, generator: torch.Generator, number: int

@@ -122,3 +122,10 @@ def test_a_judge_alone_is_trained_at_the_reference_and_votes_elsewhere() -> None
     assert harmonizer.bank_polarity[CLINIC] < 1
     assert harmonizer.bank_polarity[2] == 1
     assert list(harmonizer.mapping_parameters()) == []
+
+
+def test_a_judge_that_still_guesses_is_doubted_and_a_voting_site_is_not() -> None:
+    training = make("polarity").make_training(lr=1e-3, total_epochs=1)
+    assert "guesses (loss 0.692, by chance 0.693)" in training.doubt({"loss": 0.692})
+    assert training.doubt({"loss": 0.33}) == ""
+    assert training.doubt({"loss": float("nan")}) == ""
