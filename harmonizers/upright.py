@@ -91,6 +91,6 @@ class PolarityTraining(HarmonizerTraining):
         if not loss > _LEARNED * chance:
             return ""
         return (
-            f"The judge of polarity guesses (loss {loss:.3f}, by chance {chance:.3f}): sites of inverted contrast stay as they are. "
-            "Plan more harmonizer epochs, or a larger batch."
+            f"The judge of polarity guesses (loss {loss:.3f}, by chance {chance:.3f}): sites of inverted contrast stay as they "
+            "are. Plan more harmonizer epochs, or a larger batch."
         )
