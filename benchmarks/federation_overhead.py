@@ -84,10 +84,7 @@ def run_consortium(config: FederateConfig) -> list[Event]:
     try:
         for site in config.site_names:
             made.register(made.join(site))
-        made.start("server", "server", "start", str(made.server.path))
-        made.wait_for("server", "sites may connect")
-        for site in config.site_names:
-            made.start(site, "site", "start", str(made.root / site))
+        made.open(config.site_names)
         words = ("server", "run", str(made.server.path), "-d", config.dataset, "--sites", config.sites)
         status, text = made.command(*words, *map(str, options), seconds=3600)
         if status:

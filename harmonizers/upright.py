@@ -24,7 +24,9 @@ from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer, dress, dressed
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 
 _LEARNED = 0.9
-"""Share of the loss of guessing, above which a judge has learned nothing. Judges that found every site were below a half."""
+"""Share of the loss of guessing, above which a judge has learned nothing. On the hippocampus sites, judges that left
+the inverted one as it was ended at .91 of it and more, one that found it at .47.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,7 +157,6 @@ def audit_statistic(
         PrivacyError: a canary that changes nothing, or a claim without noise.
     """
     what, draw, noise_multiplier = mechanism.what, mechanism.draw, mechanism.noise_multiplier
-    sensitivity = mechanism.sensitivity
     without, inside = draw(False, 0.0), draw(True, 0.0)
     length = float(np.linalg.norm(inside - without))
     if length == 0:
@@ -169,7 +168,7 @@ def audit_statistic(
     for number in tqdm(range(2 * options.draws), desc=f"Releasing {what}", leave=False, disable=not progress):
         canary = number % 2 == 0
         seen = [direction @ (draw(canary, noise_multiplier) - without) for _ in range(together)]
-        scores.append((float(np.mean(seen)) / sensitivity, canary))
+        scores.append((float(np.mean(seen)) / mechanism.sensitivity, canary))
     members, others = (np.array([score for score, canary in scores if canary is which]) for which in (True, False))
     mu = gaussian_lower_bound(members, others, confidence=options.confidence)
     return StatisticAudit(
@@ -184,7 +183,7 @@ def audit_statistic(
         gaussian_low=gaussian_epsilon(1.0, delta, mu) if mu > 0 else 0.0,
         most=largest_bound(options.draws, options.draws, delta=delta, confidence=options.confidence),
         noise_most=math.sqrt(together) / mu if mu > 0 else math.inf,
-        share=length / sensitivity,
+        share=length / mechanism.sensitivity,
         scores=tuple(scores),
     )
 

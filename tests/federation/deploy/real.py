@@ -114,6 +114,13 @@ class RealConsortium:
         status, text = self.command("server", "register", *words)
         assert status == 0, text
 
+    def open(self, sites: tuple[str, ...]) -> None:
+        """Start the server, and these sites once it lets them in."""
+        self.start("server", "server", "start", str(self.server.path))
+        self.wait_for("server", "sites may connect")
+        for site in sites:
+            self.start(site, "site", "start", str(self.root / site))
+
     def end(self, name: str, number: int = signal.SIGTERM, *, seconds: float = 60) -> int:
         """Signal a command and wait for its end; its status."""
         process = self.processes.pop(name)

@@ -52,10 +52,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, make_raw_dataset: Callable[..
             folder = made.join(site)
             folder.policy_file.write_text("[patients]\nmin_patients = 2\n")
             made.register(folder)
-        made.start("server", "server", "start", str(made.server.path))
-        made.wait_for("server", "sites may connect")
-        for site in SITES:
-            made.start(site, "site", "start", str(root / site))
+        made.open(SITES)
         yield made
     finally:
         made.close()
