@@ -100,7 +100,7 @@ def _helped(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 
 def study_file() -> str:
     """Tables of study.toml."""
-    from nnunet_fedharm.study import study_file as module
+    from nnunet_fedharm.study import study_tables as module
 
     parts = [
         f"# `study.toml`\n\n{MADE}\n",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ os.environ.update(
 # A developer's own folders must not leak in. nnUNet_n_proc_DA=0 would break planning; who trains sets it.
 for _name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer", "nnUNet_n_proc_DA"):
     os.environ.pop(_name, None)
+# Hundreds of child processes import the package: without bytecode on disk each of them compiles it again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import nibabel
 import numpy as np

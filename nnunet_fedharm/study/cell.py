@@ -23,7 +23,8 @@ from nnunet_fedharm.study.matrix import Cell
 from nnunet_fedharm.study.new_site import ADAPTED, adapt_to_held_out, adapted_sites
 from nnunet_fedharm.study.quality import TRAINED_FILE, measure_quality, predict
 from nnunet_fedharm.study.results import COST_FILE, ENVIRONMENT_FILE, METRICS_FILE, cell_folder
-from nnunet_fedharm.study.study_file import BASELINES, CONTROL, StudyFile
+from nnunet_fedharm.study.study_file import StudyFile
+from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
 from nnunet_fedharm.study.training import Trained, train
 
 CLOCK_FILE = "clock.json"

@@ -33,7 +33,8 @@ from nnunet_fedharm.sites.files import (
 )
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
 from nnunet_fedharm.sites.split import SplitOptions, place, split_dataset
-from nnunet_fedharm.study.study_file import CONTROL, StudyFile
+from nnunet_fedharm.study.study_file import StudyFile
+from nnunet_fedharm.study.study_tables import CONTROL
 
 BASE_PLANS = "nnUNetStudyPlans"
 """Network and preprocessed cases of every central and local cell."""
@@ -96,6 +97,7 @@ class StudyData:
         Raises:
             FedHarmError: the dataset cannot be used; its sentence.
         """
+        _ = self.study.start  # a wrong path is refused here, before hours of training
         self.folder.mkdir(parents=True, exist_ok=True)
         done = self.folder / READY_FILE
         with file_lock(self.folder / "data.lock"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nnunet_fedharm.study.study_file import CONTROL, StudyFile
+from nnunet_fedharm.study.study_file import StudyFile
+from nnunet_fedharm.study.study_tables import CONTROL
 
 
 @dataclass(frozen=True)

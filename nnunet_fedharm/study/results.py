@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from nnunet_fedharm.sites.files import read_json
 from nnunet_fedharm.study.matrix import Arm, Cell, arms_of, cells_of, control_arm
-from nnunet_fedharm.study.study_file import Report, StudyFile
+from nnunet_fedharm.study.study_file import StudyFile
+from nnunet_fedharm.study.study_tables import Report
 
 METRICS_FILE, COST_FILE, QUALITY_FILE, ENVIRONMENT_FILE = (
     "metrics.json",

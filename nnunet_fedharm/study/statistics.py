@@ -25,7 +25,8 @@ from nnunet_fedharm.study.findings import ArmFinding, CostFinding, GapFinding, S
 from nnunet_fedharm.study.matrix import Arm, cells_of
 from nnunet_fedharm.study.paired import Question, compare_family
 from nnunet_fedharm.study.results import DICE, HD95, StudyResults, fixed_beforehand, is_finished
-from nnunet_fedharm.study.study_file import BASELINES, CONTROL, StudyFile
+from nnunet_fedharm.study.study_file import StudyFile
+from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
 
 AUGMENT = Arm("central", "augment")
 

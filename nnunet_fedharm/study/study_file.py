@@ -9,132 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.errors import CheckpointError, DataError
 from nnunet_fedharm.harmonizers import KINDS
-from nnunet_fedharm.planning.section import CONFIGURATIONS, Schedule
+from nnunet_fedharm.planning.section import CONFIGURATIONS
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
+from nnunet_fedharm.study.study_tables import BASELINES, CONTROL, MODES, Arms, Report, Subject, Training
+from nnunet_fedharm.trainers.start_weights import find_checkpoint
 
 STUDY_FILE = "study.toml"
-MODES = ("central", "federated", "local")
-BASELINES = ("no-augmentation", "augment", "nyul")
-CONTROL = "none"
-"""Kind of the control: plain nnU-Net with its own augmentation."""
-
 Part = TypeVar("Part")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """`[study]`: the data and the question."""
-
-    name: str
-    """Short name, for titles."""
-    dataset: str
-    """Folder of an nnU-Net raw dataset with sites.json; relative to the study's folder or absolute."""
-    configuration: str = "3d_fullres"
-    """nnU-Net configuration."""
-    reference: str
-    """Site whose appearance harmonizers map to."""
-    labelled_sites: tuple[str, ...] = ()
-    """Sites whose labels are used for training; empty: all that are not held out. The others take part with their images."""
-    held_out_sites: tuple[str, ...] = ()
-    """Sites that take part in no central or federated training, neither with images nor with labels. They stand for new
-    hospitals: each finished model is adapted to them without labels and then tested there."""
-    held_out_fraction: float = 0.2
-    """Share of each site's labelled cases that is kept for testing, chosen before any training."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """One training of every arm for each."""
-    fold: str = "all"
-    """nnU-Net fold that trainings use."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arms:
-    """`[arms]`: what is compared with the control, which is plain nnU-Net with its own augmentation."""
-
-    harmonizers: tuple[str, ...] = ("polarity", "diffusion")
-    """Kinds of harmonizers."""
-    modes: tuple[str, ...] = ("central", "federated")
-    """Where control and harmonizers are trained: central (all data in one place) or federated. local adds each labelled
-    site alone."""
-    baselines: tuple[str, ...] = ("no-augmentation", "augment")
-    """Central arms without a network in front: no-augmentation (plain nnU-Net without its augmentation), augment (random
-    appearances), nyul."""
-    oracle: bool = True
-    """Train each site on its own labels too, also where the study withholds them: the upper end of the gap."""
-    epsilons: tuple[float, ...] = ()
-    """Differential privacy by patient: `private_harmonizers` once more at each, in each mode but local."""
-    private_harmonizers: tuple[str, ...] = (CONTROL,)
-    """Kinds that are trained at each epsilon; none is the control, without a harmonizer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """`[training]`: size and length, the same for every arm; a federated arm takes as many steps at each site."""
-
-    harmonizer_epochs: int = 40
-    """Epochs of the harmonizer phase."""
-    segmenter_epochs: int = 200
-    """Epochs of the segmenter phase."""
-    local_epochs: int = 1
-    """Epochs of a site between two averages."""
-    iterations_per_epoch: int = 250
-    """Optimizer steps of an epoch."""
-    val_iterations_per_epoch: int = 10
-    """Validation batches of an epoch."""
-    initial_lr: float = 1e-2
-    """Learning rate of the segmenter at the start."""
-    momentum: float = 0.99
-    """Momentum of the segmenter."""
-    harmonizer_lr: float = 1e-3
-    """Learning rate of the harmonizer."""
-    weighting: str = "cases"
-    """Weight of a site in the federated mean: steps, cases or sites."""
-    gpu_memory_gb: float = 8.0
-    """GPU memory that nnU-Net plans for."""
-    base_features: int = 32
-    """Features of the first stage."""
-    max_features: int = 0
-    """Most features of a stage; 0: nnU-Net's own."""
-    batch_size: int = 0
-    """0: nnU-Net's own."""
-    patch_size: tuple[int, ...] = ()
-    """Upper bound of the patch; empty: nnU-Net's own."""
-    mirroring: bool = True
-    """nnU-Net's mirroring at prediction, which multiplies its time by four (2d) or eight (3d)."""
-    num_processes: int = 2
-    """Processes for preprocessing."""
-
-    def schedule(self, seed: int, *, harmonizer_epochs: int, augmentation: bool = True) -> Schedule:
-        """Schedule of one training."""
-        return Schedule(
-            harmonizer_epochs=harmonizer_epochs,
-            segmenter_epochs=self.segmenter_epochs,
-            iterations_per_epoch=self.iterations_per_epoch,
-            val_iterations_per_epoch=self.val_iterations_per_epoch,
-            initial_lr=self.initial_lr,
-            momentum=self.momentum,
-            harmonizer_lr=self.harmonizer_lr,
-            augmentation=augmentation,
-            seed=seed,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """`[report]`: what counts as good, fixed before any result is seen; each cell records it."""
-
-    margin: float = 0.02
-    """Difference in mean Dice within which federated counts as good as central. Experts differ by more among themselves in most
-    structures and tumours (0.05 to 0.1)."""
-    least_dice: float = 0.3
-    """Mean Dice below which an arm has not learned to segment: two that failed alike are not equally good (no assay sensitivity,
-    ICH E10)."""
-    lesion_labels: tuple[int, ...] = ()
-    """Label values that are lesions; with travelling subjects the control then counts them before and after harmonization."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +71,19 @@ class StudyFile:
     def unlabelled_sites(self) -> tuple[str, ...]:
         """Sites whose labels are withheld, held-out sites among them: where harmonization has to show what it is good for."""
         return tuple(site for site in self.sites if site not in self.labelled_sites)
+
+    @property
+    def start(self) -> str:
+        """Checkpoint that every training starts from, absolute; empty: random weights.
+
+        Raises:
+            DataError: there is none at `start_from`.
+        """
+        given = self.training.start_from
+        try:
+            return str(find_checkpoint(self.folder / Path(given).expanduser())) if given else ""
+        except CheckpointError as error:
+            raise DataError(f"start_from in {self.folder / STUDY_FILE}: {error}") from error
 
     def private(self, epsilon: float) -> PrivacyOptions:
         """Options of a private training."""

@@ -13,7 +13,8 @@ from nnunet_fedharm.errors import DataError, FedHarmError, SetupError
 from nnunet_fedharm.planning.explain import field_docstrings
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, write_text
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
-from nnunet_fedharm.study.study_file import STUDY_FILE, Arms, Report, Subject, Training, read_study
+from nnunet_fedharm.study.study_file import STUDY_FILE, read_study
+from nnunet_fedharm.study.study_tables import Arms, Report, Subject, Training
 
 _QUICK: Mapping[str, Any] = {
     "harmonizer_epochs": 10,

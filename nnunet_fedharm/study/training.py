@@ -24,7 +24,8 @@ from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.study.data import BASE_PLANS, StudyData, plan_options
 from nnunet_fedharm.study.matrix import Cell
 from nnunet_fedharm.study.shared_cases import keep_cases, take_cases
-from nnunet_fedharm.study.study_file import CONTROL, StudyFile
+from nnunet_fedharm.study.study_file import StudyFile
+from nnunet_fedharm.study.study_tables import CONTROL
 from nnunet_fedharm.trainers.names import trainer_name_for
 
 
@@ -79,6 +80,7 @@ def _central(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
         num_processes=study.training.num_processes,
         check=False,
         privacy=None if arm.epsilon is None else study.private(arm.epsilon),
+        start_from=study.start,
     )
     plan_central(root, data.dataset_name, options)
     trainer_name = trainer_name_for(arm.harmonizer)
@@ -212,6 +214,7 @@ def federate_config(data: StudyData, cell: Cell, folder: Path, *, device: str) -
         patch_size="x".join(map(str, training.patch_size)),
         weighting=training.weighting,
         seed=cell.seed,
+        start_from=study.start,
         device=device,
         num_processes=training.num_processes,
         **private,

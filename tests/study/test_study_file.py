@@ -144,6 +144,22 @@ def test_sites_that_cannot_be_held_out_are_refused(three: Path, tmp_path: Path, 
     assert "\n" not in str(refusal.value)
 
 
+def test_every_training_starts_from_the_given_weights_and_a_wrong_path_is_refused_first(
+    tmp_path: Path, dataset: Path
+) -> None:
+    fold = tmp_path / "public" / "fold_all"
+    study = study_of(tmp_path / "s", dataset, '[training]\nstart_from = "../public"\n')
+    with pytest.raises(DataError, match=r"start_from in .*study.toml: .* holds no checkpoint_final.pth"):
+        StudyData(study).prepare()
+    assert not StudyData(study).folder.exists()
+    fold.mkdir(parents=True)
+    (fold / "checkpoint_final.pth").touch()
+    assert study.start == str(fold / "checkpoint_final.pth")
+    cell = next(cell for cell in cells_of(study) if cell.arm.mode == "federated")
+    assert federate_config(StudyData(study), cell, tmp_path / "cell", device="cpu").start_from == study.start
+    assert study_of(tmp_path / "t", dataset).start == ""
+
+
 def test_a_held_out_site_is_in_no_training_but_its_own(three: Path, tmp_path: Path) -> None:
     head = HEAD.format(dataset=three).replace('labelled_sites = ["A"]\n', 'held_out_sites = ["C"]\n')
     (tmp_path / STUDY_FILE).write_text(head)

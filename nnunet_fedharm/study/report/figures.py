@@ -16,7 +16,7 @@ from nnunet_fedharm.study.findings import ArmFinding, StudyFindings
 from nnunet_fedharm.study.report.charts import band_chart, epsilon_chart, paired_chart
 from nnunet_fedharm.study.report.dot_plot import Column, Row, dot_plot
 from nnunet_fedharm.study.report.names import group_of, kind_name, row_name, shown_arms, style_of
-from nnunet_fedharm.study.study_file import CONTROL
+from nnunet_fedharm.study.study_tables import CONTROL
 
 WORST = " worst"
 """Key of the column for the worst site; no site's name begins with a space."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nnunet_fedharm.differences.notes import joined
@@ -110,6 +111,8 @@ def _training(study: StudyFile) -> str:
         f"rate {size.initial_lr:g}, momentum {size.momentum:g}), harmonizers {size.harmonizer_epochs} epochs (learning rate "
         f"{size.harmonizer_lr:g}), fold {study.subject.fold}."
     )
+    if size.start_from:
+        words += f" Every training started from the weights of `{Path(size.start_from).name}` instead of random ones."
     return words + ("" if size.mirroring else " Predictions were made without mirroring.")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.study.findings import ArmFinding, StudyFindings
 from nnunet_fedharm.study.held_out import left_out
-from nnunet_fedharm.study.study_file import CONTROL
+from nnunet_fedharm.study.study_tables import CONTROL
 
 _KINDS = {CONTROL: "plain nnU-Net", "augment": "strong augmentation", "nyul": "Nyul's histogram matching"}
 

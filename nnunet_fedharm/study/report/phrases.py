@@ -9,7 +9,7 @@ from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.words import count, number, probability
 from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, Comparison, StudyFindings
 from nnunet_fedharm.study.report.names import kind_name, place
-from nnunet_fedharm.study.study_file import BASELINES, CONTROL
+from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
 
 
 def exploratory(items: Sequence[Comparison]) -> str:

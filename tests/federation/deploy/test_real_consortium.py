@@ -230,7 +230,7 @@ def test_an_app_that_the_coordinator_did_not_sign_runs_nowhere(real: RealConsort
 def test_an_unregistered_key_and_a_false_server_are_refused(real: RealConsortium, tmp_path: Path) -> None:
     stranger = real.join("stranger")
     real.start("stranger", "site", "start", str(stranger.root))
-    real.wait_for_log("stranger", "not registered", seconds=30)
+    real.wait_for_log("stranger", "not registered")
     status, text = real.command("server", "sites", str(real.server.path))
     assert status == 0
     assert f"{'stranger':<24} not registered" in text
