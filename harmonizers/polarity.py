@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, Harmonizer, Setting, Source, patch_quantiles
-from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator
+from nnunet_fedharm.harmonizers.resnet import MirrorConv, PatchDiscriminator
 from nnunet_fedharm.harmonizers.smooth import random_log_gain
 from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining, average_over_processes
@@ -29,6 +29,12 @@ FIELD = 0.15
 
 SHARPNESS = 5.0
 """Factor on the mean score: the mean over a patch starts so small that the judge would first have to learn to speak up."""
+
+
+GAIN = 2.0
+"""Factor on the kernels that the judge begins with. At 1, and in batches of a few slices, the score falls to zero before it has
+learned anything, and the loss has a plateau there (docs/experiments/polarity-judge).
+"""
 
 
 def dress(
@@ -68,6 +74,10 @@ class PolarityJudge(nn.Module):
         super().__init__()
         self.channels = channels
         self.network = PatchDiscriminator(channels=1, spatial_dims=spatial_dims, width=width, style_size=channels)
+        with torch.no_grad():
+            for module in self.network.modules():
+                if isinstance(module, MirrorConv):
+                    module.weight.mul_(GAIN)
 
     def forward(
         self,
