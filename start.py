@@ -179,7 +179,9 @@ def run_tests(venv: Path, extra: list[str]) -> int:
         "mypy": call(python, "-m", "mypy"),
         "import-linter": call(lint_imports),
         "pytest": call(
-            python, "-m", "pytest", "-n", min(TEST_WORKERS, os.cpu_count() or 1), "--dist", "loadfile", *extra
+            python,
+            *("-m", "pytest", "-n", min(TEST_WORKERS, os.cpu_count() or 1), "--dist", "loadfile", "--durations", "30"),
+            *extra,
         ),
         "wheel": check_wheel(venv),
     }

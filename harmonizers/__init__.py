@@ -21,7 +21,7 @@ from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer
 from nnunet_fedharm.harmonizers.none import IdentityHarmonizer
 from nnunet_fedharm.harmonizers.nyul import NyulHarmonizer
 from nnunet_fedharm.harmonizers.style import Style
-from nnunet_fedharm.harmonizers.upright import PolarityConfig, PolarityHarmonizer
+from nnunet_fedharm.harmonizers.upright import PolarityConfig, PolarityHarmonizer, guessing
 
 KINDS: tuple[str, ...] = ("none", "augment", "nyul", "curve", "polarity", "cyclegan", "diffusion")
 """Harmonizers of this release, in the order of what they can do."""
@@ -50,6 +50,7 @@ __all__ = [
     "Harmonizer",
     "build_harmonizer",
     "check_options",
+    "doubt",
 ]
 
 
@@ -108,6 +109,15 @@ def build_harmonizer(
                 return NyulHarmonizer(setting)
             case _:
                 return IdentityHarmonizer(setting)
+
+
+def doubt(kind: str, losses: Mapping[str, float]) -> str:
+    """What the mean losses of a harmonizer phase's last epoch say against it, in a sentence; empty where they say nothing.
+
+    Args:
+        losses: as `HarmonizerTraining.step` names them; NaN where a site only votes.
+    """
+    return guessing(losses) if kind == "polarity" else ""
 
 
 def _known(kind: str, options: Mapping[str, Any], config: type | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ exported, averaged or needed for prediction, but they are part of the training's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +76,6 @@ class HarmonizerTraining(ABC):
         Raises:
             FedHarmError: a loss became NaN or infinite; the weights are left as they were before that step.
         """
-
-    def doubt(self, losses: Mapping[str, float]) -> str:
-        """What an epoch's mean losses say against the harmonizer, in a sentence; empty where they say nothing."""
-        return ""
 
     def set_epoch(self, epoch: int) -> None:
         """Set the learning rates of `epoch`."""

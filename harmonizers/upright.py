@@ -87,12 +87,13 @@ class PolarityTraining(HarmonizerTraining):
         loss = polarity_step(self, image, sites, generator, dressed, judge_steps=1)
         return {"loss": float("nan") if loss is None else loss}
 
-    def doubt(self, losses: Mapping[str, float]) -> str:
-        """A judge that guesses has the loss log 2, and its votes say nothing; a site that only votes has no loss."""
-        loss, chance = losses.get("loss", math.nan), math.log(2)
-        if not loss > _LEARNED * chance:
-            return ""
-        return (
-            f"The judge of polarity guesses (loss {loss:.3f}, by chance {chance:.3f}): sites of inverted contrast stay as they "
-            "are. Plan more harmonizer epochs, or a larger batch."
-        )
+
+def guessing(losses: Mapping[str, float]) -> str:
+    """A judge that guesses has the loss log 2, and its votes say nothing; a site that only votes has no loss."""
+    loss, chance = losses.get("loss", math.nan), math.log(2)
+    if not loss > _LEARNED * chance:
+        return ""
+    return (
+        f"The judge of polarity guesses (loss {loss:.3f}, by chance {chance:.3f}): sites of inverted contrast stay as they "
+        "are. Plan more harmonizer epochs (in a federation: rounds), or a larger batch."
+    )

@@ -16,6 +16,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 
 from nnunet_fedharm.errors import CheckpointError
+from nnunet_fedharm.harmonizers import doubt
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
@@ -69,9 +70,8 @@ class HarmonizerPhase:
         losses = self.epoch(training, sampler, torch_generator(seed, *stream, "harmonizer"), epoch)
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         trainer.print_to_log_file(f"Harmonizer epoch {epoch}: {parts}")
-        doubt = training.doubt(losses) if epoch == self.schedule.harmonizer_epochs - 1 else ""
-        if doubt:
-            trainer.print_to_log_file(f"WARNING: {doubt}")
+        if epoch == self.schedule.harmonizer_epochs - 1 and (against := doubt(trainer.section.kind, losses)):
+            trainer.print_to_log_file(f"WARNING: {against}")
 
     def epoch(
         self, training: HarmonizerTraining, sampler: PatchSampler, generator: torch.Generator, number: int

@@ -47,6 +47,7 @@ from nnunet_fedharm.federation.updates import (
     set_outliers_aside,
     travelling,
 )
+from nnunet_fedharm.harmonizers import doubt
 
 METRICS = ("train_loss", "val_loss", "dice")
 
@@ -126,7 +127,13 @@ class RoundLoop:
         weights = weights | made.weights
         self.checkpoint(state, weights, is_best)
         self.log.write("round_end", rounds=rounds, best=is_best, **entry)
+        if phase == "harmonizer" and number + 1 == rounds:
+            self._doubt_the_harmonizer(metrics["train_loss"])
         return state, weights
+
+    def _doubt_the_harmonizer(self, loss: float | None) -> None:
+        if loss is not None and (against := doubt(self.config.harmonizer, {"loss": loss})):
+            self.log.write("warning", text=against)
 
     def _part(self, phase: str, weights: Weights) -> Weights:
         """What travels in a phase."""

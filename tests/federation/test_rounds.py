@@ -51,6 +51,7 @@ class ScriptedSite:
         self.behave: Any = None
         self.ownership = Ownership()
         self.held = ""
+        self.loss: float | None = None
         self.trained: list[tuple[str, int, int]] = []
         self.facts = {
             "site": name,
@@ -91,7 +92,7 @@ class ScriptedSite:
             "site": self.name,
             "n_steps": self.n_steps,
             "n_cases": self.facts["n_labelled"] + self.facts["n_unlabelled"],
-            "metrics": {"dice": self.step},
+            "metrics": {"dice": self.step} | ({} if self.loss is None else {"train_loss": self.loss}),
             "seconds": 0.1,
         }
         return Message(reply(messages.TRAIN_REPLY, values, encode(weights)), reply_to=message)
@@ -157,6 +158,18 @@ def test_the_harmonizer_phase_sends_only_the_harmonizer_and_asks_every_site(tmp_
     np.testing.assert_allclose(mean["segmenter.w"], 0.0)
     bench.run(weights=mean)
     assert [len(site.trained) for site in sites] == [2, 1], "a site without labels rests in the segmenter phase"
+
+
+@pytest.mark.parametrize(("loss", "warnings"), [(0.69, 1), (0.3, 0), (None, 0)])
+def test_a_judge_that_guesses_at_the_end_of_its_phase_is_said_once(
+    tmp_path: Path, loss: float | None, warnings: int
+) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=1)]
+    sites[0].loss = loss  # B only votes
+    bench = Bench(tmp_path, sites, harmonizer="polarity", harmonizer_rounds=3)
+    bench.run(3, phase="harmonizer")
+    said = [event["text"] for event in bench.events("warning")]
+    assert [text.split("(loss")[0] for text in said] == ["The judge of polarity guesses "] * warnings
 
 
 def learned(folder: Path, sites: list[ScriptedSite], ownership: Ownership = OWNERSHIP, **options: Any) -> Bench:
