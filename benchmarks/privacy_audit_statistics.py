@@ -17,7 +17,7 @@ from nnunet_fedharm.planning.section import Schedule
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from tests.evaluation.audit.broken import statistics_noise, statistics_without_bounds
 
-NAME, PLANS = "Dataset910_HippocampusSites", "sites"
+NAME, PLANS = "Dataset910_HippocampusSites", "auditPlans"
 BROKEN: dict[str, tuple[Callable[[], AbstractContextManager[None]], int]] = {
     "noise off": (partial(statistics_noise, 1e-3), 100),
     "half of the noise": (partial(statistics_noise, 0.5), 1000),

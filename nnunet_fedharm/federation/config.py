@@ -20,7 +20,7 @@ from nnunet_fedharm.federation.site_privacy import check_site_privacy
 from nnunet_fedharm.federation.strategy import STRATEGIES
 from nnunet_fedharm.federation.strategy_checks import LOCAL_GROUPS, check_strategy, strategy_warnings
 from nnunet_fedharm.harmonizers import KINDS, LEARNED, check_options
-from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule
+from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule, check_plans_name
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.privacy.site_level import MODES as MODES_OF_SITES
 
@@ -284,6 +284,7 @@ def _check_ranges(config: FederateConfig) -> None:
 def _check_names(config: FederateConfig) -> None:
     names = config.site_names
     check_site_names(names)
+    check_plans_name(config.plans_name)
     if names and config.quorum > len(names):
         raise FederationError(
             f"quorum is {config.quorum}, but there are only {len(names)} sites. Use at most {len(names)}."

@@ -19,7 +19,15 @@ from nnunet_fedharm.planning.preprocess import preprocess_site
 from nnunet_fedharm.planning.private_fingerprint import private_fingerprint, private_plans
 from nnunet_fedharm.planning.private_style import style_release
 from nnunet_fedharm.planning.private_summary import exact_release
-from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, FedHarmSection, Schedule, with_section
+from nnunet_fedharm.planning.section import (
+    CONFIGURATIONS,
+    CONSENSUS,
+    STOCK_PLANS,
+    FedHarmSection,
+    Schedule,
+    check_plans_name,
+    with_section,
+)
 from nnunet_fedharm.planning.situation import Device, situation_of
 from nnunet_fedharm.planning.style import style_by_site
 from nnunet_fedharm.privacy.ledger import Ledger
@@ -34,7 +42,6 @@ from nnunet_fedharm.sites.files import (
 )
 from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
 
-STOCK_PLANS = "nnUNetPlans"
 DEFAULT_PLANS = "nnUNetFedHarmPlans"
 ONE_SITE = "one_site"
 """Name of the only site where no sites.json tells sites apart."""
@@ -120,10 +127,7 @@ class CentralOptions:
                 f"{self.base_plans} exist already, whatever noise their fingerprint has. Leave out the noise of the "
                 "fingerprint, or plan anew."
             )
-        if self.plan.plans_name == STOCK_PLANS:
-            raise PlanError(
-                f"Choose another plans name than {STOCK_PLANS}: stock nnU-Net's plans are never overwritten."
-            )
+        check_plans_name(self.plan.plans_name)
 
     @property
     def private_fingerprint(self) -> PrivacyOptions | None:

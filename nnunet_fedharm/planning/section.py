@@ -6,6 +6,7 @@ nnU-Net keeps unknown keys of a configuration, copies them into each checkpoint'
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +23,31 @@ CONFIGURATIONS = ("2d", "3d_fullres")
 PHASES = ("frozen", "alternate", "finetune")
 TRAINABLE = ("norm", "encoder", "decoder", "heads")
 """Groups of the segmenter's tensors, as `trainers.groups` tells them apart."""
+STOCK_PLANS = "nnUNetPlans"
+_TAKEN = ("dataset", "dataset_fingerprint", "sites", "splits_final")
+"""Other files of a preprocessed dataset's folder, where plans lie beside them."""
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name stays in its folder, on every system."""
+    return _FILE_NAME.fullmatch(name) is not None
+
+
+def check_plans_name(name: str) -> None:
+    """Refuse a name of plans that would overwrite what is not ours.
+
+    Raises:
+        PlanError: what would be overwritten, or signs that are no file's name.
+    """
+    if not is_file_name(name):
+        raise PlanError(f"The plans name {name!r} is not usable; use letters, digits, '.', '_' and '-'.")
+    if name == STOCK_PLANS:
+        raise PlanError(f"Choose another plans name than {STOCK_PLANS}: stock nnU-Net's plans are never overwritten.")
+    if name in _TAKEN:
+        raise PlanError(
+            f"Plans named {name} would overwrite {name}.json of the preprocessed dataset. Choose another plans name."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
