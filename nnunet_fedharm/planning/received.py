@@ -17,6 +17,7 @@ from nnunet_fedharm.planning.section import SECTION, check_plans_name, is_file_n
 _NETWORK = re.compile(r"dynamic_network_architectures\.architectures\.[a-z_]+\.[A-Z][A-Za-z0-9]*")
 """Where nnU-Net's planners take their networks from."""
 _LAYER = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z][A-Za-z0-9]*")
+_ENDING = re.compile(r"(\.[A-Za-z0-9]+)+")
 
 
 def check_received_plans(plans: Mapping[str, Any], *, source: str) -> None:
@@ -46,6 +47,17 @@ def check_received_plans(plans: Mapping[str, Any], *, source: str) -> None:
                 f"The plans of {source} start {name} from {section['start_from']!r}, a file of this machine. A federation starts "
                 "from weights that the server sends (start-from in its run config)."
             )
+
+
+def check_received_dataset(dataset_json: Mapping[str, Any], *, source: str) -> None:
+    """Refuse a dataset.json whose file ending would lead out of the folder of the images.
+
+    Raises:
+        PlanError: the ending.
+    """
+    ending = dataset_json.get("file_ending")
+    if ending is not None and not _matches(_ENDING, ending):
+        raise PlanError(f"The dataset.json of {source} has the file ending {ending!r}; write one like .nii.gz.")
 
 
 def _check_architecture(architecture: Any, configuration: str, source: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.federation.answers import answer
 from nnunet_fedharm.federation.messages import STORE_PLANS, pack
-from nnunet_fedharm.planning.received import check_received_plans
+from nnunet_fedharm.planning.received import check_received_dataset, check_received_plans
 
 LAYERS = {
     "conv_op": "torch.nn.modules.conv.Conv2d",
@@ -87,6 +87,14 @@ def test_plans_without_configurations_are_refused() -> None:
     for configurations in (None, [], {"2d": []}):
         with pytest.raises(PlanError, match="have no configurations"):
             check_received_plans({**PLANS, "configurations": configurations}, source="the server")
+
+
+def test_a_file_ending_stays_in_its_folder() -> None:
+    for dataset in ({}, {"file_ending": ".nii.gz"}, {"file_ending": ".png"}):
+        check_received_dataset(dataset, source="the server")
+    for ending in ("/../../secret.nii.gz", "nii", "", 3):
+        with pytest.raises(PlanError, match="of the server has the file ending"):
+            check_received_dataset({"file_ending": ending}, source="the server")
 
 
 def test_a_site_answers_them_with_the_sentence_and_writes_nothing(tmp_path: Path) -> None:
