@@ -17,6 +17,9 @@ from nnunet_fedharm.planning.section import FedHarmSection, read_section
 PREFIX = "harmonizer."
 """Of the harmonizer's tensors in the whole network."""
 
+GATE = PREFIX + "gate"
+"""Of the phase, not of a site: shut in kinds that would not be the identity before it."""
+
 FROM_PLANS = ("gate", "reference_quantiles", "reference_offset", "bank_quantiles", "bank_offset")
 """Buffers of the harmonizer that no training changes."""
 

@@ -25,6 +25,7 @@ from nnunet_fedharm.federation.site_card import write_card
 from nnunet_fedharm.federation.site_privacy import OFF, privacy_statement, updates_only
 from nnunet_fedharm.federation.state import ServerState, find_run, load_state, new_state, save_state, unfinished_runs
 from nnunet_fedharm.federation.strategy import final_weights
+from nnunet_fedharm.federation.updates import with_open_gate
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
 app = ServerApp()
@@ -91,7 +92,7 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
         log.write("patient_noise", **privacy_statement(config, state.facts)["patient_level"])
     loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint, stepped)
     state, weights = loop.run_phase("harmonizer", config.harmonizer_rounds, state, weights)
-    state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, weights)
+    state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, with_open_gate(weights))
     last = final_weights(state.memory, weights)
     results = _write_results(root, config, state, last, trainer_name, _last_checkpoints(state))
     if local:

@@ -13,6 +13,7 @@ from nnunet_fedharm.federation.aggregation import SiteUpdate
 from nnunet_fedharm.federation.codec import Tensors, Weights, bundle, decode, encode, payload_bytes
 from nnunet_fedharm.federation.exchange import Answers
 from nnunet_fedharm.federation.messages import TRAIN_REPLY, unpack_reply
+from nnunet_fedharm.federation.ownership import GATE
 from nnunet_fedharm.federation.robust import norm_outliers, update_norms
 
 CONTROL = "control:"
@@ -42,6 +43,14 @@ def travelling(phase: str, weights: Weights) -> Weights:
     if phase == "segmenter":
         return weights
     return {name: value for name, value in weights.items() if name.startswith("harmonizer.")}
+
+
+def with_open_gate(weights: Weights) -> Weights:
+    """The weights after the harmonizer phase: its own gate open, as `Harmonizer.open_gate` does in a training in one place.
+
+    Sites open it for their own segmenter rounds but send nothing that no training changes, so the server has to.
+    """
+    return {name: np.ones_like(value) if name == GATE else value for name, value in weights.items()}
 
 
 def quorum_of(quorum: int, n_sites: int) -> int:

@@ -11,9 +11,11 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
 from flwr.app import Message
 
 from nnunet_fedharm.errors import DataError, FederationError, SiteMismatchError
+from nnunet_fedharm.evaluation.harmonize import load_harmonizer
 from nnunet_fedharm.federation.client_app import app
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig
@@ -135,6 +137,22 @@ def test_restart_trains_anew_and_touches_no_former_state(consortium: Path) -> No
     run_server(LocalGrid(real_sites(config, 3)), config)
     run_server(LocalGrid(real_sites(config, 3)), replace(config, restart=True))
     assert len(list((consortium / "server" / "fedharm").glob(f"{full(config).fingerprint()}-*"))) == 2
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [("nyul", 0), ("polarity", 1)])
+def test_every_finished_model_harmonizes(consortium: Path, kind: str, rounds: int) -> None:
+    config = tiny(consortium, segmenter_rounds=1, harmonizer=kind, harmonizer_rounds=rounds, reference="A")
+    results = run_server(LocalGrid(real_sites(config, 3)), config)
+    pattern = "sites/*/nnUNet_results/*/*/fold_all/checkpoint_final.pth"
+    files = [results / "checkpoint_final.pth", results / "checkpoint_best.pth", *sorted(consortium.glob(pattern))]
+    assert len(files) == 5
+    for file in files:
+        harmonizer = load_harmonizer(file.parents[1], fold="all", checkpoint=file.name, device="cpu").harmonizer
+        assert harmonizer.gate == 1, file
+    image = torch.randn(1, 1, 24, 24, generator=torch.Generator().manual_seed(0))
+    harmonizer.bank_gate.fill_(1.0)
+    harmonizer.serve(2)
+    assert not torch.equal(harmonizer(image), image)
 
 
 @pytest.mark.parametrize(
