@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -92,7 +93,10 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
         log.write("patient_noise", **privacy_statement(config, state.facts)["patient_level"])
     loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint, stepped)
     state, weights = loop.run_phase("harmonizer", config.harmonizer_rounds, state, weights)
-    state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, with_open_gate(weights))
+    opened = with_open_gate(weights)
+    if any(not np.array_equal(opened[name], value) for name, value in weights.items()):
+        state = replace(state, finished_sites=[])  # by a release that left the gate shut: they get the model again
+    state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, opened)
     last = final_weights(state.memory, weights)
     results = _write_results(root, config, state, last, trainer_name, _last_checkpoints(state))
     if local:

@@ -20,8 +20,9 @@ from nnunet_fedharm.federation.client_app import app
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import read_events
+from nnunet_fedharm.federation.ownership import GATE
 from nnunet_fedharm.federation.server_app import run_server
-from nnunet_fedharm.federation.state import find_run, load_state
+from nnunet_fedharm.federation.state import find_run, load_state, save_state
 from tests.federation.local_grid import Client, LocalGrid, app_client
 
 pytestmark = pytest.mark.slow
@@ -60,6 +61,14 @@ def final_weights(config: FederateConfig) -> Weights:
     assert weights is not None
     assert state.rounds_done["segmenter"] == config.segmenter_rounds
     return weights
+
+
+def shut_the_gate(config: FederateConfig) -> None:
+    folder = find_run(Path(config.root) / "server" / "fedharm", full(config).fingerprint())
+    assert folder is not None
+    state, weights = load_state(folder)
+    assert weights is not None
+    save_state(folder, state, weights | {GATE: np.zeros_like(weights[GATE])})
 
 
 def full(config: FederateConfig) -> FederateConfig:
@@ -149,6 +158,15 @@ def test_every_finished_model_harmonizes(consortium: Path, kind: str, rounds: in
     for file in files:
         harmonizer = load_harmonizer(file.parents[1], fold="all", checkpoint=file.name, device="cpu").harmonizer
         assert harmonizer.gate == 1, file
+    if kind == "nyul":
+        shut_the_gate(config)  # as former releases left it
+        for file in files[2:]:
+            file.unlink()
+        grid = LocalGrid(real_sites(config, 3))
+        run_server(grid, config)
+        assert [sent for sent, _ in grid.sent if sent == "train"] == [], "nothing is trained again"
+        assert all(file.exists() for file in files)
+        assert final_weights(config)[GATE] == 1
     image = torch.randn(1, 1, 24, 24, generator=torch.Generator().manual_seed(0))
     harmonizer.bank_gate.fill_(1.0)
     harmonizer.serve(2)
