@@ -31,7 +31,7 @@ from nnunet_fedharm.federation.site_counts import count_release
 from nnunet_fedharm.federation.site_privacy import adds_own_noise, own_release, updates_only, with_own_noise
 from nnunet_fedharm.federation.statistics import answer_once
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
-from nnunet_fedharm.planning.received import check_received_dataset, check_received_plans
+from nnunet_fedharm.planning.received import check_received
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.privacy.site_level import SitePrivacy
@@ -65,20 +65,14 @@ def _answer(
     site: Site, content: RecordDict, schema: messages.Schema, work: Work, run_config: Mapping[str, Any]
 ) -> RecordDict:
     request = unpack(schema, content, source="the server")
-    if "plans" in request.values:
-        check_received_plans(request.values["plans"], source="the server")
-    if "dataset_json" in request.values:
-        check_received_dataset(request.values["dataset_json"], source="the server")
+    check_received(request.values, source="the server")
     # The lock, because after a server crash this site may still be busy with the former round.
     with file_lock(site.folder / "site.lock"), site.root.create().activate():
         plans = site.folder / request.values.get("run_id", "-") / PLANS_FILE
         enforce(site, schema.name, request.values, run_config, plans)
         answered = work(site, request)
-        if schema not in (
-            messages.SUMMARIZE,
-            messages.PREPARE,
-            messages.TRAIN,
-        ):  # which enter what they release, with its noise
+        # Those three enter what they release themselves, with its noise.
+        if schema not in (messages.SUMMARIZE, messages.PREPARE, messages.TRAIN):
             enter_release(site.folder, schema.name, request.values, answered)
     return answered
 

@@ -20,6 +20,18 @@ _LAYER = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z][A-Za-z0-9]*")
 _ENDING = re.compile(r"(\.[A-Za-z0-9]+)+")
 
 
+def check_received(values: Mapping[str, Any], *, source: str) -> None:
+    """Both checks below of a message's values, as far as they are in it.
+
+    Raises:
+        PlanError: what they name, and what is allowed.
+    """
+    if "plans" in values:
+        check_received_plans(values["plans"], source=source)
+    if "dataset_json" in values:
+        check_received_dataset(values["dataset_json"], source=source)
+
+
 def check_received_plans(plans: Mapping[str, Any], *, source: str) -> None:
     """Refuse plans that would run code or touch files of the sender's choice.
 

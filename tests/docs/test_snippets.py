@@ -120,16 +120,18 @@ def test_nnunets_commands_are_understood_by_nnunets_parsers(snippet: str, monkey
     program, *words = shlex.split(snippet)
     (script,) = [item for item in entry_points(group="console_scripts") if item.name == program]
     parsed: list[argparse.Namespace] = []
-    parse = argparse.ArgumentParser.parse_args
+    parse = argparse.ArgumentParser.parse_known_args  # parse_args calls it too
 
     class Understood(Exception):
         pass
 
-    def only_parse(self: argparse.ArgumentParser, *args: object, **more: object) -> argparse.Namespace:
-        parsed.append(parse(self, words))
+    def only_parse(self: argparse.ArgumentParser, *args: object, **more: object) -> None:
+        found, unknown = parse(self, words)
+        assert not unknown
+        parsed.append(found)
         raise Understood
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", only_parse)
     monkeypatch.setattr(sys, "argv", [program, *words])
     with pytest.raises(Understood):
         script.load()()
