@@ -30,7 +30,6 @@ FIELD = 0.15
 SHARPNESS = 5.0
 """Factor on the mean score: the mean over a patch starts so small that the judge would first have to learn to speak up."""
 
-
 GAIN = 2.0
 """Factor on the kernels that the judge begins with. At 1, and in batches of a few slices, the score falls to zero before it has
 learned anything, and the loss has a plateau there (docs/experiments/polarity-judge).

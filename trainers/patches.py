@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -100,14 +101,24 @@ class PatchSampler:
     def _draw(self, case: ImageCase) -> npt.NDArray[np.float32]:
         dataset = infer_dataset_class(str(case.folder))(str(case.folder), [case.name])
         data = dataset.load_case(case.name)[0]
-        wanted = self.patch_size if len(self.patch_size) == 3 else (1, *self.patch_size)
-        slices, padding = [], []
-        for size, want in zip(data.shape[1:], wanted, strict=True):
-            start = int(self.rng.integers(0, max(size - want, 0) + 1))
-            slices.append(slice(start, start + min(size, want)))
-            short = max(want - size, 0)
-            padding.append((short // 2, short - short // 2))
-        patch = np.pad(np.asarray(data[(slice(None), *slices)], dtype=np.float32), [(0, 0), *padding])
-        axes = tuple(axis + 1 for axis in range(3) if self.rng.random() < 0.5)
-        patch = np.flip(patch, axes) if axes else patch
-        return np.ascontiguousarray(patch if len(self.patch_size) == 3 else patch[:, 0])
+        return random_patch(data, self.patch_size, self.rng)
+
+
+def random_patch(data: Any, patch_size: Sequence[int], rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """A patch (C, *patch) from a random place, mirrored at random; zeros where the volume is smaller.
+
+    Args:
+        data: (C, D, H, W); only what is cut is read.
+        patch_size: (H, W) for a slice, or (D, H, W).
+    """
+    wanted = tuple(patch_size) if len(patch_size) == 3 else (1, *patch_size)
+    slices, padding = [], []
+    for size, want in zip(data.shape[1:], wanted, strict=True):
+        start = int(rng.integers(0, max(size - want, 0) + 1))
+        slices.append(slice(start, start + min(size, want)))
+        short = max(want - size, 0)
+        padding.append((short // 2, short - short // 2))
+    patch = np.pad(np.asarray(data[(slice(None), *slices)], dtype=np.float32), [(0, 0), *padding])
+    axes = tuple(axis + 1 for axis in range(3) if rng.random() < 0.5)
+    patch = np.flip(patch, axes) if axes else patch
+    return np.ascontiguousarray(patch if len(patch_size) == 3 else patch[:, 0])

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -15,7 +14,7 @@ from nnunet_fedharm.federation.config import FederateConfig, warnings_of
 from nnunet_fedharm.federation.durable import write_bytes
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.messages import PHASES
-from nnunet_fedharm.federation.ownership import ownership_of
+from nnunet_fedharm.federation.ownership import GATE, ownership_of
 from nnunet_fedharm.federation.preparation import Preparation
 from nnunet_fedharm.federation.report.config import SiteReportConfig, task_of, training_keys
 from nnunet_fedharm.federation.roster import Roster
@@ -93,10 +92,9 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
         log.write("patient_noise", **privacy_statement(config, state.facts)["patient_level"])
     loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint, stepped)
     state, weights = loop.run_phase("harmonizer", config.harmonizer_rounds, state, weights)
-    opened = with_open_gate(weights)
-    if any(not np.array_equal(opened[name], value) for name, value in weights.items()):
+    if GATE in weights and not weights[GATE]:
         state = replace(state, finished_sites=[])  # by a release that left the gate shut: they get the model again
-    state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, opened)
+    state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, with_open_gate(weights))
     last = final_weights(state.memory, weights)
     results = _write_results(root, config, state, last, trainer_name, _last_checkpoints(state))
     if local:

@@ -23,8 +23,9 @@ from nnunet_fedharm.harmonizers import polarity
 from nnunet_fedharm.harmonizers.polarity import PolarityJudge
 from nnunet_fedharm.harmonizers.resnet import MirrorConv
 from nnunet_fedharm.harmonizers.training import GRADIENT_CLIP
+from nnunet_fedharm.trainers.patches import random_patch
 
-PATCH = {2: (1, 56, 40), 3: (32, 40, 32)}
+PATCH = {2: (56, 40), 3: (32, 40, 32)}
 EPOCH = 40
 """Steps at one learning rate."""
 LEARNED = 0.5
@@ -43,19 +44,9 @@ def load(data: Path, site: str) -> list[Volume]:
 
 
 def draw(volumes: Sequence[Volume], dims: int, count: int, rng: np.random.Generator) -> Tensor:
-    """(count, 1, *patch), cut and mirrored as `trainers.patches.PatchSampler` does."""
-    patches = []
-    for index in rng.integers(len(volumes), size=count):
-        volume, slices, padding = volumes[index], [], []
-        for size, want in zip(volume.shape, PATCH[dims], strict=True):
-            start = int(rng.integers(0, max(size - want, 0) + 1))
-            slices.append(slice(start, start + min(size, want)))
-            short = max(want - size, 0)
-            padding.append((short // 2, short - short // 2))
-        patch = np.pad(volume[tuple(slices)], padding)
-        patch = np.flip(patch, [axis for axis in range(3) if rng.random() < 0.5])
-        patches.append(np.ascontiguousarray(patch if dims == 3 else patch[0]))
-    return torch.from_numpy(np.stack(patches))[:, None]
+    """(count, 1, *patch)."""
+    picked = rng.integers(len(volumes), size=count)
+    return torch.from_numpy(np.stack([random_patch(volumes[index][None], PATCH[dims], rng) for index in picked]))
 
 
 def quantiles(volumes: Sequence[Volume]) -> Tensor:
