@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "benchmark_data" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[pytest.MonkeyPatch]:
+    """No progress.png from trainings in this process: it takes a second or more of epochs that take less.
+
+    Tests marked `pictures`, and programs that tests start, draw it.
+    """
+    from nnunetv2.training.logging.nnunet_logger import MetaLogger
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetaLogger, "plot_progress_png", lambda *_: None)
+        yield patch
+
+
+@pytest.fixture(autouse=True)
+def _pictures_where_asked(request: pytest.FixtureRequest, no_pictures: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.node.get_closest_marker("pictures") is None:
+        yield
+        return
+    from nnunetv2.training.logging.nnunet_logger import MetaLogger
+
+    without = MetaLogger.plot_progress_png
+    no_pictures.undo()
+    yield
+    no_pictures.setattr(MetaLogger, "plot_progress_png", without)
 
 
 @pytest.fixture(scope="session")

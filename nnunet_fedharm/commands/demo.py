@@ -197,7 +197,8 @@ def _predict(root: Path, site: str, kind: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     command = [program("nnUNetv2_predict"), "-i", str(site_root.raw / DATASET_NAME / "imagesTs"), "-o", str(output)]
     command += ["-d", str(DATASET_ID), "-c", CONFIGURATION, "-tr", trainer_name(kind), "-p", PLANS, "-f", "all"]
-    command += ["-device", "cpu", "-npp", "1", "-nps", "1"]
+    # All in one process: each further one would import torch and nnU-Net for a few small cases.
+    command += ["-device", "cpu", "-npp", "0", "-nps", "0"]
     log = root / "logs" / f"predict_{kind}_{site}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as stream:

@@ -22,8 +22,13 @@ def ask(
     deadline_s: float,
     accept: Callable[[str, RecordDict], Any],
     what: str,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Answers[Any]:
-    """Send the same content to several sites by name and collect the replies until the deadline."""
+    """Send the same content to several sites by name and collect the replies until the deadline.
+
+    Args:
+        meanwhile: called once, when all requests are on their way.
+    """
     requests = {
         site: Message(content, dst_node_id=roster.nodes[site], message_type=message_type, ttl=deadline_s)
         for site in sites
@@ -33,6 +38,7 @@ def ask(
         requests,
         deadline_s=deadline_s,
         accept=accept,
+        meanwhile=meanwhile,
         waiting=lambda left, seconds: log.write("waiting", what=what, sites=sorted(left), seconds=round(seconds)),
     )
 

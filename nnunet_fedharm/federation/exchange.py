@@ -52,6 +52,7 @@ def exchange(
     deadline_s: float,
     accept: Callable[[str, RecordDict], T],
     waiting: Callable[[set[str], float], None] = lambda left, seconds: None,
+    meanwhile: Callable[[], None] = lambda: None,
     enough: Callable[[Answers[T]], bool] = lambda answers: False,
 ) -> Answers[T]:
     """Send one request to each site and collect the replies.
@@ -62,6 +63,7 @@ def exchange(
         deadline_s: seconds after which missing replies count as silent.
         accept: turns a reply into a value; a FedHarmError from it sets the reply aside with its sentence.
         waiting: called about every 15 s with who is still missing and the seconds so far.
+        meanwhile: called once, when all requests are on their way.
         enough: asked after each reply; True ends the wait early.
 
     Returns:
@@ -73,6 +75,7 @@ def exchange(
     answers: Answers[T] = Answers()
     start = reported = time.monotonic()
     open_requests = _push(grid, requests, answers)
+    meanwhile()
     pause = _POLL_S[0]
     while open_requests:
         late = time.monotonic() - start >= deadline_s  # before the pull: what has arrived by now still counts

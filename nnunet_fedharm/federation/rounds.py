@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flwr.app import ArrayRecord, MessageType, RecordDict
+from flwr.app import MessageType, RecordDict
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import SiteUpdate
@@ -20,6 +20,7 @@ from nnunet_fedharm.federation.codec import Weights, bundle, encode, payload_byt
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.exchange import Answers
+from nnunet_fedharm.federation.later import Later
 from nnunet_fedharm.federation.messages import (
     FINISH,
     FINISH_REPLY,
@@ -62,6 +63,7 @@ class RoundLoop:
         ownership: phase -> whose word counts for which tensor.
         stepped: tensors that private steps with one noise for all sites train; empty where every site adds its own.
         checkpoint: called after each round with state, weights and whether it is the best so far.
+        later: what `checkpoint` leaves until the sites train, or the phase ends.
     """
 
     roster: Roster
@@ -72,6 +74,7 @@ class RoundLoop:
     ownership: Mapping[str, Ownership]
     checkpoint: Callable[[ServerState, Weights, bool], None]
     stepped: frozenset[str] = frozenset()
+    later: Later = field(default_factory=Later)
 
     def run_phase(self, phase: str, rounds: int, state: ServerState, weights: Weights) -> tuple[ServerState, Weights]:
         """Run the rounds of a phase that are not done yet.
@@ -79,8 +82,11 @@ class RoundLoop:
         Raises:
             FederationError: a round has no quorum after all retries.
         """
-        while state.rounds_done[phase] < rounds:
-            state, weights = self._run_round(phase, rounds, state, weights)
+        try:
+            while state.rounds_done[phase] < rounds:
+                state, weights = self._run_round(phase, rounds, state, weights)
+        finally:
+            self.later.do()
         return state, weights
 
     def sites_of(self, phase: str) -> tuple[str, ...]:
@@ -159,16 +165,16 @@ class RoundLoop:
             shared = shared_steps_of(self.config, state.facts)
             step = None if shared is None else step_sum_of(self.config, shared, state.facts, self.stepped, number)
             secure = SecureRound(
-                self.roster, self.config, self.log, self.ownership[phase], *where, part, promised, step
+                self.roster, self.config, self.log, self.ownership[phase], *where, part, promised, step, self.later.do
             )
-            request = self._train_request(phase, number, state, plain)
+            request = train_request(self.config, state, self.trainer_name, phase, number, plain)
             return secure.collect(request, lambda least: self._wait_for(wanted, least, state), quorum)
         control = current_control(state.memory, self._controlled(phase, part))
         record = encode_with_control(part, control, fp16=self.config.fp16)
         down, up = 0, 0
         for attempt in range(self.config.max_retries + 1):
             there = self._wait_for(wanted, quorum, state)
-            request = self._train_request(phase, number, state, record)
+            request = train_request(self.config, state, self.trainer_name, phase, number, record)
             answers = self._train(there, request, phase, number, part, state, spool, payload_bytes(record))
             down += payload_bytes(record) * len(there)
             up += sum(size for _, size in answers.accepted.values())
@@ -204,6 +210,7 @@ class RoundLoop:
             there = [site for site in wanted if site in self.roster.nodes]
             if len(there) >= quorum:
                 return there
+            self.later.do()
             self.roster.ask_again()
             if time.monotonic() - start > self.config.deadline_s:
                 absent = sorted(set(wanted) - set(there))
@@ -216,9 +223,6 @@ class RoundLoop:
                 absent = sorted(set(wanted) - set(there))
                 self.log.write("waiting", what="sites to come back", sites=absent, seconds=round(reported - start))
             time.sleep(1.0)
-
-    def _train_request(self, phase: str, number: int, state: ServerState, record: ArrayRecord) -> RecordDict:
-        return train_request(self.config, state, self.trainer_name, phase, number, record)
 
     def _controlled(self, phase: str, part: Weights) -> Weights:
         return controlled(self.ownership[phase], part) if scaffolds(self.config, phase) else {}
@@ -315,4 +319,14 @@ class RoundLoop:
         accept: Callable[[str, RecordDict], Any],
         what: str,
     ) -> Answers[Any]:
-        return ask(self.roster, self.log, sites, content, message_type, deadline_s=deadline_s, accept=accept, what=what)
+        return ask(
+            self.roster,
+            self.log,
+            sites,
+            content,
+            message_type,
+            deadline_s=deadline_s,
+            accept=accept,
+            what=what,
+            meanwhile=self.later.do,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -13,6 +14,7 @@ from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig, warnings_of
 from nnunet_fedharm.federation.durable import write_bytes
 from nnunet_fedharm.federation.events import EventLog
+from nnunet_fedharm.federation.later import Later
 from nnunet_fedharm.federation.messages import PHASES
 from nnunet_fedharm.federation.ownership import GATE, ownership_of
 from nnunet_fedharm.federation.preparation import Preparation
@@ -73,9 +75,16 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
         )
         save_state(folder, state, weights)
 
+    later = Later()
+
+    def put_results(new: ServerState, mean: Weights, is_best: bool) -> None:
+        which = ("best", "latest") if is_best else ("latest",)
+        later.put(partial(_write_results, root, config, new, mean, trainer_name, which))
+
     def checkpoint(new: ServerState, mean: Weights, is_best: bool) -> None:
         save_state(folder, new, mean)
-        _write_results(root, config, new, mean, trainer_name, ("best", "latest") if is_best else ("latest",))
+        later.do()
+        put_results(new, mean, is_best)
 
     batch_size = int(state.plans["configurations"][config.configuration]["batch_size"])
     local = planned_tensors_of(state.plans, state.dataset_json, config.configuration, trainer_name, config.own_groups)
@@ -90,11 +99,14 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
         ownership = {phase: updates_only(owned) for phase, owned in ownership.items()}
         stepped = trained_names(state.plans, state.dataset_json, config.configuration, trainer_name)
         log.write("patient_noise", **privacy_statement(config, state.facts)["patient_level"])
-    loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint, stepped)
+    loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint, stepped, later)
     state, weights = loop.run_phase("harmonizer", config.harmonizer_rounds, state, weights)
     if GATE in weights and not weights[GATE]:
         state = replace(state, finished_sites=[])  # by a release that left the gate shut: they get the model again
-    state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, with_open_gate(weights))
+    weights = with_open_gate(weights)
+    if state.rounds_done["segmenter"]:  # the former server may have ended before it wrote them
+        put_results(state, weights, state.last_is_best)
+    state, weights = loop.run_phase("segmenter", config.segmenter_rounds, state, weights)
     last = final_weights(state.memory, weights)
     results = _write_results(root, config, state, last, trainer_name, _last_checkpoints(state))
     if local:

@@ -80,6 +80,12 @@ class ServerState:
     finished_sites: list[str] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
 
+    @property
+    def last_is_best(self) -> bool:
+        """Whether no segmenter round was as good as the last one, or better, before it."""
+        dice = [entry["dice"] for entry in self.history if entry["phase"] == "segmenter"]
+        return bool(dice) and dice[-1] is not None and dice[-1] == self.best_dice and dice[-1] not in dice[:-1]
+
     def with_round(self, phase: str, entry: Mapping[str, Any], best_dice: float | None) -> ServerState:
         """The state after one more round of a phase."""
         done = {**self.rounds_done, phase: self.rounds_done[phase] + 1}

@@ -101,7 +101,9 @@ class Deployment:
 
     def _start(self, name: str, command: list[str], home: Path | None = None) -> None:
         home = home or self._home(name)
-        environment = flower_environment(home, device="cpu", parallel_sites=2)
+        environment = flower_environment(
+            home, device="cpu", parallel_sites=2, look_every_s=1.0 if name == "superlink" else 0.3
+        )
         with (home / "process.log").open("a") as stream:
             self.processes[name] = subprocess.Popen(
                 [program(command[0]), *command[1:]],

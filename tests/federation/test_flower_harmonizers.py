@@ -106,7 +106,7 @@ def harmonizer_of(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize("kind", list(SMALL))
+@pytest.mark.parametrize("kind", [pytest.param("cyclegan", marks=pytest.mark.long), "diffusion"])
 def test_an_inverted_site_is_found_and_every_site_serves_its_own_row(deployment: Deployment, kind: str) -> None:
     root, config = deployment.root, learned(deployment.root, kind)
     sites = real_sites(config, 3)
@@ -175,7 +175,7 @@ class Watched:
 
 @pytest.mark.parametrize("kind", list(SMALL))
 def test_a_missing_site_undoes_nothing_and_its_row_waits_for_it(consortium: Path, kind: str) -> None:
-    config = learned(consortium, kind, rounds=3)
+    config = replace(learned(consortium, kind, rounds=3), iterations_per_epoch=8)
     clients = real_sites(config, 3)
     reference, upright = Watched(clients[100], fails_in=(1,)), Watched(clients[101])
     inverted = Watched(clients[102], fails_in=(2,))

@@ -132,13 +132,16 @@ def test_a_finished_run_is_not_trained_again_and_a_late_site_gets_the_model(cons
     def away_at_the_end(message: Message) -> Message | None:
         return None if message.metadata.message_type == "query.finish" else sites[102](message)
 
-    run_server(LocalGrid({**sites, 102: away_at_the_end}), replace(config, deadline_s=3.0))
+    results = run_server(LocalGrid({**sites, 102: away_at_the_end}), replace(config, deadline_s=3.0))
     pattern = "sites/*/nnUNet_results/*/*/fold_all/checkpoint_final.pth"
     assert sorted(path.relative_to(consortium).parts[1] for path in consortium.glob(pattern)) == ["A", "B"]
+    for name in ("best", "latest"):
+        (results / f"checkpoint_{name}.pth").unlink()  # as by a server that was killed before it wrote them
     grid = LocalGrid(sites)
     run_server(grid, config)
     assert [kind for kind, _ in grid.sent if kind != "query.preflight"] == ["query.finish"]
     assert len(list(consortium.glob(pattern))) == 3
+    assert {path.stem for path in results.glob("*.pth")} == {f"checkpoint_{n}" for n in ("best", "final", "latest")}
 
 
 def test_restart_trains_anew_and_touches_no_former_state(consortium: Path) -> None:

@@ -150,6 +150,41 @@ def test_a_round_averages_by_steps_and_is_checkpointed(tmp_path: Path) -> None:
     assert bench.state.best_dice == pytest.approx(2.0)
 
 
+def test_what_can_wait_is_done_while_the_sites_train_and_after_the_last_round(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Watched(ScriptedSite):
+        def __call__(self, message: Message) -> Message | None:
+            if message.metadata.message_type == "train":
+                seen.append(f"asked {message.content.config_records['config']['round']}")
+            return super().__call__(message)
+
+    bench = Bench(tmp_path, [Watched("A", step=1)])
+
+    def checkpoint(state: ServerState, _: Weights, __: bool) -> None:
+        number = state.rounds_done["segmenter"]
+        seen.append(f"saved {number}")
+        bench.loop.later.put(lambda: seen.append(f"written {number}"))
+
+    bench.loop = replace(bench.loop, checkpoint=checkpoint)
+    bench.run(2)
+    assert seen == ["asked 0", "saved 1", "asked 1", "written 1", "saved 2", "written 2"]
+
+
+def test_what_can_wait_is_done_too_where_the_next_round_finds_no_site(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, [ScriptedSite("A", step=1)], max_retries=0)
+    written: list[int] = []
+
+    def checkpoint(*_: object) -> None:
+        bench.loop.later.put(lambda: written.append(1))
+        bench.grid.clients.clear()
+
+    bench.loop = replace(bench.loop, checkpoint=checkpoint)
+    with pytest.raises(FederationError):
+        bench.run(2)
+    assert written == [1]
+
+
 def test_the_harmonizer_phase_sends_only_the_harmonizer_and_asks_every_site(tmp_path: Path) -> None:
     sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=1, labelled=0)]
     bench = Bench(tmp_path, sites, harmonizer="curve", harmonizer_rounds=1)

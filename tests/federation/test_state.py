@@ -36,6 +36,19 @@ def test_state_and_weights_come_back_as_they_were(tmp_path: Path) -> None:
         assert weights[name].shape == value.shape
 
 
+@pytest.mark.parametrize(
+    ("dice", "best"), [([0.5], True), ([0.5, 0.6], True), ([0.6, 0.5], False), ([0.5, 0.5], False), ([None], False)]
+)
+def test_the_state_knows_whether_its_last_round_is_the_best(dice: list[float | None], best: bool) -> None:
+    state = new_state("0" * 12, {}).with_round("harmonizer", {"phase": "harmonizer", "dice": None}, None)
+    assert not state.last_is_best
+    for value in dice:
+        former = state.best_dice
+        better = value is not None and (former is None or value > former)
+        state = state.with_round("segmenter", {"phase": "segmenter", "dice": value}, value if better else former)
+    assert state.last_is_best is best
+
+
 def test_key_order_survives_because_it_means_something_to_nnunet(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"labels": {"z": 1, "a": 2}})
     assert list(read_json(tmp_path / "x.json")["labels"]) == ["z", "a"]

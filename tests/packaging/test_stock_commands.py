@@ -59,6 +59,7 @@ def test_stock_commands_train_and_predict_with_a_harmonized_segmenter(
     run(TRAIN, *printed, "-device", "cpu", cwd=folder, nnUNet_n_proc_DA="0")
     results = folder / "nnUNet_results" / raw.name / "nnUNetTrainerFedHarmCurve__nnUNetFedHarmPlans__2d" / "fold_0"
     assert (results / "checkpoint_final.pth").is_file()
+    assert (results / "progress.png").is_file()
     output = folder / "predicted"
     chosen = ("-d", 1, "-c", "2d", "-f", 0, *trainer, "-i", raw / "imagesTr", "-o", output)
     run(PREDICT, *chosen, "-device", "cpu", "-npp", 1, "-nps", 1, "--disable_tta", cwd=folder)

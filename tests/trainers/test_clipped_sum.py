@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.federation.secure.home import NOISY
@@ -60,7 +59,6 @@ def trainings(
     root: NnunetRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., LocalTraining]]:
     """Makes the site's training, with changed parts of the `fedharm` section; the ledger begins empty."""
-    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda *_: None)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_compile", "f")
     for path in (root.path / "fedharm").glob("privacy-ledger*"):

@@ -135,6 +135,7 @@ def test_the_sites_results_folder_is_loaded_by_the_stock_predictor_with_its_own_
     assert predictor.network.harmonizer._source_known
 
 
+@pytest.mark.pictures
 def test_the_servers_folder_keeps_curves_and_serves_every_site(active: Planned, tmp_path: Path) -> None:
     from nnunet_fedharm.nnunet_root import NnunetRoot
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
-from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -29,8 +28,7 @@ Stop = Callable[[nnUNetTrainerFedHarm], None]
 
 @pytest.fixture
 def results(tmp_path: Path, active: Planned, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Send what follows to a results folder of its own, without the plot of every epoch (most of so short a training's time)."""
-    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda *_: None)
+    """Send what follows to a results folder of its own."""
     return lambda name: monkeypatch.setenv("nnUNet_results", str(tmp_path / name))
 
 

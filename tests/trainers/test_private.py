@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
-from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.privacy.accounting import epsilon_of
@@ -32,7 +31,6 @@ OPTIONS = {"epsilon": 5.0, "delta": 1e-3, "clip": 1.0, "patients_per_step": 3.0,
 @pytest.fixture
 def private(active: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """A trainer under DP by kind of harmonizer, with an empty ledger."""
-    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda *_: None)
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     files = (active.root.path / "fedharm").glob("privacy-ledger*")
     for path in files:

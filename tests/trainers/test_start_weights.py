@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
-from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
@@ -32,7 +31,6 @@ def make(active: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     """A new trainer (not continued) by kind, schedule and keys of the section, with an empty ledger."""
     for path in (active.root.path / "fedharm").glob("privacy-ledger*"):
         path.unlink()
-    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda *_: None)
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
 
     def trainer(kind: str, *, schedule: dict[str, Any] | None = None, **keys: Any) -> nnUNetTrainerFedHarm:

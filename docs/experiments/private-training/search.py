@@ -108,7 +108,7 @@ def main() -> None:
         results, numbers = train(trainer, loader, recipe)
         numbers["cpu_s"] = time.process_time() - began
         for which, weights in results.items():
-            scores = own.evaluate(plans, recipe["kind"], weights, f"search-{which}", "ABCD")
+            scores = own.evaluate(plans, recipe["kind"], weights, f"search-{which}-{os.getpid()}", "ABCD")
             dice = {site: float(np.mean([case["dice"] for case in cases.values()])) for site, cases in scores.items()}
             with (own.work / "search.jsonl").open("a") as stream:
                 stream.write(json.dumps({**recipe, **numbers, "which": which, "dice": dice, "dataset": NAME}) + "\n")

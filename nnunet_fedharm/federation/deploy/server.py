@@ -58,7 +58,7 @@ def start_server(folder: ServerFolder, *, show: Show = print) -> None:
         show(
             f"The server's certificate ends in {left} days: `nnunet-fedharm server renew {folder.path}`, then restart."
         )
-    environment = flower_environment(folder.flower_home, device="cpu", parallel_sites=1)
+    environment = flower_environment(folder.flower_home, device="cpu", parallel_sites=1, look_every_s=2.0)
     with (
         alone(folder.flower_home / "server.lock", f"The server of {folder.path}"),
         stop_signals() as stopped,

@@ -25,6 +25,7 @@ from nnunet_fedharm.nnunet_root import NnunetRoot
 
 _SETTINGS = "site.toml"
 _AGAIN_S = 10.0
+_LOOK_EVERY_S = 0.3
 _RESERVED = ("site", "site-root", "device", "num-processes")
 Show = Callable[[str], None]
 
@@ -155,7 +156,9 @@ def start_site(folder: SiteFolder, *, show: Show = print) -> None:
     trouble = check_server(settings["address"], folder.ca_certificate)
     if trouble:
         show(f"{trouble} The site goes on trying.")
-    environment = flower_environment(folder.flower_home, device=settings["device"], parallel_sites=1)
+    environment = flower_environment(
+        folder.flower_home, device=settings["device"], parallel_sites=1, look_every_s=_LOOK_EVERY_S
+    )
     with (
         alone(folder.home / "running.lock", f"The site of {folder.root}"),
         stop_signals() as stopped,

@@ -52,6 +52,7 @@ class SecureRound:
         part: the travelling tensors as they are sent.
         promised: privacy of sites; None without.
         step: of a round whose noise all sites add together; None for other rounds.
+        meanwhile: called once the sites have their request to train.
     """
 
     roster: Roster
@@ -65,6 +66,7 @@ class SecureRound:
     part: Weights
     promised: SitePrivacy | None = None
     step: StepSum | None = None
+    meanwhile: Callable[[], None] = lambda: None
 
     @property
     def common(self) -> Weights:
@@ -144,6 +146,7 @@ class SecureRound:
             waiting=lambda left, seconds: self.log.write(
                 "waiting", what=what, sites=sorted(left), seconds=round(seconds)
             ),
+            meanwhile=self.meanwhile,
         )
         traffic["bytes_down"] += down * len(sites)
         for site, reason in sorted(answers.failures.items()):
