@@ -24,6 +24,7 @@ from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_
 from nnunet_fedharm.trainers.groups import copies, load_with_own, planned_tensors_of, shared_weights, with_own
 from nnunet_fedharm.trainers.harmonizer_phase import trainable
 from nnunet_fedharm.trainers.local_objectives import ControlVariate, Objective, extended
+from nnunet_fedharm.trainers.pictures import spare_pictures
 from nnunet_fedharm.trainers.results import make_trainer, write_results_folder
 from nnunet_fedharm.trainers.round_states import RoundStates
 from nnunet_fedharm.trainers.seeds import derive_seed, seed_everything, torch_generator
@@ -273,6 +274,7 @@ class LocalTraining:
         trainer.harmonizer.open_gate()
         # The round's result is the weights sent back; a local checkpoint would look like a finished model and be none.
         trainer.disable_checkpointing = True
+        spare_pictures(trainer)
         restore_segmenter(trainer, state, first_epoch)
         trainer.current_epoch = first_epoch
         self._start_private(trainer, harmonizer=self.section.schedule.harmonizer_epochs, segmenter=first_epoch)
