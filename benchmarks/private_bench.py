@@ -70,6 +70,7 @@ class Recipe:
 RECIPES = {
     "simulated-all": Recipe("simulated", lr=0.6),
     "simulated-large-batch": Recipe("simulated", patients=64.0, lr=0.8),
+    "simulated-long": Recipe("simulated", steps=96, patients=32.0, lr=0.3),
     "simulated-norm-heads": Recipe("simulated", groups="norm,heads", lr=1.5),
     "random-all": Recipe("", lr=0.6),
     "public-all": Recipe("public", "polarity", lr=0.1),

@@ -61,6 +61,7 @@ EPSILONS = {
     "public-all": (8.0, 1.0),
     "simulated-norm-heads": (8.0, 1.0),
     "simulated-large-batch": (8.0,),
+    "simulated-long": (8.0,),
     "public-norm-heads": (8.0,),
 }
 """Recipe -> epsilons, in the order in which they are run. `random-all` is run at 8, centralized."""
