@@ -133,13 +133,10 @@ class RoundLoop:
         weights = weights | made.weights
         self.checkpoint(state, weights, is_best)
         self.log.write("round_end", rounds=rounds, best=is_best, **entry)
-        if phase == "harmonizer" and number + 1 == rounds:
-            self._doubt_the_harmonizer(metrics["train_loss"])
-        return state, weights
-
-    def _doubt_the_harmonizer(self, loss: float | None) -> None:
+        loss = metrics["train_loss"] if phase == "harmonizer" and number + 1 == rounds else None
         if loss is not None and (against := doubt(self.config.harmonizer, {"loss": loss})):
             self.log.write("warning", text=against)
+        return state, weights
 
     def _part(self, phase: str, weights: Weights) -> Weights:
         """What travels in a phase."""
