@@ -9,27 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+
+from federation_overhead import rounds_of
 
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from nnunet_fedharm.federation.server_app import run_server
 from tests.conftest import write_raw_dataset
 from tests.federation.local_grid import LocalGrid
 from tests.federation.test_in_process import real_sites, tiny
-
-
-def gaps(events: list[dict[str, Any]]) -> list[float]:
-    """One for each round but the first."""
-    found, last = [], None
-    for event in events:
-        when = datetime.fromisoformat(event["time"])
-        if event["event"] == "round_start" and last is not None:
-            found.append(round((when - last).total_seconds(), 3))
-        if event["event"] == "site_trained":
-            last = when
-    return found
 
 
 def main() -> None:
@@ -48,7 +36,8 @@ def main() -> None:
         run_server(LocalGrid(real_sites(config, 2)), config)
         events = read_events(root / "server" / "fedharm" / EVENTS_FILE)[0]
     sent = next(event for event in events if event["event"] == "round_end")["bytes_down"] / 2 / 2**20
-    print(f"{sent:.1f} MiB of weights, last reply to next round, s: {gaps(events)}")
+    gaps = [round(whole - replied, 3) for whole, replied, _ in rounds_of(events)]
+    print(f"{sent:.1f} MiB of weights, last reply to next round, s: {gaps}")
 
 
 if __name__ == "__main__":
