@@ -180,7 +180,17 @@ def run_tests(venv: Path, extra: list[str]) -> int:
         "import-linter": call(lint_imports),
         "pytest": call(
             python,
-            *("-m", "pytest", "-n", min(TEST_WORKERS, os.cpu_count() or 1), "--dist", "loadfile", "--durations", "30"),
+            *(
+                "-m",
+                "pytest",
+                "-n",
+                min(TEST_WORKERS, os.cpu_count() or 1),
+                "--dist",
+                "loadfile",
+                "--no-loadscope-reorder",
+                "--durations",
+                "30",
+            ),
             *extra,
         ),
         "wheel": check_wheel(venv),

@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not config.getoption("--long"):
-        text = "Tests marked long were left out: `python3 start.py test --long` runs them too (before a release)."
+        text = "Tests marked long were left out: `python3 start.py test --long` runs them too, `.ci/run` as well."
         terminalreporter.write_line(text)
 
 
@@ -63,6 +63,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("long")]
+    # Files with minutes of work first, so that one worker does not begin the longest when the other has nothing left.
+    heavy = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in heavy)
     if benchmark_folder() is None:
         skip = pytest.mark.skip(reason=f"{BENCHMARK} is not here; set NNUNET_FEDHARM_BENCHMARK_DATA")
         for item in items:

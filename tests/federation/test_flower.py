@@ -100,6 +100,7 @@ def test_a_simulation_ends_with_standard_results_at_the_server_and_every_site(
     assert not (root / "flower" / "daemon.json").exists()
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_in_a_deployment_where_a_killed_site_comes_back(
     deployment: Deployment, make_consortium: Callable[..., Path]
 ) -> None:

@@ -106,7 +106,8 @@ def harmonizer_of(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("cyclegan", marks=pytest.mark.long), "diffusion"])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", list(SMALL))
 def test_an_inverted_site_is_found_and_every_site_serves_its_own_row(deployment: Deployment, kind: str) -> None:
     root, config = deployment.root, learned(deployment.root, kind)
     sites = real_sites(config, 3)
@@ -198,6 +199,7 @@ def test_a_missing_site_undoes_nothing_and_its_row_waits_for_it(consortium: Path
         assert int(after[number]["harmonizer.trained_epochs"]) == number + 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "rounds"), [("cyclegan", 1), ("diffusion", 1), ("diffusion", 0)])
 def test_a_consensus_is_a_reference_too_and_no_round_leaves_the_identity(
     consortium: Path, kind: str, rounds: int

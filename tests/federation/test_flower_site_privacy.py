@@ -18,7 +18,7 @@ from nnunet_fedharm.privacy.options import PRIVACY_FILE
 from tests.federation.local_grid import LocalGrid
 from tests.federation.test_in_process import real_sites, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 PLACES: dict[str, dict[str, Any]] = {
     "server": {"weighting": "sites"},

@@ -10,7 +10,7 @@ import pytest
 from nnunet_fedharm.federation.report.config import SiteReportConfig
 from nnunet_fedharm.federation.report.launch import federated_findings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_a_federation_reports_on_its_sites_and_every_site_keeps_the_report(

@@ -95,6 +95,7 @@ def check_ledgers(root: Path) -> None:
         assert (spent.unbounded, spent.epsilon <= 6.0) == ((), True)
 
 
+@pytest.mark.long
 def test_a_site_that_hides_its_own_updates_sends_noise_and_counts_it(
     tmp_path: Path, make_consortium: Callable[..., Path]
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_site_that_hides_its_own_updates_sends_noise_and_counts_it(
     assert (said["unit"], said["neighbours"]) == ("site", "any two updates of a site")
 
 
+@pytest.mark.long
 def test_a_run_without_privacy_lists_every_release_by_name(
     tmp_path: Path, make_consortium: Callable[..., Path]
 ) -> None:

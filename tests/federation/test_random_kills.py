@@ -21,7 +21,7 @@ from tests.federation.power_cuts import (
 )
 from tests.federation.test_in_process import real_sites, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 OPTIONS: dict[str, Any] = {
     "harmonizer": "curve",

@@ -111,6 +111,7 @@ def test_two_sites_with_labels_are_refused_before_planning(
     assert {kind for kind, _ in grid.sent} == {"query.preflight"}
 
 
+@pytest.mark.long
 def test_a_real_simulation_opens_sums_only(consortium: Path) -> None:
     config = tiny(consortium, secure_aggregation="segmenter", segmenter_rounds=1, parallel_sites=2)
     lines: list[str] = []

@@ -58,7 +58,9 @@ class Wire:
             self.names |= set(decode(record, source="somebody"))
 
 
-@pytest.mark.parametrize("name", sorted(RUNS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name != "scaffold" else ()) for name in sorted(RUNS)]
+)
 def test_a_resumed_run_equals_one_that_was_never_stopped(name: str, tmp_path: Path, template: Path) -> None:
     wire = Wire()
     models = {}

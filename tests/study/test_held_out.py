@@ -69,6 +69,7 @@ def names_below(folder: Path) -> Iterator[str]:
             yield path.read_text()
 
 
+@pytest.mark.long
 def test_nothing_of_a_held_out_site_is_in_what_trainings_see(
     tmp_path: Path, make_raw_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,7 +104,12 @@ def test_logits_at_step_0_equal_the_plain_networks_bit_for_bit(active: Planned, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "configuration"), [("curve", "2d"), ("curve", "3d_fullres"), ("diffusion", "3d_fullres")]
+    ("kind", "configuration"),
+    [
+        ("curve", "2d"),
+        pytest.param("curve", "3d_fullres", marks=pytest.mark.long),
+        pytest.param("diffusion", "3d_fullres", marks=pytest.mark.long),
+    ],
 )
 def test_a_whole_training_can_be_stopped_resumed_validated_and_predicted_by_stock_nnunet(
     active: Planned, kind: str, configuration: str, tmp_path: Path
