@@ -45,8 +45,26 @@ class SitesFile:
     patients: dict[str, str] = field(default_factory=dict)
 
     def patient_of(self, case: str) -> str:
-        """Patient of a case."""
-        return self.patients.get(case, case)
+        """Patient of a case.
+
+        A travelling subject `<SITE>_<SUBJECT>` that neither `patients` nor `cases` names is the patient of the case that shows the
+        subject at another site's home, `<OTHER SITE>_<SUBJECT>` or `<SUBJECT>`, else SUBJECT.
+
+        Raises:
+            DataError: several patients could be the travelling subject.
+        """
+        site = self.site_of(case)
+        if case in self.patients or case in self.cases or site is None:
+            return self.patients.get(case, case)
+        subject = case.removeprefix(f"{site}_")
+        home = {subject, *(f"{other}_{subject}" for other in self.sites if other != site)}
+        found = {self.patients.get(name, name) for name in home if name in self.cases}
+        if len(found) > 1:
+            raise DataError(
+                f"Site {site}, travelling subject {case}: several cases could be the same person ({', '.join(sorted(found))}). "
+                f"Say which with `patients` in {SITES_FILE}."
+            )
+        return found.pop() if found else subject
 
     def site_of(self, case: str) -> str | None:
         """Site of a case; of a travelling subject `<SITE>_<SUBJECT>`, which is not under `cases`, the site in its name."""

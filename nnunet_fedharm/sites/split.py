@@ -1,8 +1,9 @@
 """One raw dataset of several sites -> one nnU-Net root per site, as a federation finds it.
 
 Each site gets its own cases only: labelled ones in imagesTr/labelsTr, those of sites that take part without labels in
-imagesUnlabelled, and a share chosen before any training in imagesTs/labelsTs, which no training reads. Files are hard links
-where the file system allows it, so a split of a large dataset costs no space.
+imagesUnlabelled, and a share chosen before any training in imagesTs/labelsTs, which no training reads. That share is of patients:
+no scan of a patient who is tested is trained on, at any site. Files are hard links where the file system allows it, so a split of a
+large dataset costs no space.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ class SplitOptions:
     labelled_sites: tuple[str, ...] | None = None
     """Sites that keep their labels; None: all. The others take part in the harmonizer phase only."""
     held_out_fraction: float = 0.2
-    """Share of each site's labelled cases that goes to imagesTs/labelsTs."""
+    """Share of each site's patients with labels whose cases go to imagesTs/labelsTs."""
     seed: int = 0
-    """Seed of the choice; each site draws with its own generator, so adding a site changes no other site's cases."""
+    """Seed of the choice; each site draws with its own generator, so adding a site changes no other site's cases, unless they
+    have patients in common, who are drawn once for all sites."""
     link: bool = True
     """Hard links (or symbolic links across file systems) instead of copies."""
     without_sites: tuple[str, ...] = ()
     """Sites that get no folder, so that nothing of them takes part; what the others get does not change."""
     held_out_cases: tuple[str, ...] = ()
-    """Cases that are held out whatever is drawn, and do not count for the share: subjects that travelled."""
+    """Cases whose patients are held out whatever is drawn, and do not count for the share: subjects that travelled."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_fraction < 1:
@@ -58,6 +60,7 @@ class SiteShare:
 
     Attributes:
         n_labelled, n_unlabelled, n_held_out: cases in imagesTr, imagesUnlabelled and imagesTs.
+        n_left_out: cases without a label whose patients are tested with other cases; they are in none of the three.
     """
 
     site: str
@@ -65,6 +68,7 @@ class SiteShare:
     n_labelled: int
     n_unlabelled: int
     n_held_out: int
+    n_left_out: int = 0
 
 
 def split_dataset(raw_dataset: Path, consortium: Path, options: SplitOptions | None = None) -> list[SiteShare]:
@@ -86,7 +90,8 @@ def split_dataset(raw_dataset: Path, consortium: Path, options: SplitOptions | N
     labelled, unlabelled = labelled_cases(raw_dataset, dataset_json), unlabelled_cases(raw_dataset, dataset_json)
     _check_names(registry, [*labelled, *unlabelled], options)
     sites = [site for site in registry.sites if site not in options.without_sites]
-    plans = [_share_out(site, registry, labelled, unlabelled, options) for site in sites]
+    tested = _tested_patients(registry, labelled, options)
+    plans = [_share_out(site, registry, labelled, unlabelled, tested, options) for site in sites]
     roots = [NnunetRoot(consortium / "sites" / site) for site in sites]
     for root in roots:
         _refuse_occupied(root.raw / raw_dataset.name)
@@ -110,6 +115,7 @@ class _Plan:
     train: list[CaseFiles]
     unlabelled: list[CaseFiles]
     held_out: list[CaseFiles]
+    left_out: int
 
 
 def _check_names(registry: SitesFile, cases: Sequence[CaseFiles], options: SplitOptions) -> None:
@@ -128,34 +134,59 @@ def _check_names(registry: SitesFile, cases: Sequence[CaseFiles], options: Split
             raise DataError(f"Unknown site {site} in --labelled-sites. {SITES_FILE} lists {', '.join(registry.sites)}.")
 
 
+def _tested_patients(registry: SitesFile, labelled: Sequence[CaseFiles], options: SplitOptions) -> set[str]:
+    """Patients who are held out: those who must be, a share of those with labels at several sites, and one of each site's own."""
+    forced = {registry.patient_of(case) for case in options.held_out_cases}
+    places: dict[str, set[str]] = {}
+    for case in labelled:
+        places.setdefault(registry.patient_of(case.case), set()).add(registry.cases[case.case])
+    free = {patient: at for patient, at in places.items() if patient not in forced}
+    several = sorted(patient for patient, at in free.items() if len(at) > 1)
+    only_shared = {site for at in free.values() for site in at} - {site for at in free.values() if len(at) == 1 for site in at}
+    tested = forced | _drawn(several, "patients of several sites", options, least=1 if only_shared else 0)
+    for site in registry.sites:
+        own = [patient for patient, at in free.items() if at == {site}]
+        has_one = any(site in free[patient] for patient in tested - forced)
+        tested |= _drawn(own, site, options, least=0 if has_one else 1)
+    return tested
+
+
+def _drawn(patients: Sequence[str], whose: str, options: SplitOptions, *, least: int = 0) -> set[str]:
+    """The share of the patients, at least so many if there are any."""
+    order = _generator(options.seed, whose).permutation(len(patients))
+    count = round(options.held_out_fraction * len(patients))
+    if options.held_out_fraction > 0:
+        count = max(count, least)
+    return {patients[index] for index in order[:count]}
+
+
 def _share_out(
     site: str,
     registry: SitesFile,
     labelled: Sequence[CaseFiles],
     unlabelled: Sequence[CaseFiles],
+    tested: Collection[str],
     options: SplitOptions,
 ) -> _Plan:
-    everything = [case for case in labelled if registry.cases[case.case] == site]
-    own = [case for case in everything if case.case not in options.held_out_cases]
+    own = sorted((case for case in labelled if registry.cases[case.case] == site), key=lambda case: case.case)
     without = [case for case in unlabelled if registry.cases[case.case] == site]
     if not own and not without:
         raise DataError(
             f"Site {site} is empty: no case of the dataset belongs to it. Remove it from {SITES_FILE} or add cases."
         )
-    order = _generator(options.seed, site).permutation(len(own))
-    n_held_out = round(options.held_out_fraction * len(own))
-    if own and options.held_out_fraction > 0:
-        n_held_out = max(n_held_out, 1)
-    chosen = [*(own[index] for index in order[:n_held_out]), *(case for case in everything if case not in own)]
-    held_out = sorted(chosen, key=lambda case: case.case)
-    train = sorted((own[index] for index in order[n_held_out:]), key=lambda case: case.case)
+    held_out = [case for case in own if registry.patient_of(case.case) in tested]
+    train = [case for case in own if registry.patient_of(case.case) not in tested]
+    kept = [case for case in without if registry.patient_of(case.case) not in tested]
+    left_out = len(without) - len(kept)
     keeps_labels = options.labelled_sites is None or site in options.labelled_sites
     if own and keeps_labels and len(train) < 2:
         raise DataError(
             f"Site {site} has {len(own)} labelled cases, of which {len(train)} would be left to train with "
-            f"{n_held_out} held out; at least 2 are needed. Lower --held-out-fraction or leave the site out of --labelled-sites."
+            f"{len(held_out)} held out; at least 2 are needed. Lower --held-out-fraction or leave the site out of --labelled-sites."
         )
-    return _Plan(site, train, without, held_out) if keeps_labels else _Plan(site, [], [*without, *train], held_out)
+    if keeps_labels:
+        return _Plan(site, train, kept, held_out, left_out)
+    return _Plan(site, [], [*kept, *train], held_out, left_out)
 
 
 def _write_site(
@@ -184,7 +215,8 @@ def _write_site(
     description = {key: value for key, value in dataset_json.items() if key not in ("dataset", "modality")}
     write_json({**description, "numTraining": len(plan.train)}, target / "dataset.json")
     registry.only(plan.site).save(target / SITES_FILE)
-    return SiteShare(plan.site, root, len(plan.train), len(plan.unlabelled), len(plan.held_out))
+    counts = len(plan.train), len(plan.unlabelled), len(plan.held_out)
+    return SiteShare(plan.site, root, *counts, n_left_out=plan.left_out)
 
 
 def place(source: Path, target: Path, *, link: bool) -> None:

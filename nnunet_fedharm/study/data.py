@@ -109,6 +109,7 @@ class StudyData:
                         f"The data in {self.folder} were made for other values of dataset, labelled_sites, held_out_sites, "
                         "held_out_fraction or network size. Put them back in study.toml, or start a new study folder."
                     )
+                self._refuse_shared_patients()
                 return
             for name in FOLDERS:  # of a preparation that was stopped
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -117,7 +118,7 @@ class StudyData:
 
     def _make(self) -> None:
         study, raw = self.study, self.study.raw_dataset
-        travellers = tuple(_travellers_at_home(raw, study.subject.reference))
+        travellers = tuple(_travellers_at_home(raw, study.registry))
         fraction = study.subject.held_out_fraction
         split_dataset(raw, self.folder / "own", SplitOptions(held_out_fraction=fraction, held_out_cases=travellers))
         shared = SplitOptions(
@@ -164,7 +165,8 @@ class StudyData:
                 place(path, self.test(site) / target / path.name, link=True)
         for name, target in zip(TRAVELLING, ("images", "labels"), strict=True):
             for path in sorted((self.study.raw_dataset / name).glob(f"{site}_*")):
-                place(path, self.test(site) / target / path.name, link=True)
+                if self.study.registry.site_of(path.name) == site:  # not of UCSF_3T, where the site is UCSF
+                    place(path, self.test(site) / target / path.name, link=True)
 
     def _gather_adapt(self, site: str) -> None:
         """Evenly spread over the site's training cases by name: the same for every cell, so that arms are compared on them."""
@@ -186,19 +188,22 @@ class StudyData:
             for path in cases[index].images:
                 place(path, self.adapt(site) / path.name, link=True)
 
-    def _refuse_shared_patients(self, trained: set[str], ending: str) -> None:
-        """A patient whose scan at another hospital was trained on is no patient of a new hospital."""
-        registry = self.study.registry
+    def _refuse_shared_patients(self) -> set[str]:
+        """Cases that are trained on; nobody of them is tested under another case's name or at another hospital."""
+        registry, target = self.study.registry, self.pooled.raw / self.dataset_name
+        ending = str(read_dataset_json(self.study.raw_dataset, site="study")["file_ending"])
+        trained = {path.name[: -len(ending) - 5] for path in _files(target, "imagesTr", UNLABELLED)}
         known = {registry.patient_of(case): case for case in sorted(trained)}
-        for site in self.study.held_out_sites:
+        for site in self.study.sites:
             for path in sorted((self.test(site) / "labels").glob(f"*{ending}")):
                 patient = registry.patient_of(path.name.removesuffix(ending))
                 if patient in known:
                     raise DataError(
-                        f"Patient {patient} would be tested at the held-out site {site} and trained on at "
-                        f"{registry.site_of(known[patient])} (case {known[patient]}). Remove the patient's cases from one of the "
-                        "two, or hold both sites out."
+                        f"Patient {patient} would be tested at the site {site} and trained on at "
+                        f"{registry.site_of(known[patient])} (case {known[patient]}). Start a new study folder: a split of today "
+                        "keeps a patient's cases together."
                     )
+        return trained
 
     def _pool(self) -> None:
         target = self.pooled.create().raw / self.dataset_name
@@ -211,8 +216,7 @@ class StudyData:
             cases |= dict(SitesFile.load(source / SITES_FILE).cases)
         description = read_dataset_json(source, site="pooled")
         ending = str(description["file_ending"])
-        trained = {path.name[: -len(ending) - 5] for path in _files(target, "imagesTr", UNLABELLED)}
-        self._refuse_shared_patients(trained, ending)
+        trained = self._refuse_shared_patients()
         n_labelled = len(list((target / "labelsTr").glob(f"*{ending}")))
         write_json({**description, "numTraining": n_labelled}, target / "dataset.json")
         registry = self.study.registry
@@ -241,13 +245,11 @@ def _files(folder: Path, *parts: str) -> Iterator[Path]:
         yield from (folder / part).glob("*")
 
 
-def _travellers_at_home(raw: Path, reference: str) -> Iterator[str]:
-    """Cases of the reference site whose subject travelled: they are ground truth and never trained on."""
-    subjects = {path.name.split("_", 1)[1].rsplit("_", 1)[0] for path in (raw / TRAVELLING[0]).glob("*_0000.*")}
-    for subject in sorted(subjects):
-        case = f"{reference}_{subject}"
-        if any((raw / "imagesTr").glob(f"{case}_0000.*")):
-            yield case
+def _travellers_at_home(raw: Path, registry: SitesFile) -> Iterator[str]:
+    """Cases at home of subjects who travelled: they are ground truth and never trained on."""
+    names = {path.name.rsplit("_", 1)[0] for path in (raw / TRAVELLING[0]).glob("*_0000.*")}
+    patients = {registry.patient_of(name) for name in names if registry.site_of(name) is not None}
+    yield from (case for case in sorted(registry.cases) if registry.patient_of(case) in patients)
 
 
 def _recipe(study: StudyFile) -> dict[str, Any]:

@@ -115,19 +115,8 @@ def study_draws(results: StudyResults, *, resamples: int = RESAMPLES, seed: int 
     """Draws of the patients who were tested."""
     study = results.study
     sites = {site: results.cases(site) for site in study.sites}
-    patients = {site: [patient_of(study, case) for case in cases] for site, cases in sites.items() if cases}
+    patients = {site: [study.registry.patient_of(case) for case in cases] for site, cases in sites.items() if cases}
     return Draws(patients, resamples=resamples, seed=seed)
-
-
-def patient_of(study: StudyFile, case: str) -> str:
-    """Whose case it is. A travelling subject SITE_SUBJECT is the patient of the reference's case of the same subject."""
-    registry = study.registry
-    if case in registry.cases or case in registry.patients:
-        return registry.patient_of(case)
-    site = registry.site_of(case)
-    if site is None:
-        return case
-    return registry.patient_of(f"{study.subject.reference}_{case.removeprefix(f'{site}_')}")
 
 
 def target_sites(study: StudyFile) -> tuple[str, ...]:

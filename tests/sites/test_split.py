@@ -97,6 +97,33 @@ def test_cases_that_must_be_held_out_are_beside_those_that_are_drawn(dataset: Pa
     assert forced.n_held_out == 2 + max(1, round(0.2 * (drawn.n_labelled + drawn.n_held_out - 2)))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_no_patient_is_tested_and_trained_on(tmp_path: Path, seed: int) -> None:
+    """Patients 0 to 2 were at both sites; 3 to 8 came twice to one site, the second time without a label at times."""
+    folder = write_multi_site(tmp_path / NAME, {"A": 9, "B": 9})
+    registry = SitesFile.load(folder / "sites.json")
+    patients = {f"{site}_{number:03d}": f"P{number}" for site in "AB" for number in range(3)}
+    cases = dict(registry.cases)
+    for site in "AB":
+        for number in range(3, 9):
+            again = f"{site}_{number:03d}_again"
+            write_case(folder, again, np.random.default_rng(number), labelled=number % 2 == 0)
+            cases[again] = site
+            patients |= {f"{site}_{number:03d}": f"{site}{number}", again: f"{site}{number}"}
+    SitesFile(registry.sites, cases, patients).save(folder / "sites.json")
+    shares = split_dataset(folder, tmp_path / "out", SplitOptions(held_out_fraction=0.34, seed=seed))
+    trained, tested = set(), set()
+    for share in shares:
+        raw = share.root.raw / NAME
+        tested |= {patients[case] for case in names(raw / "imagesTs")}
+        trained |= {patients[case] for part in ("imagesTr", "imagesUnlabelled") for case in names(raw / part)}
+    assert not tested & trained
+    assert tested | trained == set(patients.values())
+    assert len(tested) == 1 + 2 + 2, "a third of the travelled and of each site's own"
+    placed = sum(share.n_labelled + share.n_unlabelled + share.n_held_out + share.n_left_out for share in shares)
+    assert placed == len(cases)
+
+
 @pytest.mark.parametrize("link", [True, False])
 def test_files_are_linked_or_copied_as_asked(dataset: Path, tmp_path: Path, link: bool) -> None:
     split_dataset(dataset, tmp_path / "out", SplitOptions(held_out_fraction=0.0, link=link))
@@ -180,6 +207,17 @@ def test_patients_of_several_cases_survive_a_round_trip_and_stay_with_their_site
     assert registry.only("A_2").patients == {"A_2_1": "p", "A_2_9": "q"}  # the longest site's name counts
     assert registry.patient_of("A_2_1") == "p"
     assert registry.patient_of("other") == "other"
+    assert registry.patient_of("A_2_9") == "q"
+    assert registry.patient_of("A_2_5") == "5", "somebody of whom no other case is known"
+
+
+def test_a_travelling_subject_is_the_patient_of_the_home_case_at_any_site() -> None:
+    sites = {site: SiteInfo() for site in ("UCSF", "UCSF_3T", "B")}
+    registry = SitesFile(sites, {"B_sub0": "B", "UCSF_sub1": "UCSF", "B_sub1": "B", "sub2": "B"}, {"B_sub0": "p"})
+    assert [registry.patient_of(case) for case in ("UCSF_sub0", "UCSF_3T_sub0")] == ["p", "p"]
+    assert registry.patient_of("UCSF_sub2") == "sub2"
+    with pytest.raises(DataError, match=r"UCSF_3T_sub1: several cases could be the same person \(B_sub1, UCSF_sub1\)"):
+        registry.patient_of("UCSF_3T_sub1")
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,22 @@ def test_a_patient_of_a_training_site_is_none_of_a_new_hospital(
     registry = SitesFile.load(study.raw_dataset / "sites.json")
     patients = {case: "P1" for case in registry.cases if case[0] in "AC"}
     SitesFile(registry.sites, registry.cases, patients).save(study.raw_dataset / "sites.json")
-    with pytest.raises(
-        DataError, match=r"Patient P1 would be tested at the held-out site C and trained on at A \(case A_"
-    ):
+    with pytest.raises(DataError, match=r"Site A has \d labelled cases, of which 0 would be left"):
+        StudyData(read_study(study.folder)).prepare()  # one person is all of A and of C, where somebody has to be tested
+
+    patients = {f"{site}_case{number:03d}": f"P{number}" for site in "AC" for number in range(2)}
+    assert set(patients) < set(registry.cases)
+    SitesFile(registry.sites, registry.cases, patients).save(study.raw_dataset / "sites.json")
+    data = StudyData(read_study(study.folder))
+    data.prepare()
+    trained = {path.name[:9] for path in (data.pooled.raw / data.dataset_name / "imagesTr").iterdir()}
+    tested = {path.name[:9] for site in "ABC" for path in (data.test(site) / "labels").iterdir()}
+    assert not {patients.get(case) for case in trained} & {patients.get(case) for case in tested} - {None}
+
+    # Data of an earlier release, which dealt cases and not patients.
+    mixed = {min(trained): "P9", max(tested): "P9"}
+    SitesFile(registry.sites, registry.cases, mixed).save(study.raw_dataset / "sites.json")
+    with pytest.raises(DataError, match=r"Patient P9 would be tested at the site C and trained on at A \(case A_c"):
         StudyData(read_study(study.folder)).prepare()
 
 

@@ -14,7 +14,7 @@ from nnunet_fedharm.differences.evidence import holm
 from nnunet_fedharm.study.draws import Draws
 from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, StudyFindings
 from nnunet_fedharm.study.signed_rank import EXACT_UP_TO, equivalence, signed_rank
-from nnunet_fedharm.study.statistics import analyse, patient_of, study_draws, target_sites
+from nnunet_fedharm.study.statistics import analyse, study_draws, target_sites
 from tests.study.cells import Study
 
 
@@ -190,8 +190,9 @@ def test_identical_arms_are_neither_better_nor_worse(tmp_path: Path) -> None:
 
 def test_a_travelling_subject_is_the_references_patient(tmp_path: Path) -> None:
     study = Study(tmp_path)
-    assert patient_of(study.study, "B_subject001") == "A_subject001"
-    assert patient_of(study.study, "B_case3") == "B_case3"
+    registry = study.study.registry
+    assert registry.patient_of("B_subject001") == "A_subject001"
+    assert registry.patient_of("B_case3") == "B_case3"
     study.arm("central_none", {"A": 0.85, "B": 0.5}, travelling=2)
     draws = study_draws(study.results())
     assert set(draws.patients["A"]) & set(draws.patients["B"]) == {"A_subject000", "A_subject001"}

@@ -32,8 +32,7 @@ class ListedCase:
 def list_cases(raw_dataset: Path, dataset_json: Mapping[str, Any], registry: SitesFile) -> list[ListedCase]:
     """Labelled, unlabelled and travelling cases of a raw dataset, in this order, sorted by identifier.
 
-    imagesTs is not read. A travelling subject `<SITE>_<SUBJECT>` has the patient of `patients`, else of the case that shows the
-    subject at another site's home, else SUBJECT.
+    imagesTs is not read.
 
     Raises:
         DataError: a case without a site, two cases of one name, a travelling subject of no site or of several patients.
@@ -47,7 +46,7 @@ def list_cases(raw_dataset: Path, dataset_json: Mapping[str, Any], registry: Sit
     listed = [ListedCase(case, registry.cases[case.case], registry.patient_of(case.case)) for case in home]
     labels = raw_dataset / TRAVELLING_LABELS
     away = cases_in(raw_dataset / TRAVELLING_IMAGES, dataset_json, labels=labels if labels.is_dir() else None)
-    listed += [_travelling(case, registry, home) for case in away]
+    listed += [_travelling(case, registry) for case in away]
     names: set[str] = set()
     for item in listed:
         if item.files.case in names:
@@ -67,22 +66,11 @@ def missing_cases(raw_dataset: Path, registry: SitesFile, listed: Sequence[Liste
     )
 
 
-def _travelling(case: CaseFiles, registry: SitesFile, home: Sequence[CaseFiles]) -> ListedCase:
+def _travelling(case: CaseFiles, registry: SitesFile) -> ListedCase:
     site = registry.site_of(case.case)
     if site is None:
         raise DataError(
             f"{case.images[0]} is no travelling subject: its name has to be <SITE>_<SUBJECT> with a site of {SITES_FILE} "
             f"({', '.join(registry.sites)}). Rename or remove the file."
         )
-    if case.case in registry.patients:
-        return ListedCase(case, site, registry.patients[case.case], travelling=True)
-    subject = case.case.removeprefix(f"{site}_")
-    at_home = {f"{other}_{subject}" for other in registry.sites if other != site} | {subject}
-    patients = {registry.patient_of(item.case) for item in home if item.case in at_home}
-    if len(patients) > 1:
-        raise DataError(
-            f"Site {site}, travelling subject {case.case}: several cases could be the same person "
-            f"({', '.join(sorted(patients))}). "
-            f"Say which with `patients` in {SITES_FILE}."
-        )
-    return ListedCase(case, site, patients.pop() if patients else subject, travelling=True)
+    return ListedCase(case, site, registry.patient_of(case.case), travelling=True)

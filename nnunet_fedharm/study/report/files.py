@@ -11,7 +11,6 @@ from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.sites.files import write_text
 from nnunet_fedharm.study.findings import Comparison, StudyFindings
 from nnunet_fedharm.study.results import DICE, HD95, StudyResults
-from nnunet_fedharm.study.statistics import patient_of
 
 Line = Sequence[object]
 INTERVAL = ("value", "low", "high")
@@ -84,7 +83,7 @@ def _cases(results: StudyResults) -> Iterator[Line]:
         for site in results.study.sites:
             distances = cell.scores(site, HD95)
             for case, dice in cell.scores(site, DICE).items():
-                patient = patient_of(results.study, case)
+                patient = results.study.registry.patient_of(case)
                 yield (cell.cell.arm.name, cell.cell.seed, site, case, patient, _number(dice), _number(distances[case]))
 
 
