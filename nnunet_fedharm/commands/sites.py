@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{share.site:<16} {share.n_labelled:>9} {share.n_unlabelled:>11} {share.n_held_out:>9}")
     for share in shares:
         if share.n_left_out:
-            print(f"{share.site}: {share.n_left_out} cases without a label were left out, as other cases of their patients are held out.")
+            print(
+                f"{share.site}: {share.n_left_out} cases without a label are in no folder; their patients are tested."
+            )
     for share in shares:
         if 0 < share.n_labelled < N_FOLDS:
             print(f"Site {share.site} has too few labelled cases for nnU-Net's {N_FOLDS} folds: use fold all.")

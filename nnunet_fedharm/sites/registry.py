@@ -47,8 +47,8 @@ class SitesFile:
     def patient_of(self, case: str) -> str:
         """Patient of a case.
 
-        A travelling subject `<SITE>_<SUBJECT>` that neither `patients` nor `cases` names is the patient of the case that shows the
-        subject at another site's home, `<OTHER SITE>_<SUBJECT>` or `<SUBJECT>`, else SUBJECT.
+        A travelling subject `<SITE>_<SUBJECT>` that neither `patients` nor `cases` names is the patient of the case that shows
+        the subject at another site's home, `<OTHER SITE>_<SUBJECT>` or `<SUBJECT>`, else SUBJECT.
 
         Raises:
             DataError: several patients could be the travelling subject.

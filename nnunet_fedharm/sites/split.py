@@ -2,8 +2,8 @@
 
 Each site gets its own cases only: labelled ones in imagesTr/labelsTr, those of sites that take part without labels in
 imagesUnlabelled, and a share chosen before any training in imagesTs/labelsTs, which no training reads. That share is of patients:
-no scan of a patient who is tested is trained on, at any site. Files are hard links where the file system allows it, so a split of a
-large dataset costs no space.
+no scan of a patient who is tested is trained on, at any site. Files are hard links where the file system allows it, so a split of
+a large dataset costs no space.
 """
 
 from __future__ import annotations
@@ -142,7 +142,9 @@ def _tested_patients(registry: SitesFile, labelled: Sequence[CaseFiles], options
         places.setdefault(registry.patient_of(case.case), set()).add(registry.cases[case.case])
     free = {patient: at for patient, at in places.items() if patient not in forced}
     several = sorted(patient for patient, at in free.items() if len(at) > 1)
-    only_shared = {site for at in free.values() for site in at} - {site for at in free.values() if len(at) == 1 for site in at}
+    only_shared = {site for at in free.values() for site in at} - {
+        site for at in free.values() if len(at) == 1 for site in at
+    }
     tested = forced | _drawn(several, "patients of several sites", options, least=1 if only_shared else 0)
     for site in registry.sites:
         own = [patient for patient, at in free.items() if at == {site}]
@@ -182,7 +184,8 @@ def _share_out(
     if own and keeps_labels and len(train) < 2:
         raise DataError(
             f"Site {site} has {len(own)} labelled cases, of which {len(train)} would be left to train with "
-            f"{len(held_out)} held out; at least 2 are needed. Lower --held-out-fraction or leave the site out of --labelled-sites."
+            f"{len(held_out)} held out; at least 2 are needed. Lower --held-out-fraction or leave the site out of "
+            "--labelled-sites."
         )
     if keeps_labels:
         return _Plan(site, train, kept, held_out, left_out)

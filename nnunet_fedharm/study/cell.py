@@ -23,6 +23,7 @@ from nnunet_fedharm.study.matrix import Cell
 from nnunet_fedharm.study.new_site import ADAPTED, adapt_to_held_out, adapted_sites
 from nnunet_fedharm.study.quality import TRAINED_FILE, measure_quality, predict
 from nnunet_fedharm.study.results import COST_FILE, ENVIRONMENT_FILE, METRICS_FILE, cell_folder
+from nnunet_fedharm.study.settings import check_settings, settings_of
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
 from nnunet_fedharm.study.training import Trained, train
@@ -47,6 +48,7 @@ def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
     folder.mkdir(parents=True, exist_ok=True)
     show("data")
     data.prepare()
+    check_settings(study, cell)
     write_json(_environment(study, cell, device), folder / ENVIRONMENT_FILE)
     show("train")
     trained, spent = _trained(data, cell, folder, device)
@@ -109,18 +111,23 @@ def _train_on_the_clock(data: StudyData, cell: Cell, folder: Path, device: str) 
 def _predict(data: StudyData, trained: Trained, folder: Path, device: str) -> float:
     """Each site's test cases with its own model and style; seconds per volume."""
     seconds, count = 0.0, 0
-    for site, model in trained.models.items():
+    for site, model in _tested(data, trained).items():
         images, output = data.test(site) / "images", folder / "predictions" / site
         seconds += predict(data, model, trained.styles[site], images, output, device=device)
         count += len(list((data.test(site) / "labels").iterdir()))
     return seconds / max(1, count)
 
 
+def _tested(data: StudyData, trained: Trained) -> dict[str, str]:
+    """Site -> model, of the sites that have a labelled case to test on: a hospital may take part with images alone."""
+    return {site: model for site, model in trained.models.items() if any((data.test(site) / "labels").iterdir())}
+
+
 def _harmonize(data: StudyData, trained: Trained, folder: Path, device: str) -> None:
     """Every site's test cases as its model harmonizes them."""
     from nnunet_fedharm.evaluation.harmonize_folder import harmonize_folder
 
-    for site, model in trained.models.items():
+    for site, model in _tested(data, trained).items():
         style = trained.styles[site]
         harmonize_folder(
             Path(model),
@@ -136,7 +143,7 @@ def _score(data: StudyData, trained: Trained, folder: Path, seed: int) -> dict[s
     description = read_dataset_json(data.study.raw_dataset, site="study")
     scores: dict[str, Any] = {}
     site_of: dict[str, str] = {}
-    for site in trained.models:
+    for site in _tested(data, trained):
         found = score_cases(folder / "predictions" / site, data.test(site) / "labels", description, progress=False)
         scores |= dict(found)
         site_of |= dict.fromkeys(found, site)
@@ -144,7 +151,7 @@ def _score(data: StudyData, trained: Trained, folder: Path, seed: int) -> dict[s
 
 
 def _environment(study: StudyFile, cell: Cell, device: str) -> Mapping[str, Any]:
-    """What a reader needs to repeat the cell; [report] as it stood when the cell was first begun."""
+    """What a reader needs to repeat the cell; [report] and the settings as they stood when the cell was first begun."""
     file = cell_folder(study, cell) / ENVIRONMENT_FILE
     before = read_json(file, what="The environment of a cell") if file.is_file() else {}
     return {
@@ -152,6 +159,7 @@ def _environment(study: StudyFile, cell: Cell, device: str) -> Mapping[str, Any]
         "arm": asdict(cell.arm),
         "seed": cell.seed,
         "report": before.get("report", asdict(study.report)),
+        "settings": before.get("settings", settings_of(study, cell.arm)),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in PACKAGES},
         "git": _git_hash(),

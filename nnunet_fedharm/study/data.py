@@ -120,7 +120,8 @@ class StudyData:
         study, raw = self.study, self.study.raw_dataset
         travellers = tuple(_travellers_at_home(raw, study.registry))
         fraction = study.subject.held_out_fraction
-        split_dataset(raw, self.folder / "own", SplitOptions(held_out_fraction=fraction, held_out_cases=travellers))
+        own = SplitOptions(held_out_fraction=fraction, held_out_cases=travellers, labelled_sites=study.own_sites)
+        split_dataset(raw, self.folder / "own", own)
         shared = SplitOptions(
             held_out_fraction=fraction,
             held_out_cases=travellers,
@@ -142,7 +143,7 @@ class StudyData:
             num_processes=training.num_processes,
         )
         plans = plan_central(self.pooled, self.dataset_name, options)
-        for site in study.sites if self._needs_own else ():
+        for site in study.own_sites if self._needs_own else ():
             from nnunet_fedharm.planning.preprocess import preprocess_site
 
             preprocess_site(

@@ -189,7 +189,9 @@ class StudyFindings:
         at_each_site: the same at each target.
         against_augment: central harmonizers against strong random augmentation, over the targets.
         federated: federated against central of the same kind, over the targets, with equivalence.
+        gap_tests: own labels against the control at each site that has an oracle.
         private: each private arm against the same without privacy, over the targets.
+        private_at_labels: the same over the sites whose labels were used, where these are others.
         points: federated arm -> (site, central, federated) Dice of each case at the targets, means over common trainings.
         at_reference: harmonizers against the control at the reference site, with equivalence.
         quality: arm -> as `nnunet-fedharm quality` writes it, of the first seed.
@@ -225,6 +227,8 @@ class StudyFindings:
     missing: list[str]
     settings: dict[str, Any]
     held_out: tuple[str, ...] = ()
+    gap_tests: list[Comparison] = field(default_factory=list)
+    private_at_labels: list[Comparison] = field(default_factory=list)
 
     def arm(self, name: str) -> ArmFinding:
         """An arm by name."""

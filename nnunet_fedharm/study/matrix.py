@@ -84,7 +84,7 @@ def _arms(study: StudyFile) -> Iterator[Arm]:
     for kind in asked.harmonizers:
         for mode in modes:
             yield Arm(mode, kind)
-    for site in study.sites:
+    for site in study.own_sites:
         if asked.oracle or ("local" in asked.modes and site in study.labelled_sites):
             yield Arm("local", CONTROL, site=site)
     for epsilon in asked.epsilons:

@@ -88,13 +88,22 @@ def name_parts(model: Path) -> tuple[str, str, str]:
 
 
 def read_privacy(model: Path, folds: Sequence[str]) -> tuple[CardPrivacy, ...]:
-    """Promises of the folds' privacy.json: of a training in one place, or of a federation's server; the weakest fold counts."""
+    """Promises of the folds' privacy.json: of a training in one place, or of a federation's server; the weakest fold counts.
+
+    Raises:
+        DataError: one fold was trained under differential privacy and another without, so nothing holds for the model.
+    """
     found: dict[str, CardPrivacy] = {}
+    without = [fold for fold in folds if not (model / f"fold_{fold}" / PRIVACY_FILE).is_file()]
+    if without and len(without) < len(folds):
+        raise DataError(
+            f"{model}: fold {without[0]} has no {PRIVACY_FILE} and was trained without differential privacy, other folds were "
+            "trained with it: the card could promise nothing. Export them apart."
+        )
     for fold in folds:
-        path = model / f"fold_{fold}" / PRIVACY_FILE
-        if not path.is_file():
+        if fold in without:
             continue
-        content = read_json(path, what="The record of privacy")
+        content = read_json(model / f"fold_{fold}" / PRIVACY_FILE, what="The record of privacy")
         entries = [content[name] for name in ("patient_level", "site_level") if name in content] or [content]
         for entry in entries:
             bare = entry.get("not_covered") or entry.get("without_noise") or ()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from nnunet_fedharm.evaluation.segmentation import write_metrics
-from nnunet_fedharm.sites.files import read_json, write_json
+from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_json
 from nnunet_fedharm.study.data import TRAVELLING, StudyData
 from nnunet_fedharm.study.matrix import Cell, control_arm
 from nnunet_fedharm.study.results import METRICS_FILE, QUALITY_FILE, cell_folder
@@ -49,13 +49,13 @@ def measure_quality(data: StudyData, cell: Cell, *, device: str) -> None:
     from nnunet_fedharm.evaluation.quality import Folders
     from nnunet_fedharm.evaluation.quality_report import quality_report
 
-    folder, raw = cell_folder(data.study, cell), data.study.raw_dataset
-    scans = sorted((raw / TRAVELLING[0]).glob("*_0000.nii.gz")) if (raw / TRAVELLING[0]).is_dir() else []
-    if not scans:
+    folder = cell_folder(data.study, cell)
+    pairs = travelling_pairs(data)
+    if not pairs:
         return
     work = folder / "travelling"
     shutil.rmtree(work, ignore_errors=True)  # of a cell that was stopped
-    pairs = _gather(data, folder, scans, work)
+    _gather(data, folder, pairs, work)
     write_json(pairs, work / "pairs.json")
     lesions = data.study.report.lesion_labels
     judged = bool(lesions) and _judge(data, cell, pairs, work, device=device)
@@ -78,23 +78,51 @@ def measure_quality(data: StudyData, cell: Cell, *, device: str) -> None:
     shutil.rmtree(work)
 
 
-def _gather(data: StudyData, folder: Path, scans: Sequence[Path], work: Path) -> dict[str, dict[str, str]]:
-    """Links to scans, harmonized volumes, truths and their labels; returns case -> reference case and site."""
-    reference, pairs = data.study.subject.reference, {}
-    for scan in scans:
-        case = scan.name.removesuffix("_0000.nii.gz")
-        site, subject = str(data.study.registry.site_of(case)), case.split("_", 1)[1]
-        truth = f"{reference}_{subject}"
-        pairs[case] = {"reference": truth, "site": site}
-        for name, source in (
-            (f"truth/{truth}_0000.nii.gz", data.test(reference) / "images" / f"{truth}_0000.nii.gz"),
-            (f"labels/{truth}.nii.gz", data.test(reference) / "labels" / f"{truth}.nii.gz"),
-            (f"scans/{scan.name}", scan),
-            (f"harmonized/{scan.name}", folder / "harmonized" / site / scan.name),
-        ):
+def travelling_pairs(data: StudyData) -> dict[str, dict[str, str]]:
+    """Case at another site -> the test case that shows the same subject at the reference, and the case's site.
+
+    One of the two is in imagesTravelling, wherever the subject is at home: two visits of a patient to two hospitals, both in
+    imagesTr, may lie years apart.
+    """
+    registry, reference = data.study.registry, data.study.subject.reference
+    away = {
+        path.name.removesuffix("_0000.nii.gz")
+        for path in (data.study.raw_dataset / TRAVELLING[0]).glob("*_0000.nii.gz")
+    }
+    tested = {site: _cases(data.test(site) / "labels") for site in data.study.sites}
+    truths: dict[str, list[str]] = {}
+    for case in tested[reference]:
+        truths.setdefault(registry.patient_of(case), []).append(case)
+    pairs = {}
+    for site in data.study.sites:
+        for case in tested[site] if site != reference else ():
+            known = [truth for truth in truths.get(registry.patient_of(case), []) if case in away or truth in away]
+            if len(known) == 1:  # of several visits nobody knows which one belongs to the scan
+                pairs[case] = {"reference": known[0], "site": site}
+    return pairs
+
+
+def _cases(labels: Path) -> list[str]:
+    return sorted(path.name.removesuffix(".nii.gz") for path in labels.glob("*.nii.gz"))
+
+
+def _gather(data: StudyData, folder: Path, pairs: Mapping[str, Mapping[str, str]], work: Path) -> None:
+    """Links to scans, harmonized volumes and truths, every channel of them, and to the truths' labels."""
+    reference = data.study.subject.reference
+    channels = len(read_dataset_json(data.study.raw_dataset, site="study")["channel_names"])
+    for case, pair in pairs.items():
+        site, truth = pair["site"], pair["reference"]
+        links = {f"labels/{truth}.nii.gz": data.test(reference) / "labels" / f"{truth}.nii.gz"}
+        for channel in range(channels):
+            scan, known = (f"{name}_{channel:04d}.nii.gz" for name in (case, truth))
+            links |= {
+                f"truth/{known}": data.test(reference) / "images" / known,
+                f"scans/{scan}": data.test(site) / "images" / scan,
+                f"harmonized/{scan}": folder / "harmonized" / site / scan,
+            }
+        for name, source in links.items():
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             link(source, work / name)
-    return pairs
 
 
 def _judge(data: StudyData, cell: Cell, pairs: Mapping[str, Mapping[str, str]], work: Path, *, device: str) -> bool:

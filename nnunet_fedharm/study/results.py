@@ -143,8 +143,12 @@ def read_results(study: StudyFile) -> StudyResults:
     """All finished cells.
 
     Raises:
-        DataError: a file of a cell is damaged.
+        DataError: a file of a cell is damaged, or it was made with other settings than study.toml has now.
     """
+    from nnunet_fedharm.study.settings import check_settings  # reads cells too
+
+    for cell in cells_of(study):
+        check_settings(study, cell)
     return StudyResults(study, [read_cell(study, cell) for cell in cells_of(study) if is_finished(study, cell)])
 
 

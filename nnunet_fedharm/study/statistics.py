@@ -21,7 +21,7 @@ import numpy as np
 from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.study.controls import check_controls
 from nnunet_fedharm.study.draws import RESAMPLES, Drawn, Draws, Vector, combined
-from nnunet_fedharm.study.findings import ArmFinding, CostFinding, GapFinding, StudyFindings
+from nnunet_fedharm.study.findings import ArmFinding, Comparison, CostFinding, GapFinding, StudyFindings
 from nnunet_fedharm.study.matrix import Arm, cells_of
 from nnunet_fedharm.study.paired import Question, compare_family
 from nnunet_fedharm.study.results import DICE, HD95, StudyResults, fixed_beforehand, is_finished
@@ -41,7 +41,7 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
     """
     study, margin = results.study, results.study.report.margin
     draws = study_draws(results, resamples=resamples, seed=seed)
-    targets = target_sites(study)
+    targets = tuple(site for site in target_sites(study) if draws.patients.get(site))
     plain = [arm for arm in results.by_arm if arm.epsilon is None and not arm.site]
     tested = [arm for arm in plain if arm != results.control]
     harmonized = [arm for arm in plain if is_harmonizer(arm)]
@@ -54,7 +54,11 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
         [Question(arm, results.control, (study.subject.reference,)) for arm in harmonized],
         margin=margin,
     )
-    quality = {arm.name: found for arm, cells in results.by_arm.items() if (found := cells[0].quality) is not None}
+    quality = {
+        arm.name: found
+        for arm, cells in results.by_arm.items()
+        if (found := next((cell.quality for cell in cells if cell.quality is not None), None)) is not None
+    }
     return StudyFindings(
         name=study.subject.name,
         dataset=study.raw_dataset.name,
@@ -71,6 +75,7 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
         oracles={site: arm.name for site in study.sites if (arm := results.oracle(site)) in results.by_arm},
         arms=[_arm(results, draws, arm, targets) for arm in results.by_arm],
         gaps=_gaps(results, draws),
+        gap_tests=_gap_tests(results, draws),
         against_control=compare_family(
             results, draws, "arms against the control", [Question(arm, results.control, targets) for arm in tested]
         ),
@@ -92,6 +97,12 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
         points={item.first.name: _points(results, item) for item in _federated(plain, targets)},
         private=compare_family(
             results, draws, "private against the same without privacy", list(_private(results, targets)), margin=margin
+        ),
+        private_at_labels=compare_family(
+            results,
+            draws,
+            "private against the same without privacy, where labels were used",
+            [] if set(study.labelled_sites) <= set(targets) else list(_private(results, study.labelled_sites)),
         ),
         at_reference=at_reference,
         controls=check_controls(study, at_reference, quality, {arm.name: arm.title for arm in results.by_arm}),
@@ -195,6 +206,16 @@ def _gaps(results: StudyResults, draws: Draws) -> dict[str, Estimate]:
         if triple is not None:
             gaps[site] = (triple[2] - triple[1]).estimate()
     return gaps
+
+
+def _gap_tests(results: StudyResults, draws: Draws) -> list[Comparison]:
+    """Each site's own labels against the control there."""
+    asked = [
+        Question(results.oracle(site), results.control, (site,))
+        for site in results.study.sites
+        if results.oracle(site) != results.control
+    ]
+    return compare_family(results, draws, "own labels against the control, site by site", asked)
 
 
 def _federated(arms: Sequence[Arm], sites: tuple[str, ...]) -> Iterator[Question]:

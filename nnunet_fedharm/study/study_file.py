@@ -13,11 +13,14 @@ from nnunet_fedharm.errors import CheckpointError, DataError
 from nnunet_fedharm.harmonizers import KINDS
 from nnunet_fedharm.planning.section import CONFIGURATIONS
 from nnunet_fedharm.privacy.options import PrivacyOptions
+from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
 from nnunet_fedharm.study.study_tables import BASELINES, CONTROL, MODES, Arms, Report, Subject, Training
 from nnunet_fedharm.trainers.start_weights import find_checkpoint
 
 STUDY_FILE = "study.toml"
+FEWEST_LABELLED = 3
+"""Labelled cases of a site that learns from its own."""
 Part = TypeVar("Part")
 
 
@@ -64,8 +67,20 @@ class StudyFile:
 
     @property
     def labelled_sites(self) -> tuple[str, ...]:
-        """Sites whose labels are used."""
-        return self.subject.labelled_sites or self.training_sites
+        """Sites whose labels are used; by default all training sites that have any."""
+        return self.subject.labelled_sites or tuple(site for site in self.training_sites if self.label_counts[site])
+
+    @cached_property
+    def label_counts(self) -> dict[str, int]:
+        """Labelled cases of each site in the dataset."""
+        cases = labelled_cases(self.raw_dataset, read_dataset_json(self.raw_dataset, site="study"))
+        owners = [self.registry.cases.get(case.case) for case in cases]
+        return {site: owners.count(site) for site in self.sites}
+
+    @property
+    def own_sites(self) -> tuple[str, ...]:
+        """Sites that can train on their own labels: two cases, and one to test on."""
+        return tuple(site for site in self.sites if self.label_counts[site] >= FEWEST_LABELLED)
 
     @property
     def unlabelled_sites(self) -> tuple[str, ...]:

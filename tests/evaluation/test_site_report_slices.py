@@ -13,6 +13,7 @@ from nnunet_fedharm.evaluation.site_report.slices import (
     CentralSlice,
     central_slices,
     of_one_size,
+    small_slices,
     typical_cases,
     typical_slices,
 )
@@ -79,7 +80,11 @@ def test_the_slice_goes_through_the_middle_of_the_label(tmp_path: Path) -> None:
 def test_a_case_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     scan = write_scan(tmp_path, "RAS")
     broken = CaseFiles("broken", (tmp_path / "absent_0000.nii.gz",), None)
-    assert set(central_slices([broken, scan], DESCRIPTION, num_processes=1)) == {("case", "T1")}
+    whole = central_slices([broken, scan], DESCRIPTION, num_processes=1)
+    assert set(whole) == {("case", "T1")}
+    small = small_slices([broken, scan], DESCRIPTION, num_processes=1)
+    assert set(small) == set(whole)
+    np.testing.assert_array_equal(small["case", "T1"], of_one_size(whole["case", "T1"].image))
 
 
 def test_typical_volumes_are_in_the_middle_of_their_site() -> None:
@@ -103,7 +108,6 @@ def test_all_sites_and_variants_share_one_window() -> None:
 
 
 def test_classified_slices_have_one_size_and_keep_their_intensities() -> None:
-    cut = {("a", "T1"): CentralSlice(np.full((5, 90), 1.5, np.float32), (1.0, 1.0))}
-    image = of_one_size(cut)["a", "T1"]
+    image = of_one_size(np.full((5, 90), 1.5, np.float32))
     assert image.shape == (CLASSIFIED_SIZE, CLASSIFIED_SIZE)
     np.testing.assert_allclose(image, 1.5)

@@ -49,6 +49,10 @@ class Study:
         SitesFile({site: known[site] for site in sites}, cases).save(raw / "sites.json")
         description = {"channel_names": {"0": "T1w"}, "labels": {"background": 0, "ball": 1}, "file_ending": ".nii.gz"}
         (raw / "dataset.json").write_text(json.dumps(description))
+        for case in cases:  # what counts labelled cases lists names
+            for path in (raw / "imagesTr" / f"{case}_0000.nii.gz", raw / "labelsTr" / f"{case}.nii.gz"):
+                path.parent.mkdir(exist_ok=True)
+                path.touch()
         self.folder = folder / "study"
         self.folder.mkdir()
         (self.folder / STUDY_FILE).write_text(

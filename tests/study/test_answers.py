@@ -69,6 +69,7 @@ def bare() -> StudyFindings:
         name="s", dataset="D", created="2026-01-01", configuration="2d", sites=("A", "B"), labelled=("A",), reference="A",
         targets=("B",), patients={"A": 10, "B": 20}, patients_total=30, control="central_none",
         oracles={}, arms=arms, gaps={"B": Estimate(0.3, 0.2, 0.4)}, against_control=[], at_each_site=[], against_augment=[],
+        gap_tests=[change("local_B_none", "central_none", 0.3)],
         federated=[], points={}, private=[], at_reference=[], controls=[], costs=[cost], quality={}, epsilons=(),
         modes=("central",), missing=[], settings={"margin": 0.02, "least_dice": 0.3},
     )  # fmt: skip
@@ -208,6 +209,20 @@ def test_a_loss_that_was_not_shown_is_no_proof_of_no_loss(bare: StudyFindings) -
     assert "costs" not in said
 
 
+def test_privacy_is_not_free_where_nothing_was_learned_without_it(bare: StudyFindings) -> None:
+    """Labels at A alone: at B the control fails, with noise and without; at A noise costs what it costs."""
+    arms = [replace(item, target=Estimate(0.05)) for item in bare.arms]
+    there = change("central_none_epsilon-8", "central_none", 0.0, p=0.9, half=0.001)
+    home = replace(change("central_none_epsilon-8", "central_none", -0.55), sites=("A",))
+    answer = what_privacy_costs(replace(bare, arms=arms, private=[there], private_at_labels=[home]))
+    assert "no change was shown" not in answer.headline
+    assert "too badly" in answer.headline
+    assert (
+        "At A, whose labels were used, privacy costs 0.550 Dice (epsilon 8, central plain nnU-Net)." in answer.support
+    )
+
+
 def test_a_gap_that_may_be_none_is_not_called_one(bare: StudyFindings) -> None:
-    answer = how_different(replace(bare, gaps={"B": Estimate(0.1, -0.1, 0.3)}), None)
+    unsure = change("local_B_none", "central_none", 0.1, p=0.2)
+    answer = how_different(replace(bare, gap_tests=[unsure]), None)
     assert "At B no gap to a training on the site's own labels was shown." in answer.support

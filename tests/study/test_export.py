@@ -189,10 +189,13 @@ def test_privacy_is_read_as_a_training_or_a_server_wrote_it_and_the_weakest_fold
     for fold, content in (("0", entry), ("1", server)):
         (tmp_path / f"fold_{fold}").mkdir()
         (tmp_path / f"fold_{fold}" / "privacy.json").write_text(json.dumps(content))
-    found = {promise.unit: promise for promise in read_privacy(tmp_path, ["0", "1", "2"])}
+    found = {promise.unit: promise for promise in read_privacy(tmp_path, ["0", "1"])}
     assert found["patient"].epsilon == 8.0
     assert found["patient"].without_noise == ("facts",)
     assert found["site"].epsilon == 3.0
+    assert read_privacy(tmp_path, ["2"]) == ()
+    with pytest.raises(DataError, match=r"fold 2 has no privacy.json .* Export them apart"):
+        read_privacy(tmp_path, ["0", "1", "2"])
     (tmp_path / "fold_0" / "privacy.json").write_text("{")
     with pytest.raises(DataError, match="privacy"):
         read_privacy(tmp_path, ["0"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from nnunet_fedharm.evaluation import adapt_model
 from nnunet_fedharm.sites.registry import SiteInfo, SitesFile
 from nnunet_fedharm.study import data as study_data
 from nnunet_fedharm.study.data import READY_FILE, StudyData
-from nnunet_fedharm.study.matrix import Arm, Cell
+from nnunet_fedharm.study.matrix import Arm, Cell, arms_of
 from nnunet_fedharm.study.new_site import adapt_to_held_out
+from nnunet_fedharm.study.quality import travelling_pairs
 from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile, read_study
 from nnunet_fedharm.study.training import Trained, check_whole
 
@@ -131,7 +133,9 @@ def test_a_patient_of_a_training_site_is_none_of_a_new_hospital(
     patients = {case: "P1" for case in registry.cases if case[0] in "AC"}
     SitesFile(registry.sites, registry.cases, patients).save(study.raw_dataset / "sites.json")
     with pytest.raises(DataError, match=r"Site A has \d labelled cases, of which 0 would be left"):
-        StudyData(read_study(study.folder)).prepare()  # one person is all of A and of C, where somebody has to be tested
+        StudyData(
+            read_study(study.folder)
+        ).prepare()  # one person is all of A and of C, where somebody has to be tested
 
     patients = {f"{site}_case{number:03d}": f"P{number}" for site in "AC" for number in range(2)}
     assert set(patients) < set(registry.cases)
@@ -147,6 +151,60 @@ def test_a_patient_of_a_training_site_is_none_of_a_new_hospital(
     SitesFile(registry.sites, registry.cases, mixed).save(study.raw_dataset / "sites.json")
     with pytest.raises(DataError, match=r"Patient P9 would be tested at the site C and trained on at A \(case A_c"):
         StudyData(read_study(study.folder)).prepare()
+
+
+def test_travelling_subjects_are_test_cases_wherever_they_are_at_home(
+    tmp_path: Path, make_raw_dataset: Callable[..., Path]
+) -> None:
+    """A is called UCSF and C UCSF_3T; two subjects of C travelled to A, which is the reference."""
+    study = study_of(tmp_path, make_raw_dataset, "ABC")
+    raw, names = study.raw_dataset, {"A": "UCSF", "B": "B", "C": "UCSF_3T"}
+    registry, cases = SitesFile.load(raw / "sites.json"), {}
+    for case, site in registry.cases.items():
+        cases[f"{names[site]}{case[1:]}"] = names[site]
+        for path in (raw / "imagesTr" / f"{case}_0000.nii.gz", raw / "labelsTr" / f"{case}.nii.gz"):
+            path.rename(path.with_name(names[site] + path.name[1:]))
+    for folder in ("images", "labels"):
+        (raw / f"{folder}Travelling").mkdir()
+        for number in range(2):
+            ending = "_0000.nii.gz" if folder == "images" else ".nii.gz"
+            home = raw / f"{folder}Tr" / f"UCSF_3T_case{number:03d}{ending}"
+            shutil.copy(home, raw / f"{folder}Travelling" / f"UCSF_case{number:03d}_x{ending}")
+    home = {f"UCSF_3T_case{number:03d}": f"P{number}" for number in range(2)}
+    patients = home | {f"UCSF_case{number:03d}_x": f"P{number}" for number in range(2)}
+    SitesFile({name: SiteInfo() for name in names.values()}, cases, patients).save(raw / "sites.json")
+    file = study.folder / STUDY_FILE
+    file.write_text(file.read_text().replace('"A"', '"UCSF"').replace('["C"]', "[]").replace('"C"', '"UCSF_3T"'))
+    data = StudyData(read_study(study.folder))
+    data.prepare()
+    trained = {
+        path.name.removesuffix("_0000.nii.gz") for path in (data.pooled.raw / data.dataset_name).glob("images*/*")
+    }
+    assert not trained & set(patients)
+    for site in names.values():
+        for path in (data.test(site) / "images").iterdir():
+            assert data.study.registry.site_of(path.name.removesuffix("_0000.nii.gz")) == site
+    assert travelling_pairs(data) == {
+        f"UCSF_3T_case{number:03d}": {"reference": f"UCSF_case{number:03d}_x", "site": "UCSF_3T"} for number in range(2)
+    }
+
+
+def test_a_hospital_with_images_alone_is_prepared_and_never_trained_or_tested_alone(
+    tmp_path: Path, make_raw_dataset: Callable[..., Path]
+) -> None:
+    study = study_of(tmp_path, make_raw_dataset, "AB")
+    unlabelled = study.raw_dataset / "imagesUnlabelled"
+    unlabelled.mkdir()
+    for image in sorted((study.raw_dataset / "imagesTr").glob("B_*")):
+        image.rename(unlabelled / image.name)
+        (study.raw_dataset / "labelsTr" / image.name.replace("_0000", "")).unlink()
+    file = study.folder / STUDY_FILE
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("labelled_sites")))
+    data = StudyData(read_study(study.folder))
+    data.prepare()
+    assert (data.study.labelled_sites, data.study.unlabelled_sites) == (("A",), ("B",))
+    assert {arm.site for arm in arms_of(data.study) if arm.site} <= {"A"}
+    assert not list((data.test("B") / "labels").iterdir())
 
 
 class Recorded:

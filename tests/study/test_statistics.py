@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from nnunet_fedharm.differences.evidence import holm
+from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.study.draws import Draws
 from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, StudyFindings
+from nnunet_fedharm.study.matrix import Arm
+from nnunet_fedharm.study.report.page import limits
+from nnunet_fedharm.study.settings import settings_of
 from nnunet_fedharm.study.signed_rank import EXACT_UP_TO, equivalence, signed_rank
 from nnunet_fedharm.study.statistics import analyse, study_draws, target_sites
 from tests.study.cells import Study
@@ -196,3 +201,63 @@ def test_a_travelling_subject_is_the_references_patient(tmp_path: Path) -> None:
     study.arm("central_none", {"A": 0.85, "B": 0.5}, travelling=2)
     draws = study_draws(study.results())
     assert set(draws.patients["A"]) & set(draws.patients["B"]) == {"A_subject000", "A_subject001"}
+
+
+def test_cells_of_other_settings_are_not_compared(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    study.arm("central_none_epsilon-8", {"A": 0.8, "B": 0.4})
+    for folder in (study.folder / "cells").iterdir():
+        arm = Arm("central", "none", epsilon=8.0 if "epsilon" in folder.name else None)
+        file = folder / "environment.json"
+        content = json.loads(file.read_text()) | {"settings": settings_of(study.study, arm)}
+        file.write_text(json.dumps(content))
+    assert len(study.results().finished) == 6
+    file = study.folder / "study.toml"
+    text = file.read_text()
+    file.write_text(f"{text}[training]\nnum_processes = 7\n")  # how it is run, not what is trained
+    assert len(study.results().finished) == 6
+    for more, words in (
+        (
+            "[training]\ninitial_lr = 0.5\n",
+            r"central_none_seed-0 was begun with initial_lr = 0.01, study.toml has 0.5 now",
+        ),
+        (
+            "[privacy]\nclip = 3.0\n",
+            r"central_none_epsilon-8_seed-0 was begun with \[privacy\] clip = None, .* 3.0 now",
+        ),
+    ):
+        file.write_text(text + more)
+        with pytest.raises(DataError, match=words):
+            study.results()
+    file.write_text(text.replace('reference = "A"', 'reference = "B"'))
+    with pytest.raises(DataError, match=r"begun with reference = A, study.toml has B now"):
+        study.results()
+
+
+def test_two_patients_are_no_gap_however_alike_their_differences(tmp_path: Path) -> None:
+    """A percentile interval over two patients lies above 0 in a quarter of all draws of nothing."""
+    study = Study(tmp_path)
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    study.arm("local_B_none", {"B": 0.8})
+    found = analyse(study.results(), resamples=100)
+    (gap,) = found.gap_tests
+    assert (gap.sites, gap.verdict, gap.patients) == (("B",), BETTER, 12)
+    for file in (study.folder / "cells").glob("*/metrics.json"):
+        content = json.loads(file.read_text())
+        content["cases"] = {name: case for name, case in content["cases"].items() if name[2:] in ("case0", "case1")}
+        file.write_text(json.dumps(content))
+    few = analyse(study.results(), resamples=100)
+    assert few.gaps["B"].low is not None
+    assert few.gaps["B"].low > 0
+    assert few.gap_tests[0].verdict == UNCLEAR
+
+
+def test_a_site_without_test_cases_is_no_target_and_is_named(tmp_path: Path) -> None:
+    study = Study(tmp_path, held_out=("C",))
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    study.arm("central_polarity", {"A": 0.85, "B": 0.7})
+    found = analyse(study.results(), resamples=100)
+    assert found.targets == ("B",)
+    assert found.against_control[0].verdict == BETTER
+    assert any("No labelled case to test on at C" in line for line in limits(found))

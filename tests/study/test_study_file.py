@@ -41,11 +41,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, make_raw_dataset: Callable
 
 @pytest.fixture(scope="session")
 def three(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
-    """The dataset's cases at three sites, B's second half at C."""
+    """The dataset's cases at three sites, all of B's but one at C."""
     folder = tmp_path_factory.mktemp("three") / dataset.name
     shutil.copytree(dataset, folder)
     cases = {
-        case: "C" if case in ("B_case002", "B_case003") else case[0]
+        case: "C" if case in ("B_case001", "B_case002", "B_case003") else case[0]
         for case in SitesFile.load(dataset / "sites.json").cases
     }
     SitesFile({site: SiteInfo() for site in "ABC"}, cases).save(folder / "sites.json")

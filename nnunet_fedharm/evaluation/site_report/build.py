@@ -18,10 +18,10 @@ from nnunet_fedharm.differences.options import Progress, StatisticsOptions
 from nnunet_fedharm.differences.statistics import find_differences
 from nnunet_fedharm.evaluation.site_report.models import harmonize_cases, model_folders
 from nnunet_fedharm.evaluation.site_report.slices import (
-    CentralSlice,
+    Array,
     TypicalSlices,
     central_slices,
-    of_one_size,
+    small_slices,
     typical_cases,
     typical_slices,
 )
@@ -37,7 +37,7 @@ AS_SCANNED = "as scanned"
 CACHE, HARMONIZED = "cache", "harmonized"
 """Folders beside the report: measured features, and volumes of models."""
 
-Cut = Mapping[tuple[str, str], CentralSlice]
+Cut = Mapping[tuple[str, str], Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ class _Measured:
     failures: list[Failure]
     cut: Cut
     notes: list[str]
+    cases: Mapping[str, CaseFiles]
 
 
 def build_report(
@@ -120,7 +121,7 @@ def build_report(
     return SiteReport(
         findings,
         {name: found.table for name, found in measured.items()},
-        _pictures(findings, measured, channels) if options.slices else [],
+        _pictures(findings, measured, channels, dataset_json, options.num_processes) if options.slices else [],
     )
 
 
@@ -146,8 +147,8 @@ def _measure_all(
             num_processes=options.num_processes,
             images=images,
         )
-        cut = central_slices(cases, dataset_json, num_processes=options.num_processes) if options.slices else {}
-        return _Measured(table, failures, cut, [])
+        cut = small_slices(cases, dataset_json, num_processes=options.num_processes) if options.slices else {}
+        return _Measured(table, failures, cut, [], {case.case: case for case in cases})
 
     measured = {AS_SCANNED: measure(scans, None)}
     for model in models:
@@ -162,26 +163,40 @@ def _compare(found: _Measured, options: ReportOptions, progress: Progress | None
     parts = find_differences(
         found.table,
         options=options.statistics,
-        slices=of_one_size(found.cut) if options.slices else None,
+        slices=found.cut if options.slices else None,
         progress=progress,
         num_processes=options.num_processes,
     )
     return [replace(part, notes=[*found.notes, *part.notes]) for part in parts]
 
 
-def _pictures(findings: Findings, measured: Mapping[str, _Measured], channels: Sequence[str]) -> list[TypicalSlices]:
+def _pictures(
+    findings: Findings,
+    measured: Mapping[str, _Measured],
+    channels: Sequence[str],
+    dataset_json: Mapping[str, Any],
+    num_processes: int,
+) -> list[TypicalSlices]:
     """Typical volumes as their features as scanned say, of each channel in the region of the first screen."""
     first = keys(findings)
     if not first:
         return []
     _, region, scale = first[0]
     table = measured[AS_SCANNED].table
-    shown = []
+    chosen: dict[str, dict[str, list[str]]] = {}
     for channel in channels:
         own = table.part(channel, region, scale)
-        chosen = {card.site: typical_cases(own, card.site) for card in findings.sites}
-        shown.append(typical_slices(channel, chosen, {name: found.cut for name, found in measured.items()}))
-    return shown
+        chosen[channel] = {card.site: typical_cases(own, card.site) for card in findings.sites}
+    names = sorted({case for by_site in chosen.values() for cases in by_site.values() for case in cases})
+    cut = {
+        variant: central_slices(
+            [found.cases[name] for name in names if name in found.cases],
+            dataset_json,
+            num_processes=num_processes,
+        )
+        for variant, found in measured.items()
+    }
+    return [typical_slices(channel, by_site, cut) for channel, by_site in chosen.items()]
 
 
 def _cards(registry: SitesFile, listed: Sequence[ListedCase], sites: Sequence[str]) -> list[SiteCard]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from scipy.spatial.distance import cdist
 
 from nnunet_fedharm.evaluation.pictures import data_uri, grey_picture
 from nnunet_fedharm.evaluation.planes import plane_of, square_pixels
@@ -18,6 +19,7 @@ from nnunet_fedharm.sites.files import CaseFiles
 from nnunet_fedharm.sites.parallel import map_cases
 
 Array = npt.NDArray[np.float32]
+Piece = TypeVar("Piece")
 
 TYPICAL = 3
 """Volumes of a site on the page."""
@@ -74,9 +76,32 @@ def central_slices(
     Returns:
         (case, channel) -> slice; a case that cannot be read is left out, for the measurement lists it.
     """
+    found = map_cases(
+        partial(_cut_or_none, dataset_json=dict(dataset_json)),
+        cases,
+        num_processes=num_processes,
+        description="cut slices",
+    )
+    return _by_channel(cases, dataset_json, found)
+
+
+def small_slices(
+    cases: Sequence[CaseFiles], dataset_json: Mapping[str, Any], *, num_processes: int
+) -> dict[tuple[str, str], Array]:
+    """The same as a network wants them: all CLASSIFIED_SIZE pixels high and wide, so that thousands fit into memory."""
+    found = map_cases(
+        partial(_small_or_none, dataset_json=dict(dataset_json)),
+        cases,
+        num_processes=num_processes,
+        description="cut slices",
+    )
+    return _by_channel(cases, dataset_json, found)
+
+
+def _by_channel(
+    cases: Sequence[CaseFiles], dataset_json: Mapping[str, Any], found: Iterable[Sequence[Piece]]
+) -> dict[tuple[str, str], Piece]:
     names = [str(name) for name in dataset_json["channel_names"].values()]
-    cut = partial(_cut_or_none, dataset_json=dict(dataset_json))
-    found = map_cases(cut, cases, num_processes=num_processes, description="cut slices")
     return {
         (case.case, name): piece
         for case, pieces in zip(cases, found, strict=True)
@@ -84,15 +109,12 @@ def central_slices(
     }
 
 
-def of_one_size(slices: Mapping[tuple[str, str], CentralSlice]) -> dict[tuple[str, str], Array]:
-    """The slices as a network wants them: all CLASSIFIED_SIZE pixels high and wide, whatever their own size."""
+def of_one_size(image: Array) -> Array:
+    """(CLASSIFIED_SIZE, CLASSIFIED_SIZE) of an image of any size."""
     from scipy.ndimage import zoom
 
-    found = {}
-    for place, piece in slices.items():
-        factors = [CLASSIFIED_SIZE / size for size in piece.image.shape]
-        found[place] = np.asarray(zoom(piece.image, factors, order=1, grid_mode=True, mode="nearest"), np.float32)
-    return found
+    factors = [CLASSIFIED_SIZE / size for size in image.shape]
+    return np.asarray(zoom(image, factors, order=1, grid_mode=True, mode="nearest"), np.float32)
 
 
 def typical_cases(table: FeatureTable, site: str, count: int = TYPICAL) -> list[str]:
@@ -114,7 +136,7 @@ def typical_cases(table: FeatureTable, site: str, count: int = TYPICAL) -> list[
     values = own.values[:, np.isfinite(own.values).all(axis=0)]
     spread = values.std(axis=0)
     scaled = (values - values.mean(axis=0))[:, spread > 0] / spread[spread > 0]
-    apart = np.sqrt(((scaled[:, None] - scaled[None]) ** 2).sum(axis=2)).sum(axis=1)
+    apart = cdist(scaled, scaled).sum(axis=1)
     return [own.rows[int(index)].case for index in np.argsort(apart, kind="stable")[:count]]
 
 
@@ -152,6 +174,10 @@ def _cut_or_none(case: CaseFiles, *, dataset_json: dict[str, Any]) -> list[Centr
         return _cut(case, dataset_json)
     except DataError:
         return []
+
+
+def _small_or_none(case: CaseFiles, *, dataset_json: dict[str, Any]) -> list[Array]:
+    return [of_one_size(piece.image) for piece in _cut_or_none(case, dataset_json=dataset_json)]
 
 
 def _cut(case: CaseFiles, dataset_json: dict[str, Any]) -> list[CentralSlice]:

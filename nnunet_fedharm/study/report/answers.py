@@ -153,12 +153,37 @@ def what_privacy_costs(found: StudyFindings) -> Answer:
         by_epsilon.setdefault(found.arm(item.first).epsilon or 0.0, []).append(item)
     order = sorted(by_epsilon, reverse=True)
     said = [_price(found, epsilon, by_epsilon[epsilon]) for epsilon in order]
+    if not any(said):
+        arms = joined(list(dict.fromkeys(_arm_and_mode(found, item) for item in found.private)))
+        words = f"{arms[0].upper()}{arms[1:]} segments too badly {place(found)}, without privacy too, to tell what it costs."
+        said = [words]
     each = [
         f"Epsilon {epsilon:g}, change of mean Dice {place(found)} with 95% interval: "
         f"{joined([f'{signed(item.difference)} {_arm_and_mode(found, item)}' for item in by_epsilon[epsilon]])}."
         for epsilon in order
     ]
-    return Answer(QUESTIONS[3], exploratory(found.private) + " ".join(said), (*_spent(found), *each))
+    return Answer(
+        QUESTIONS[3],
+        exploratory(found.private) + " ".join(filter(None, said)),
+        (*_price_at_labels(found), *_spent(found), *each),
+    )
+
+
+def _price_at_labels(found: StudyFindings) -> list[str]:
+    """The price where the arms learned: at the sites whose labels were used."""
+    lost = [item for item in found.private_at_labels if item.verdict == WORSE]
+    unclear = [item for item in found.private_at_labels if item.verdict == UNCLEAR]
+    where, said = joined(found.labelled), []
+    if lost:
+        shown = [
+            f"{_range([item.difference.value])} Dice (epsilon {found.arm(item.first).epsilon:g}, {_arm_and_mode(found, item)})"
+            for item in lost
+        ]
+        said.append(f"{exploratory(lost)}At {where}, whose labels were used, privacy costs {joined(shown)}.")
+    if unclear:
+        shown = [f"epsilon {found.arm(item.first).epsilon:g}, {_arm_and_mode(found, item)}" for item in unclear]
+        said.append(f"At {where} no change was shown ({'; '.join(shown)}).")
+    return said
 
 
 def _plain(found: StudyFindings) -> str:
@@ -171,12 +196,12 @@ def _plain(found: StudyFindings) -> str:
 
 
 def _gaps(found: StudyFindings) -> list[str]:
-    sure = {site: gap for site, gap in found.gaps.items() if gap.low is not None and gap.low > 0}
-    unsure = [site for site in found.gaps if site not in sure]
+    sure = [item for item in found.gap_tests if item.verdict == BETTER]
+    unsure = [item.sites[0] for item in found.gap_tests if item.verdict != BETTER]
     said = []
     if sure:
-        shown = [f"{amount(gap)} at {site}" for site, gap in sure.items()]
-        said.append(f"A training on the site's own labels would add {joined(shown)}.")
+        shown = [f"{amount(item.difference)} at {item.sites[0]}" for item in sure]
+        said.append(f"{exploratory(sure)}A training on the site's own labels would add {joined(shown)}.")
     if unsure:
         said.append(f"At {joined(unsure)} no gap to a training on the site's own labels was shown.")
     return said
@@ -191,7 +216,12 @@ def _intervals(found: StudyFindings, items: Sequence[Comparison]) -> list[str]:
 
 
 def _recovered(found: StudyFindings, items: Sequence[Comparison]) -> list[str]:
-    shares = [(item, gap.recovered) for item in items if (gap := found.arm(item.first).gap) and gap.recovered]
+    shown_at = {item.sites[0] for item in found.gap_tests if item.verdict == BETTER}
+    shares = [
+        (item, gap.recovered)
+        for item in items
+        if (gap := found.arm(item.first).gap) and gap.recovered and shown_at.intersection(gap.sites)
+    ]
     if not shares:
         return []
     shown = [
@@ -248,7 +278,10 @@ def _baselines(found: StudyFindings) -> list[str]:
 
 
 def _price(found: StudyFindings, epsilon: float, items: Sequence[Comparison]) -> str:
-    """One epsilon, every arm that was trained with it."""
+    """One epsilon, every arm that was trained with it; empty where none of them learned without privacy either."""
+    items = [item for item in items if not found.failed(item.second)]
+    if not items:
+        return ""
     lost = [item for item in items if item.verdict == WORSE]
     gained = [item for item in items if item.verdict == BETTER]
     unclear = [item for item in items if item.verdict == UNCLEAR]

@@ -101,6 +101,9 @@ def limits(found: StudyFindings, absent: Sequence[str] = ()) -> list[str]:
     small = [site for site, n in found.patients.items() if n < 10]
     if small:
         said.append(f"Fewer than ten test patients at {joined(small)}: differences there can go unnoticed.")
+    untested = [site for site in found.sites if found.patients and not found.patients.get(site)]
+    if untested:
+        said.append(f"No labelled case to test on at {joined(untested)}: nothing here is about segmentation there.")
     another = "Tests hold for these trainings and sites; that another hospital's scanner behaves alike is not shown."
     if found.held_out:
         said.append(f"{another} {joined(found.held_out)}, held out of all training, can only be an example.")

@@ -93,7 +93,13 @@ def _shown(results: StudyResults) -> list[CellResult]:
     for arm in sorted(arms, key=lambda arm: arm.mode != "central"):
         chosen.setdefault(arm.harmonizer, arm)
     wanted = [results.control, *list(chosen.values())[:MOST_HARMONIZERS]]
-    return [results.by_arm[arm][0] for arm in wanted if arm in results.by_arm]
+    return [_first(results, arm) for arm in wanted if arm in results.by_arm]
+
+
+def _first(results: StudyResults, arm: Arm) -> CellResult:
+    """Of the study's first seed, whose harmonized volumes are kept, if it is finished."""
+    cells, first = results.by_arm[arm], results.study.subject.seeds[0]
+    return next((cell for cell in cells if cell.cell.seed == first), cells[0])
 
 
 def _site(results: StudyResults, site: str, cells: Sequence[CellResult]) -> tuple[str, list[_Piece]] | None:
