@@ -13,7 +13,7 @@ from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.trainers.local_training import LocalTraining
 from nnunet_fedharm.trainers.private_sampling import SEGMENTER
 from nnunet_fedharm.trainers.results import make_trainer
-from nnunet_fedharm.trainers.seeds import seed_everything
+from nnunet_fedharm.trainers.seeds import patch_seed, seed_everything
 from nnunet_fedharm.trainers.weights import Weights, load_weights, unique_tensors
 
 WEIGHT_DECAY = 3e-5
@@ -53,7 +53,7 @@ def clipped_sum(training: LocalTraining, weights: Weights, shared: SharedSteps, 
         )
     with training.root.activate():
         # For the patches; who is drawn is decided by the system's generator.
-        seed_everything(training.seed, training.site, "segmenter", str(round_index))
+        seed_everything(patch_seed(None, private=True), training.site, "segmenter", str(round_index))
         trainer = make_trainer(
             training.trainer_name,
             training.plans,

@@ -29,7 +29,7 @@ from nnunet_fedharm.trainers.patches import PatchSampler, list_cases
 from nnunet_fedharm.trainers.patient_loader import PatientDraw
 from nnunet_fedharm.trainers.phases import GroupedPolyLRScheduler, HarmonizerPhase, give_own_group
 from nnunet_fedharm.trainers.private_hooks import PrivateHooks
-from nnunet_fedharm.trainers.seeds import seed_everything
+from nnunet_fedharm.trainers.seeds import patch_seed, seed_everything
 from nnunet_fedharm.trainers.start_weights import refuse_foreign_styles, start_from
 from nnunet_fedharm.trainers.weights import bare_module
 
@@ -202,7 +202,10 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
 
     def on_train_epoch_start(self) -> None:
         """As the base class, which draws on unseeded generators: with a seed an epoch draws the same after `--c` too."""
-        self._seed(f"rank_{self.local_rank}", f"epoch_{self.current_epoch}", "segmenter")
+        if self.private is None:
+            self._seed(f"rank_{self.local_rank}", f"epoch_{self.current_epoch}", "segmenter")
+        else:
+            seed_everything(patch_seed(None, private=True))
         super().on_train_epoch_start()
 
     def close_gates_without_gain(self, sampler: PatchSampler) -> None:

@@ -27,7 +27,7 @@ from nnunet_fedharm.trainers.local_objectives import ControlVariate, Objective, 
 from nnunet_fedharm.trainers.pictures import spare_pictures
 from nnunet_fedharm.trainers.results import make_trainer, write_results_folder
 from nnunet_fedharm.trainers.round_states import RoundStates
-from nnunet_fedharm.trainers.seeds import derive_seed, seed_everything, torch_generator
+from nnunet_fedharm.trainers.seeds import derive_seed, patch_seed, seed_everything, torch_generator
 from nnunet_fedharm.trainers.segmenter_state import epoch_means, restore_segmenter, segmenter_state
 from nnunet_fedharm.trainers.weights import Weights, load_weights
 
@@ -140,13 +140,14 @@ class LocalTraining:
         """
         start = perf_counter()
         with self.root.activate():
-            seed_everything(self.seed, self.site, phase, str(round_index))
+            seed = patch_seed(self.seed, private=self.section.privacy is not None)
+            seed_everything(seed, self.site, phase, str(round_index))
             trainer = make_trainer(
                 self.trainer_name, self.plans, self.configuration, self.fold, self.dataset_json, self.device
             )
             trainer.run_id = self.states.folder.name
             if phase == "harmonizer":
-                result = self._harmonizer_round(trainer, round_index, first_epoch, epochs, weights, objective)
+                result = self._harmonizer_round(trainer, seed, round_index, first_epoch, epochs, weights, objective)
             elif phase == "segmenter":
                 result = self._segmenter_round(trainer, round_index, first_epoch, epochs, weights, objective)
             else:
@@ -213,6 +214,7 @@ class LocalTraining:
     def _harmonizer_round(
         self,
         trainer: nnUNetTrainerFedHarm,
+        seed: int,
         round_index: int,
         first_epoch: int,
         epochs: int,
@@ -232,8 +234,8 @@ class LocalTraining:
         if state is not None:
             training.load_state_dict(state["training"])
         stream = (self.site, "harmonizer", str(round_index))
-        sampler = trainer.harmonizer_sampler(np.random.default_rng(derive_seed(self.seed, *stream, "patches")))
-        generator = torch_generator(self.seed, *stream, "styles")
+        sampler = trainer.harmonizer_sampler(np.random.default_rng(derive_seed(seed, *stream, "patches")))
+        generator = torch_generator(seed, *stream, "styles")
         self._start_private(trainer, harmonizer=first_epoch, segmenter=0)
         losses = []
         added = extended(training.optimizers.values(), trainer.network, local, proximal_mu=objective.proximal_mu)

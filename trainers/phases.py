@@ -22,7 +22,7 @@ from nnunet_fedharm.trainers.checkpoints import save_atomically
 from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
 from nnunet_fedharm.trainers.patches import PatchSampler
 from nnunet_fedharm.trainers.private_sampling import HARMONIZER
-from nnunet_fedharm.trainers.seeds import derive_seed, torch_generator
+from nnunet_fedharm.trainers.seeds import derive_seed, patch_seed, torch_generator
 
 if TYPE_CHECKING:
     from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
@@ -62,7 +62,8 @@ class HarmonizerPhase:
             self._training = None  # its memory is the segmenter's now
 
     def _epoch(self, training: HarmonizerTraining, sampler: PatchSampler, epoch: int) -> None:
-        trainer, seed = self.trainer, self.schedule.seed or 0
+        trainer = self.trainer
+        seed = patch_seed(self.schedule.seed, private=trainer.private is not None)
         training.set_epoch(epoch)
         # DDP ranks draw different patches; an epoch draws the same whether or not the phase was interrupted before.
         stream = (f"fold_{trainer.fold}", f"rank_{trainer.local_rank}", f"epoch_{epoch}")

@@ -118,7 +118,7 @@ class PrivateTraining:
         """Enter an epoch into the ledger; call it before its weights are written or sent.
 
         Raises:
-            PrivacyError: the budget is used up, by repeated epochs or by other runs.
+            PrivacyError: the budget is used up, by repeated epochs or by what others released here in the meantime.
         """
         if what not in self.phases:
             return  # nobody here takes part in it
@@ -127,7 +127,7 @@ class PrivateTraining:
         planned = math.ceil((1 + RESERVE) * phase.steps_per_epoch * phase.epochs)
         if self.ledger.steps_of(self.run_id, what) + release.steps > planned:
             self.ledger.refuse_beyond(self.options.budget, [release])
-        self.ledger.record(release)
+        self.ledger.record(release, within=self.options.budget)
 
     def spent(self) -> float:
         """Epsilon of all noisy releases of this place so far."""
@@ -240,7 +240,7 @@ class PrivateTraining:
             multiplier = self.vote_noise(len(votes)).noise_multiplier
             told = private_votes(votes, noise_multiplier=multiplier, noise=self.noise)
             self.trainer.harmonizer.bank_polarity[site] = told
-            self.ledger.record(self._vote_release(len(votes)))
+            self.ledger.record(self._vote_release(len(votes)), within=self.options.budget)
 
     @property
     def _voters(self) -> list[int]:

@@ -36,6 +36,11 @@ def deal_folds(patients: Sequence[str], *, folds: int, seed: int) -> Codes:
     return _deal(priorities(patients, seed), folds)
 
 
+def fold_alone(patients: Sequence[str], *, folds: int, seed: int) -> Codes:
+    """(n,) fold of each volume, by the patient's own name alone: one patient more or less moves nobody else."""
+    return (priorities(patients, seed) % np.uint64(folds)).astype(np.intp)
+
+
 def stratified_folds(sites: Codes, patients: Codes, priority: npt.NDArray[np.uint64], folds: int) -> Codes:
     """(n,) fold of each volume of all sites, as `deal_folds` deals them.
 

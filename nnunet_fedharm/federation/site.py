@@ -15,6 +15,7 @@ from typing import Any
 from nnunet_fedharm.errors import DataError, FederationError, FedHarmError
 from nnunet_fedharm.federation.policy import POLICY_FILE, Policy, load_policy
 from nnunet_fedharm.nnunet_root import NnunetRoot, environment
+from nnunet_fedharm.privacy.releases import Budget
 
 SITE_LOG = "site.log"
 _IMAGE_FOLDERS = ("imagesTr", "labelsTr", "imagesUnlabelled", "imagesTs", "labelsTs")
@@ -30,8 +31,8 @@ class Site:
         device: where it trains.
         num_processes: for fingerprints, preprocessing and features.
         min_patients: the site report sends nothing about fewer patients.
-        max_epsilon: the site report sends nothing without noise, nor beyond this together with all noised releases in the
-            ledger; 0 for no such limit.
+        max_epsilon: the site report sends nothing without noise, and nothing with noise leaves beyond this together with all
+            noised releases in the ledger; 0 for no such limit.
         secure_only: updates leave this site inside secure sums or not at all.
         policy: rules of the site's own file. Where the node config has the same rule, the stricter one counts, and stands in the
             three attributes above.
@@ -50,6 +51,11 @@ class Site:
     def folder(self) -> Path:
         """Durable state and log of this site."""
         return self.root.path / "fedharm"
+
+    @property
+    def budget(self) -> Budget | None:
+        """What each patient here may lose to all releases with noise together; None without such a limit."""
+        return Budget(self.max_epsilon, self.policy.delta, allow_unbounded=True) if self.max_epsilon else None
 
     def raw_dataset(self, dataset: str) -> Path:
         """Folder of a raw dataset by number or name.

@@ -204,4 +204,4 @@ def _with_noise(tensors: Mapping[str, Any], sigma: float) -> dict[str, Any]:
     from nnunet_fedharm.privacy.noise import SecureNoise  # imports torch
 
     noise = SecureNoise()
-    return {name: value + sigma * noise.wide(value.size).reshape(value.shape) for name, value in tensors.items()}
+    return {name: noise.hide(value, sigma) for name, value in tensors.items()}

@@ -28,7 +28,7 @@ def answer_once(
         make: computes the answer, a JSON object, and draws its noise.
 
     Raises:
-        PrivacyError: the site's budget does not hold it, or the ledger cannot be written.
+        PrivacyError: the run's budget or the site's own does not hold it, or the ledger cannot be written.
     """
     values = request.values
     path = site.folder / values["run_id"] / f"{release.what.replace(' ', '-')}.json"
@@ -38,8 +38,10 @@ def answer_once(
     if kept.get("question") != question:
         budget = Budget(values["epsilon"], values["delta"], allow_unbounded=True)
         ledger.refuse_beyond(budget, [release])
+        if site.budget is not None:  # the run's own is the server's word
+            ledger.refuse_beyond(site.budget, [release])
         kept = {"question": question, "answer": dict(make())}
         write_json(path, kept)
     answer = dict(kept["answer"])
-    ledger.record(replace(release, run_id=values["run_id"], digest=json_hash(answer)))
+    ledger.record(replace(release, run_id=values["run_id"], digest=json_hash(answer)), within=site.budget)
     return answer

@@ -24,7 +24,6 @@ import math
 from functools import cache
 
 import numpy as np
-import torch
 from scipy.stats import norm
 
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, STYLE_CLIP, FloatArray, Style
@@ -66,8 +65,7 @@ def private_style(quantiles: FloatArray, offsets: FloatArray, *, noise_multiplie
     told *= np.minimum(1, bound / np.maximum(np.linalg.norm(told, axis=1), 1e-12))[:, None]
     total = told.sum(axis=0)
     if noise_multiplier > 0:
-        drawn = noise(torch.Size(total.shape), torch.device("cpu")).numpy().astype(np.float64)
-        total += noise_multiplier * bound * drawn
+        total = noise.hide(total, noise_multiplier * bound)
     mean = (total / patients).reshape(channels, N_TERMS + 1)
     smooth = np.sort(normal + mean[:, :N_TERMS] @ basis.T, axis=1)
     return Style(

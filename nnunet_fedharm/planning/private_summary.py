@@ -199,7 +199,7 @@ def private_sum(vectors: Vector, *, noise_multiplier: float, noise: SecureNoise)
         noise: secure source of normal numbers.
     """
     total: Vector = vectors.sum(axis=0)
-    return total + noise_multiplier * noise.wide(total.size) if noise_multiplier > 0 else total
+    return noise.hide(total, noise_multiplier)
 
 
 def patient_vectors(

@@ -74,6 +74,10 @@ class Ledger:
         self.path = folder / LEDGER_FILE
         self._head = folder / HEAD_FILE
         self._cache: _Known | None = None
+        self._own = 0
+        """Entries that this object made."""
+        self._others = -1
+        """Those of others when `refuse_beyond` held a plan against all; once there are more, the plan holds no longer."""
 
     def releases(self) -> list[Release]:
         """All entries in order of time.
@@ -91,14 +95,19 @@ class Ledger:
         """
         return self._known().steps[(run_id, what)]
 
-    def record(self, release: Release) -> Release:
+    def record(self, release: Release, *, within: Budget | None = None) -> Release:
         """Append an entry and bring it to the disk; call it before the release leaves the site.
+
+        Args:
+            within: budget that `refuse_beyond` of this object held; it is held again for each entry, in the same step, once
+                others have made entries since, such as a training of another fold that was started at the same time.
 
         Returns:
             The entry as written; the former one where the very same bytes (`digest`) were released before.
 
         Raises:
-            PrivacyError: the ledger is damaged or cannot be written; nothing may be released then.
+            PrivacyError: the ledger is damaged or cannot be written, or the budget does not hold the entry; nothing may be
+                released then.
         """
         stamped = release if release.time else Release(**{**asdict(release), "time": _now()})
         with self._locked():
@@ -106,7 +115,10 @@ class Ledger:
             former = known.digests.get((release.what, release.digest))
             if release.digest and former is not None:
                 return former
+            if within is not None and len(known.releases) - self._own != self._others:
+                self._hold(within, [stamped])
             self._append(known, stamped)
+            self._own += 1
         return stamped
 
     def spent(self, delta: float) -> Spent:
@@ -132,6 +144,10 @@ class Ledger:
         Raises:
             PrivacyError: it cannot; the sentence has what is spent, what the run needs and what both are together.
         """
+        self._hold(budget, planned)
+        self._others = len(self._known().releases) - self._own
+
+    def _hold(self, budget: Budget, planned: Sequence[Release]) -> None:
         if not self.would_exceed(budget, planned):
             return
         before = self.spent(budget.delta)

@@ -2,9 +2,12 @@
 
 Bits are ChaCha20's under a key of the operating system, made into normal numbers by the Box-Muller transform in double
 precision. The four-fold mean follows Holohan and Braghin: a single sample's floating-point pattern can betray the value that it
-hides, and a sum of four makes that search infeasible.
+hides, and a sum of four makes that search infeasible. The noise is added in double precision and the sum rounded once, to a grid
+that does not depend on the value: float32 noise on a double (or on a sum of float32 numbers) leaves digits that only the true
+value explains.
 
 References:
+    Mironov, "On Significance of the Least Significant Bits for Differential Privacy", CCS 2012.
     Box, Muller, "A Note on the Generation of Random Normal Deviates", Annals of Mathematical Statistics 1958.
     Holohan, Braghin, "Secure Random Sampling in Differential Privacy", ESORICS 2021.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +26,8 @@ from torch import Tensor
 
 PARTS = 4
 """Independent normal numbers behind each one that is handed out."""
+GRID = 1024
+"""Steps of the grid in one standard deviation, at least; what is rounded there is below a thousandth of the noise."""
 _BLOCK = 2**18
 """Normal numbers made at a time, so that memory stays small."""
 
@@ -39,19 +45,24 @@ class SecureNoise:
         self._calls = 0
 
     def __call__(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Float32 tensor of that shape on that device."""
-        wanted = int(np.prod(shape, dtype=np.int64))
-        values = np.empty(wanted, dtype=np.float32)
-        for start in range(0, wanted, _BLOCK):
-            stop = min(start + _BLOCK, wanted)
-            values[start:stop] = self._normal(stop - start)
-        return torch.from_numpy(values).reshape(shape).to(device)
+        """Float64 tensor of that shape on that device."""
+        return torch.from_numpy(self.wide(int(np.prod(shape, dtype=np.int64)))).reshape(shape).to(device)
 
     def wide(self, count: int) -> npt.NDArray[np.float64]:
-        """The same numbers in double precision, where values finer than float32 have to be hidden to their last digit."""
-        return np.concatenate(
-            [self._normal(min(_BLOCK, count - start)) for start in range(0, count, _BLOCK)] or [np.empty(0)]
-        )
+        """So many numbers."""
+        values = np.empty(count)
+        for start in range(0, count, _BLOCK):
+            stop = min(start + _BLOCK, count)
+            values[start:stop] = self._normal(stop - start)
+        return values
+
+    def hide(self, values: npt.NDArray[Any], sigma: float) -> npt.NDArray[np.float64]:
+        """Values of any shape with noise of standard deviation `sigma`, on the grid; unchanged where sigma is 0."""
+        if not sigma:
+            return np.asarray(values, dtype=np.float64)
+        step = grid_of(sigma)
+        noisy = np.asarray(values, dtype=np.float64) + sigma * self.wide(values.size).reshape(values.shape)
+        return np.asarray(np.round(noisy / step) * step)
 
     def _normal(self, count: int) -> npt.NDArray[np.float64]:
         pairs = -(-count * PARTS // 2)
@@ -66,3 +77,27 @@ class SecureNoise:
         normal = np.concatenate([radius * np.cos(2 * math.pi * second), radius * np.sin(2 * math.pi * second)])
         parts: npt.NDArray[np.float64] = normal[: count * PARTS].reshape(PARTS, count).sum(axis=0) / math.sqrt(PARTS)
         return parts
+
+
+class NoiseSource(Protocol):
+    """Standard normal numbers of a shape, on a device."""
+
+    def __call__(self, shape: torch.Size, device: torch.device) -> Tensor: ...
+
+
+def grid_of(sigma: float) -> float:
+    """Step of the grid for noise of that standard deviation: a power of two, so that rounding to it is exact."""
+    return float(2.0 ** math.floor(math.log2(sigma / GRID)))
+
+
+def hide(values: Tensor, noise: NoiseSource, sigma: float) -> Tensor:
+    """Values with noise of standard deviation `sigma`, summed in double precision and rounded once, to the grid.
+
+    Returns:
+        Same shape, dtype and device.
+    """
+    # Apple's GPUs have no double precision.
+    device = torch.device("cpu") if values.device.type == "mps" else values.device
+    step = grid_of(sigma)
+    noisy = values.to(device, torch.float64) + sigma * noise(values.shape, device)
+    return (torch.round(noisy / step) * step).to(values)

@@ -23,20 +23,15 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PrivacyError
+from nnunet_fedharm.privacy.noise import NoiseSource, hide
 
 Item = TypeVar("Item")
-
-
-class NoiseSource(Protocol):
-    """Standard normal numbers of a shape, on a device."""
-
-    def __call__(self, shape: torch.Size, device: torch.device) -> Tensor: ...
 
 
 def draw_patients(patients: Sequence[Item], sample_rate: float) -> list[Item]:
@@ -125,7 +120,7 @@ class PatientGradients:
         """
         for parameter, total in zip(self.parameters, self._sums, strict=True):
             if self.noise_multiplier > 0:
-                total.add_(self.noise(total.shape, total.device), alpha=self.noise_multiplier * self.clip)
+                total.copy_(hide(total, self.noise, self.noise_multiplier * self.clip))
             parameter.grad = (total / self.expected_patients).to(parameter.dtype)
             total.zero_()
         self.norms.clear()

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from nnunet_fedharm.privacy.patient_gradients import NoiseSource
+from nnunet_fedharm.privacy.noise import NoiseSource, hide
 
 
 def private_votes(votes: Tensor, *, noise_multiplier: float, noise: NoiseSource) -> Tensor:
@@ -30,5 +30,5 @@ def private_votes(votes: Tensor, *, noise_multiplier: float, noise: NoiseSource)
     patients, channels = votes.shape
     total = torch.nan_to_num(votes).clamp(-1, 1).sum(dim=0)
     if noise_multiplier > 0:
-        total = total + noise(total.shape, total.device) * (noise_multiplier * math.sqrt(channels))
+        total = hide(total, noise, noise_multiplier * math.sqrt(channels))
     return (total / patients).clamp(-1, 1)

@@ -27,7 +27,8 @@ NAMES = (
     "quality_noise",
     "quality_spacing",
 )
-PARTS = (("MR0", "foreground", "z-score"), ("MR0", "label ball", "raw"))
+PARTS = (("MR0", "foreground", "raw"), ("MR0", "foreground", "z-score"))
+"""Those of a dataset with one label, as every site expects them of its dataset.json."""
 
 
 def draw_table(site: str, patients: int, *, shift: float, seed: int, cases_each: int = 1) -> FeatureTable:

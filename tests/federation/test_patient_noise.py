@@ -14,8 +14,10 @@ from nnunet_fedharm.errors import FederationError, FedHarmError
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.federation.durable import read_json
 from nnunet_fedharm.federation.secure.home import Offer
 from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of, step_offer
+from nnunet_fedharm.federation.site_counts import FILE
 from nnunet_fedharm.federation.site_privacy import privacy_statement
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.shared_steps import SharedSteps
@@ -89,18 +91,32 @@ def test_the_noise_of_the_step_is_that_of_one_mechanism_and_the_ledger_has_it(tm
     assert said["noise_over_central"] == pytest.approx(math.sqrt(4 / 3))
 
 
-def test_a_draw_that_was_opened_is_drawn_anew_and_one_that_was_not_is_kept(tmp_path: Path) -> None:
+def test_a_draw_that_may_have_been_opened_is_drawn_anew_and_one_that_did_not_leave_is_kept(tmp_path: Path) -> None:
     bench, nodes = step_bench(tmp_path, (10, 20, 30), segmenter_rounds=3)
     nodes[0].silent_in = "secure_mask"
     with pytest.raises(FederationError, match="opened no secure sum"):
         bench.run(1, weights=W)
     nodes[0].silent_in = ""
     bench.run(1, weights=W)
-    assert [node.draws for node in nodes] == [1, 1, 1], "nobody saw the first draw"
+    assert [node.draws for node in nodes] == [1, 2, 2], (
+        "the vectors of B and C had left, whatever the server says of the sum"
+    )
     state = replace(bench.state, rounds_done={"harmonizer": 0, "segmenter": 0}, history=[])
     bench.state = state  # the server lost the round that it had opened
     bench.run(1, weights=W)
-    assert [node.draws for node in nodes] == [2, 2, 2], "two looks at one draw would cost more than two draws"
+    assert [node.draws for node in nodes] == [2, 3, 3], "two looks at one draw would cost more than two draws"
+
+
+def test_a_sum_that_the_others_opened_counts_at_a_site_that_was_not_asked_to(tmp_path: Path) -> None:
+    bench, nodes = step_bench(tmp_path, (10, 20, 30), segmenter_rounds=3)
+    nodes[2].silent_in = "secure_unmask"
+    bench.run(1, weights=W)  # two of three open it
+    nodes[2].silent_in = ""
+    bench.state = replace(bench.state, rounds_done={"harmonizer": 0, "segmenter": 0}, history=[])
+    bench.run(1, weights=W)
+    assert [node.draws for node in nodes] == [2, 2, 2]
+    counts = [read_json(node.site.folder / bench.state.run_id / FILE)["releases"] for node in nodes]
+    assert counts == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

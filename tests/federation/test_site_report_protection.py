@@ -15,6 +15,7 @@ import pytest
 from flwr.app import Message
 
 from nnunet_fedharm.differences import sketch
+from nnunet_fedharm.differences.cross_validation import fold_alone
 from nnunet_fedharm.differences.findings import Findings
 from nnunet_fedharm.differences.findings_file import from_json
 from nnunet_fedharm.differences.sketch_statistics import kruskal_wallis, noisy_rank_test
@@ -22,14 +23,14 @@ from nnunet_fedharm.differences.summary import describe
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.messages import pack
 from nnunet_fedharm.federation.report.config import SiteReportConfig
-from nnunet_fedharm.federation.report.home import load_records
+from nnunet_fedharm.federation.report.home import keys_beforehand, load_records, parts_of
 from nnunet_fedharm.federation.report.messages import COUNTS, Part, parts_to_dict, send
 from nnunet_fedharm.federation.report.noise import SHARES, Noiser, Protection, cut_norm, sensitivity_of
 from nnunet_fedharm.federation.report.server import run_site_report
 from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
 from nnunet_fedharm.privacy.gaussian import gaussian_sigma
 from nnunet_fedharm.privacy.ledger import Ledger
-from nnunet_fedharm.sites.features.table import FeatureTable
+from nnunet_fedharm.sites.features.table import SCALES, FeatureTable
 from tests.federation.local_grid import Client, LocalGrid
 from tests.federation.measured import NAMES, PARTS, draw_table, drawn_features, recorded, report_config, report_sites
 
@@ -104,6 +105,39 @@ def test_no_message_changes_by_more_than_its_sensitivity_when_a_patient_leaves()
             assert np.linalg.norm(values - without[step]) <= sensitivity_of(step, features) + 1e-9, step
 
 
+def test_nobodys_fold_depends_on_who_else_is_there() -> None:
+    """`folds` and `classify` may change by one patient only; folds of equal size would deal all later ones anew."""
+    patients = [f"patient_{number}" for number in range(40)]
+    folds = dict(zip(patients, fold_alone(patients, folds=5, seed=3), strict=True))
+    for leaving in patients:
+        rest = [patient for patient in patients if patient != leaving]
+        assert dict(zip(rest, fold_alone(rest, folds=5, seed=3), strict=True)) == {one: folds[one] for one in rest}
+    assert set(folds.values()) == set(range(5))
+    other = fold_alone(patients, folds=5, seed=4)
+    assert list(other) != list(folds.values())
+
+
+def test_which_parts_a_site_names_with_noise_does_not_depend_on_its_patients() -> None:
+    description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "liver": 1, "metastasis": 2}}
+    options: dict[str, Any] = {
+        "image_region": False,
+        "channels": [],
+        "regions": [],
+        "features": [],
+        "scales": list(SCALES),
+    }
+    keys = keys_beforehand(description, options, labelled=True, unlabelled=False)
+    table = draw_table("A", 6, shift=0.0, seed=1)
+    assert parts_of(table, options, keys) == parts_of(draw_table("A", 1, shift=0.0, seed=2), options, keys)
+    regions = {key[:2] for key in keys}
+    assert ("T2", "label metastasis") in regions
+    assert ("T1", "foreground") in regions
+    assert ("T1", "image") in regions
+    assert not {region for _, region in regions if region == "label background"}
+    alone = keys_beforehand(description, options, labelled=False, unlabelled=True)
+    assert {key[1] for key in alone} == {"image"}
+
+
 def test_noise_has_the_deviation_that_was_asked_for_and_repeats_nowhere() -> None:
     noiser = Noiser(Protection(epsilon=1.0))
     drawn = noiser.add("histograms", 2.0, np.zeros((200, 100)))
@@ -146,7 +180,9 @@ def test_much_epsilon_finds_the_differences_and_little_finds_none(root: Path, ta
 
 def test_few_features_of_one_region_carry_less_noise(root: Path, tables: dict[str, FeatureTable]) -> None:
     names = "firstorder_Mean,quality"
-    findings, _ = report(report_config(root, epsilon=5.0, bins=8, regions="foreground", features=names))
+    findings, _ = report(
+        report_config(root, epsilon=5.0, bins=8, regions="foreground", scales="z-score", features=names)
+    )
     (part,) = findings.variants[0].parts
     assert part.region == "foreground"
     assert {feature.name for feature in part.features} == {"firstorder_Mean", "quality_noise", "quality_spacing"}

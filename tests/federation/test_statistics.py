@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def test_what_the_budget_does_not_hold_is_not_made(site: Site) -> None:
     with pytest.raises(PrivacyError, match=r"The budget is epsilon 0\.1"):
         answer_once(site, question(epsilon=0.1), fingerprint_release(4.0), make)
     assert not made
+    assert Ledger(site.folder).releases() == []
+
+
+def test_the_sites_own_limit_holds_whatever_the_server_calls_the_budget(site: Site) -> None:
+    own = replace(site, max_epsilon=1.0)
+    asked = question(noise=0.01, epsilon=1e6, delta=0.9)
+    with pytest.raises(PrivacyError, match=r"The budget is epsilon 1 at delta 1e-05"):
+        answer_once(own, asked, fingerprint_release(0.01), fresh)
     assert Ledger(site.folder).releases() == []
 
 

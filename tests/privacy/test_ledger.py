@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,25 @@ def test_a_run_that_cannot_end_within_the_budget_is_refused_with_the_numbers(tmp
     with pytest.raises(PrivacyError, match=rf"budget is epsilon .* is spent, .* both together {whole:.3g}"):
         ledger.refuse_beyond(tight, planned)
     assert len(ledger.releases()) == 1, "asking writes nothing"
+
+
+def test_trainings_that_start_together_stop_at_the_budget_all_together(tmp_path: Path) -> None:
+    budget = Budget(8.0, DELTA)
+    folds = [Ledger(tmp_path) for _ in range(5)]
+    for number, ledger in enumerate(folds):
+        ledger.refuse_beyond(
+            budget, [replace(rounds(0), run_id=f"fold_{number}", steps=160)]
+        )  # before anybody's first entry
+    refused = 0
+    for _ in range(8):
+        for number, ledger in enumerate(folds):
+            try:
+                ledger.record(replace(rounds(0), run_id=f"fold_{number}"), within=budget)
+            except PrivacyError as error:
+                assert "The budget is epsilon 8" in str(error)  # noqa: PT017 (many of them)
+                refused += 1
+    assert refused
+    assert 7.0 < Ledger(tmp_path).spent(DELTA).epsilon <= 8.0
 
 
 def test_an_unbounded_release_is_above_any_budget_unless_it_is_allowed(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from nnunet_fedharm.differences.panel import by_patient, panel_of
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.federation.report.messages import MOST_FEATURES, MOST_PARTS, Part
 from nnunet_fedharm.federation.site import Site
-from nnunet_fedharm.sites.features.table import Failure, FeatureTable, Values, family_of
+from nnunet_fedharm.sites.features.table import IMAGE, SCALES, Failure, FeatureTable, Values, family_of
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases, write_json
 from nnunet_fedharm.sites.registry import SITES_FILE, SiteInfo, SitesFile
 
@@ -120,12 +120,35 @@ def table_of_run(folder: Path) -> FeatureTable:
     return read_table(folder / FEATURES_FILE)
 
 
-def parts_of(table: FeatureTable, options: Mapping[str, Any]) -> list[Part]:
-    """Parts of the table with the scales, regions and features that were asked for; all where none are named."""
+def parts_of(
+    table: FeatureTable, options: Mapping[str, Any], keys: Iterable[tuple[str, str, str]] | None = None
+) -> list[Part]:
+    """Parts of the table with the scales, regions and features that were asked for; all where none are named.
+
+    Args:
+        keys: (channel, region, scale) in the place of those that occur.
+    """
+    keys = table.parts if keys is None else keys
     scales, regions, features = (set(options[name]) for name in ("scales", "regions", "features"))
     names = tuple(name for name in table.names if not features or name in features or family_of(name) in features)
-    keys = [key for key in sorted(table.parts) if (not regions or key[1] in regions) and key[2] in scales]
+    keys = [key for key in sorted(keys) if (not regions or key[1] in regions) and key[2] in scales]
     return [Part(*key, names[:MOST_FEATURES]) for key in keys][:MOST_PARTS] if names else []
+
+
+def keys_beforehand(
+    description: Mapping[str, Any], options: Mapping[str, Any], *, labelled: bool, unlabelled: bool
+) -> list[tuple[str, str, str]]:
+    """(channel, region, scale) that dataset.json and the options let expect, whether or not any case has them.
+
+    With noise a site names these: which regions its patients really have, one of them alone may decide.
+    """
+    from nnunet_fedharm.sites.features.regions import label_regions
+
+    channels = options["channels"] or [str(name) for name in description["channel_names"].values()]
+    regions = list(label_regions(description["labels"])) if labelled else []
+    keys = [(channel, region, scale) for channel in channels for region in regions for scale in SCALES]
+    body = SCALES if options["image_region"] or unlabelled else SCALES[1:]  # image quality stands with the raw scale
+    return keys + [(channel, IMAGE, scale) for channel in channels for scale in body]
 
 
 def load_records(table: FeatureTable, part: Part) -> Records:

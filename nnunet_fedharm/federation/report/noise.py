@@ -12,6 +12,7 @@ sum by limits that do not depend on the data of any one patient beyond what earl
 | folds | the same in one fold of each part | sqrt(3 P) |
 | classify | 1 for one site in each part | sqrt(P) |
 
+A patient's fold follows from their own name alone (`cross_validation.fold_alone`), or one patient more would move all later ones.
 z is the standardised, winsorized vector (its place on the principal axes in `folds`) over a `reach` that the server announces:
 twice the usual length. Gaussian releases compose exactly: with mu = 1 / sigma(epsilon,
 delta, 1), a message that gets the share s of mu^2 has the noise sensitivity / (mu sqrt(s)), and all of them together are
@@ -125,7 +126,4 @@ class Noiser:
             from nnunet_fedharm.privacy.noise import SecureNoise  # imports torch
 
             self._source = SecureNoise()
-        import torch
-
-        noise = self._source(torch.Size(values.shape), torch.device("cpu")).numpy().astype(np.float64)
-        return np.asarray(values + self.plan.sigma(step, sensitivity) * noise, dtype=values.dtype)
+        return np.asarray(self._source.hide(values, self.plan.sigma(step, sensitivity)), dtype=values.dtype)

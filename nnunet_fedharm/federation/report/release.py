@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from nnunet_fedharm.federation.report.noise import SHARES, Noiser, Protection, s
 from nnunet_fedharm.federation.secure.home import ONE, Offer, offer
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.privacy.ledger import Ledger
-from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, Budget, Release
+from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, Release
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -63,11 +64,9 @@ class Outgoing:
         Raises:
             PrivacyError: it would, or the ledger is damaged.
         """
-        ledger = Ledger(self.site.folder)
-        begun = any(entry.run_id == self.run_id for entry in ledger.releases())
-        if self.site.max_epsilon and not begun:
-            budget = Budget(self.site.max_epsilon, self.plan.delta, allow_unbounded=True)
-            ledger.refuse_beyond(budget, [self._entry(step) for step in SHARES])
+        if self.site.budget is not None:
+            left = [step for step in SHARES if not self._answer_file(step).is_file()]
+            Ledger(self.site.folder).refuse_beyond(self.site.budget, [self._entry(step) for step in left])
 
     def noised(self, step: str, features: Sequence[int], arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """The arrays of one message with the noise of its step.
@@ -97,11 +96,14 @@ class Outgoing:
 
         Raises:
             FederationError: it was asked something else before.
-            PrivacyError: the ledger cannot be written.
+            PrivacyError: the site's budget does not hold it, or the ledger cannot be written.
         """
-        if self.plan.on:
-            values, arrays = self._first_answer(step, values, arrays)
         entry = self._entry(step)
+        if self.plan.on:
+            if self.site.budget is not None and not self._answer_file(step).is_file():
+                # Each message brings its own epsilon: what was asked for at first may be another.
+                Ledger(self.site.folder).refuse_beyond(self.site.budget, [entry])
+            values, arrays = self._first_answer(step, values, arrays)
         if self.plan.sums and arrays is not None:
             whole = {name: np.asarray(value, dtype=np.float64) for name, value in arrays.items()}
             digest = hashlib.sha256(b"".join(value.tobytes() for value in whole.values())).hexdigest()
@@ -120,11 +122,14 @@ class Outgoing:
             run_id=self.run_id,
         )
 
+    def _answer_file(self, step: str) -> Path:
+        return report_folder(self.site, self.run_id) / "answers" / f"{step}.json"
+
     def _first_answer(
         self, step: str, values: Mapping[str, Any], arrays: Arrays | None
     ) -> tuple[dict[str, Any], Arrays | None]:
-        folder = report_folder(self.site, self.run_id) / "answers"
-        head, body = folder / f"{step}.json", folder / f"{step}.safetensors"
+        head = self._answer_file(step)
+        body = head.with_suffix(".safetensors")
         if not head.is_file():
             if arrays is not None:
                 write_bytes(body, save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))

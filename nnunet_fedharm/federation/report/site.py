@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from nnunet_fedharm.federation.report import messages
 from nnunet_fedharm.federation.report.home import (
     Records,
     enough_patients,
+    keys_beforehand,
     load_records,
     own_table,
     parts_of,
@@ -36,7 +38,7 @@ from nnunet_fedharm.federation.report.noise import cut_norm
 from nnunet_fedharm.federation.report.own import keep_comparison, own_report
 from nnunet_fedharm.federation.report.release import Outgoing
 from nnunet_fedharm.federation.site import Site
-from nnunet_fedharm.sites.files import read_dataset_json, unlabelled_cases
+from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -63,7 +65,8 @@ def measure(site: Site, request: Unpacked) -> RecordDict:
     out.refuse_beyond_budget()
     raw = site.raw_dataset(values["dataset"])
     home = own_table(site, raw, values["options"], report_folder(site, values["run_id"]))
-    found = [(part, load_records(home.table, part)) for part in parts_of(home.table, values["options"])]
+    keys = _keys_beforehand(site, raw, values["options"]) if out.plan.on else None
+    found = [(part, load_records(home.table, part)) for part in parts_of(home.table, values["options"], keys)]
     good = [enough_patients(site, records, values["options"]) for _, records in found]
     if not any(good):
         least = max(site.min_patients, int(values["options"]["min_patients"]))
@@ -80,6 +83,12 @@ def measure(site: Site, request: Unpacked) -> RecordDict:
         "numbers": numbers if out.plan.on or out.plan.sums else numbers | home.numbers,
     }
     return out.release("numbers", messages.MEASURE_REPLY, content)
+
+
+def _keys_beforehand(site: Site, raw: Path, options: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    description = read_dataset_json(raw, site=site.name)
+    labelled, unlabelled = labelled_cases(raw, description), unlabelled_cases(raw, description)
+    return keys_beforehand(description, options, labelled=bool(labelled), unlabelled=bool(unlabelled))
 
 
 def counts(site: Site, request: Unpacked) -> RecordDict:
@@ -116,7 +125,7 @@ def moments(site: Site, request: Unpacked) -> RecordDict:
     step, folds, seed = (request.values[key] for key in ("step", "folds", "seed"))
     arrays: Arrays = {}
     for index in range(len(parts)):
-        vectors, fold = _standardised(records[index], given, index, folds, seed)
+        vectors, fold = _standardised(records[index], given, index, folds, seed, alone=out.plan.on)
         if out.plan.on:
             reach = float(_given(given, index, "reach", rows=1)[0])
             vectors = cut_norm(vectors, reach) / reach
@@ -137,7 +146,7 @@ def classify(site: Site, request: Unpacked) -> RecordDict:
     folds, seed = request.values["folds"], request.values["seed"]
     arrays: Arrays = {}
     for index in range(len(parts)):
-        vectors, fold = _standardised(records[index], given, index, folds, seed)
+        vectors, fold = _standardised(records[index], given, index, folds, seed, alone=out.plan.on)
         weights, biases = (arrays_of(given, index).get(what) for what in ("weights", "biases"))
         wanted = (folds, vectors.shape[1])
         if (
@@ -191,10 +200,14 @@ def _given(given: Mapping[str, npt.NDArray[Any]], index: int, what: str, *, rows
 
 
 def _standardised(
-    records: Records, given: Arrays, index: int, folds: int, seed: int
+    records: Records, given: Arrays, index: int, folds: int, seed: int, *, alone: bool
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]:
-    """Standardised vectors of the patients that have every feature, on the server's axes if it sent some; and their folds."""
-    from nnunet_fedharm.differences.cross_validation import deal_folds
+    """Standardised vectors of the patients that have every feature, on the server's axes if it sent any; their folds.
+
+    Args:
+        alone: nobody's fold depends on who else is here, as noise for one patient needs; else folds are equally large.
+    """
+    from nnunet_fedharm.differences.cross_validation import deal_folds, fold_alone
 
     rows = records.values.shape[1]
     standard = sketch.Standard(_given(given, index, "centre", rows=rows), _given(given, index, "scale", rows=rows))
@@ -203,7 +216,7 @@ def _standardised(
     vectors = standard.apply(records.values[whole])
     if array_name(index, "axes") in given:
         vectors = (vectors - _given(given, index, "origin", rows=rows)) @ _given(given, index, "axes", rows=rows)
-    return vectors, deal_folds(patients, folds=folds, seed=seed)
+    return vectors, (fold_alone if alone else deal_folds)(patients, folds=folds, seed=seed)
 
 
 def _versions() -> dict[str, str]:

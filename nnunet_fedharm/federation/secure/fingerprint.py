@@ -66,7 +66,9 @@ def offer_summary(site: Site, request: Unpacked, exact: PrivateSummary) -> Priva
     values = request.values
     shares, run_id = noise_shares(values), values["run_id"]
     release = replace(fingerprint_release(values["noise"], run_id=run_id), noise_alone=shares.share)
-    Ledger(site.folder).refuse_beyond(Budget(values["epsilon"], values["delta"], allow_unbounded=True), [release])
+    for budget in (Budget(values["epsilon"], values["delta"], allow_unbounded=True), site.budget):
+        if budget is not None:
+            Ledger(site.folder).refuse_beyond(budget, [release])
     arrays = {_SUMS: np.array(exact.sums)}
     key, counted = key_of_fingerprint(run_id), f"{run_id}/fingerprint"
     offer(site.folder, Offer(key, arrays, {ONE: 1}, release, json_hash(values), None, shares, counted))

@@ -38,6 +38,8 @@ from nnunet_fedharm.privacy.site_level import SitePrivacy
 SECRET_FILE = "secure-aggregation.key"
 _FOLDER = "secure-sums"
 _OFFER, _ARRAYS, _SESSION, _OPENED = "offer.json", "offer.safetensors", "session.json", "opened.json"
+_GIVEN = "given.json"
+"""The noisy vector that left last, until this site has seen its sum opened."""
 ONE = "one"
 """The weight of a sum without weights."""
 
@@ -60,6 +62,7 @@ class Offer:
         beside: arrays that travel in the open, as the answer to that request.
         shares: noise that this site adds to the arrays, all of them together one update; None adds nothing.
         run_id: whose openings are counted where there is noise.
+        used: whether it was a draw of patients and has left, masked: whoever has the other shares may have opened the sum.
     """
 
     key: str
@@ -70,6 +73,7 @@ class Offer:
     beside: Arrays | None = None
     shares: SitePrivacy | None = None
     run_id: str = ""
+    used: bool = False
 
     @property
     def noisy(self) -> list[str]:
@@ -126,6 +130,7 @@ def offered(folder: Path, key: str) -> Offer:
         {name[7:]: value for name, value in arrays.items() if name.startswith("beside:")},
         None if head["shares"] is None else SitePrivacy.from_dict(head["shares"]),
         str(head["run_id"]),
+        bool(head.get("used", False)),
     )
 
 
@@ -136,6 +141,8 @@ def setup(site: Site, request: Unpacked) -> RecordDict:
     if terms.site != site.name:
         raise PrivacyError(f"The terms of the secure sum are for {terms.site}.")
     own = offered(site.folder, values["key"])
+    if own.used:
+        raise DataError("This site's draw of patients was in a secure sum before. Repeat the step before it.")
     if values["weight"] not in own.weights:
         raise PrivacyError(f"This site has no weight {values['weight']!r} for the secure sum.")
     _check_shares(terms, own)
@@ -163,6 +170,7 @@ def mask(site: Site, request: Unpacked) -> RecordDict:
         if given.release is not None:
             note = f"inside a secure sum of at most {session.terms.n_sites} sites"
             Ledger(site.folder).record(replace(given.release, note=note))
+        _give(site, given)
         return session.mask(sealed, vector)
 
     masked = np.frombuffer(_step(site, request, work), dtype=np.uint8)
@@ -257,9 +265,27 @@ def _count_noisy(site: Site, key: str, answered: int) -> None:
             f"Only {answered} sites answered; the noise needs the shares of {own.shares.least}. The sum stays closed."
         )
     count_release(site, own.run_id, own.shares)
+    (_home(site.folder) / _GIVEN).unlink(missing_ok=True)
+
+
+def _give(site: Site, own: Offer) -> None:
+    """Before a vector with a share of noise leaves.
+
+    An earlier one whose sum this site did not see opened may have been opened by the others: it counts.
+
+    Raises:
+        PrivacyError: with it the run has shown more than it has paid for.
+    """
+    if own.shares is None:
+        return
+    home = _home(site.folder)
+    if (home / _GIVEN).is_file():
+        former = read_json(home / _GIVEN)
+        count_release(site, str(former["run_id"]), SitePrivacy.from_dict(former["shares"]))
+    write_json(home / _GIVEN, {"run_id": own.run_id, "shares": own.shares.to_dict()})
     if own.shares.unit == PATIENT:
         # Seen twice, one draw of patients costs more than two draws: it is used up, whatever becomes of this sum.
-        write_json(_home(site.folder) / _OFFER, {"key": ""})
+        write_json(home / _OFFER, read_json(home / _OFFER) | {"used": True})
 
 
 def _note_opened(site: Site, key: str, answered: list[str]) -> None:

@@ -244,7 +244,7 @@ def train_for_sum(site: Site, request: Unpacked, make: Callable[[str, str], Offe
     question = digest_of(RecordDict({"config": _config(values), "weights": request.weights}))
     try:
         kept = offered(site.folder, key)
-        known = kept.question == question
+        known = kept.question == question and not kept.used
     except DataError:
         known = False
     if not known:
