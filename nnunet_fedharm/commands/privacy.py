@@ -41,14 +41,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     # Imported here: Opacus brings torch, which --help need not wait for.
+    from nnunet_fedharm.errors import PrivacyError
     from nnunet_fedharm.privacy.accounting import Noise, noise_for, rdp_epsilon
     from nnunet_fedharm.privacy.ledger import Ledger
     from nnunet_fedharm.privacy.releases import spent
 
+    if args.site_root is not None and not args.site_root.is_dir():
+        raise PrivacyError(
+            f"{args.site_root} is no folder, so what its site has spent is not known. Give a site's nnU-Net root."
+        )
     releases = [] if args.site_root is None else Ledger(args.site_root / "fedharm").releases()
     before = [release.noise for release in releases if release.bounded]
     noise = noise_for(args.epsilon, args.delta, sample_rate=args.sample_rate, steps=args.steps, before=before)
     planned = [*before, Noise(noise, args.sample_rate, args.steps)]
+    if args.site_root is not None and not releases:
+        print(f"spent before: nothing in {args.site_root}")
     if releases:
         former = spent(releases, args.delta)
         print(f"spent before: epsilon {former.epsilon:.3g} at delta {args.delta:g}")

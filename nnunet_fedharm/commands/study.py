@@ -106,7 +106,9 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from nnunet_fedharm.federation.daemon import terminate_as_interrupt
+    from nnunet_fedharm.study.matrix import cells_of
     from nnunet_fedharm.study.runner import find_cell, missing_cells, run_here, run_missing
+    from nnunet_fedharm.study.settings import check_settings
 
     study = _study(args.folder)
     device = _device(args.device or study.subject.device)
@@ -117,6 +119,8 @@ def _run(args: argparse.Namespace) -> int:
             )
         print("finished" if mine else "another process runs this cell")
         return 0
+    for cell in cells_of(study):
+        check_settings(study, cell)
     cells = missing_cells(study, args.only)
     if args.dry_run:
         _print_estimate(study, cells, device, args.parallel)
@@ -249,12 +253,19 @@ def _print_estimate(study: StudyFile, cells: Sequence[Cell], device: str, parall
 
 
 def _within(study: StudyFile, cells: Sequence[Cell], device: str, hours: float) -> list[Cell]:
+    from nnunet_fedharm.errors import DataError
+    from nnunet_fedharm.study.data import StudyData
     from nnunet_fedharm.study.estimate import Estimator
     from nnunet_fedharm.study.results import read_results
 
+    StudyData(study).prepare()  # a step's time is measured on the planned network
     estimator, left, chosen = Estimator(study, read_results(study), device), 3600 * hours, []
     for cell in cells:
-        seconds = estimator.of(cell).seconds or 0.0
+        seconds = estimator.of(cell).seconds
+        if seconds is None:
+            raise DataError(
+                f"How long the cell {cell.name} takes is not known yet. Leave --hours out for the first cells."
+            )
         if seconds <= left:
             chosen.append(cell)
             left -= seconds

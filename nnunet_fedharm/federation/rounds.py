@@ -191,7 +191,7 @@ class RoundLoop:
         reasons = join_reasons(answers.failures)
         raise FederationError(
             f"Round {number + 1} of the {phase} phase got {len(answers.accepted)} of {quorum} needed replies ({reasons}). "
-            "Mend the sites and run the same command again: it resumes at this round."
+            "Mend the sites, or give them longer with --deadline-s, and run the same command again: it resumes at this round."
         )
 
     def _wait_for(self, wanted: tuple[str, ...], quorum: int, state: ServerState) -> list[str]:

@@ -7,7 +7,7 @@ the same place, and sites too small to validate.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
 
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.sites.files import (
@@ -29,9 +30,12 @@ from nnunet_fedharm.sites.files import (
     unlabelled_cases,
 )
 from nnunet_fedharm.sites.parallel import map_cases
+from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
 
 N_FOLDS = 5
 """nnU-Net's cross-validation: fold 0 … 4 need a case each to validate on."""
+_DAMAGED = (EOFError, OSError, ValueError, zlib.error, ImageFileError)
+"""What reading a NIfTI file raises whose end or header is lost."""
 
 
 def check_raw_dataset(raw_dataset: Path, *, site: str, num_processes: int = 1) -> None:
@@ -47,12 +51,31 @@ def check_raw_dataset(raw_dataset: Path, *, site: str, num_processes: int = 1) -
     _check_counts(raw_dataset, dataset_json, len(labelled), len(unlabelled), site=site)
     for case in [*labelled, *unlabelled]:
         check_files(case, dataset_json, site=site)
+    check_registry(raw_dataset, [*labelled, *unlabelled], site=site)
     reader = reader_class(dataset_json, (labelled + unlabelled)[0].images[0], site=site)
     work = partial(check_case, reader=reader, expected=expected, site=site)
     for _ in map_cases(
         work, [*labelled, *unlabelled], num_processes=num_processes, description=f"Checking the cases of site {site}"
     ):
         pass
+
+
+def check_registry(raw_dataset: Path, cases: Sequence[CaseFiles], *, site: str) -> None:
+    """Refuse a sites.json that cannot be read or that leaves a case out; without the file all cases count as one site.
+
+    Raises:
+        DataError: it is so.
+    """
+    path = raw_dataset / SITES_FILE
+    if not path.is_file():
+        return
+    registry = SitesFile.load(path)
+    missing = [case.case for case in cases if case.case not in registry.cases]
+    if missing:
+        raise DataError(
+            f"Site {site}, case {missing[0]}: {path} does not say which site it comes from. Add it to `cases`"
+            + (f", and {len(missing) - 1} more." if len(missing) > 1 else ".")
+        )
 
 
 def check_fold(n_labelled: int, fold: int | str, *, site: str) -> None:
@@ -131,10 +154,8 @@ def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site:
     for file, channel in zip(case.images, images, strict=False):
         try:
             stored = _raw_voxels(file, channel)
-        except (EOFError, OSError, ValueError, zlib.error) as error:
-            raise DataError(
-                f"{where}: {file} is damaged ({error}); nnU-Net would take what is missing for zeros. Copy the file again."
-            ) from error
+        except _DAMAGED as error:
+            raise _damaged(where, file, error) from error
         _check_intensities(channel, stored, f"{where}: {file}")
     spacing_mm = tuple(float(value) for value in properties["spacing"])
     if case.label is None:
@@ -144,6 +165,10 @@ def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site:
             label, label_properties = reader().read_seg(str(case.label))
     except (RuntimeError, OSError) as error:
         raise DataError(f"{where}: the label {case.label} cannot be read ({error}). Restore the file.") from error
+    try:
+        _raw_voxels(case.label, label[0])
+    except _DAMAGED as error:
+        raise _damaged(where, case.label, error) from error
     _check_geometry(images, properties, label, label_properties, where=where, case=case)
     unknown = [value for value in np.unique(label) if value not in expected]
     if unknown:
@@ -152,6 +177,12 @@ def check_case(case: CaseFiles, *, reader: type[Any], expected: list[int], site:
             "Relabel the segmentation, or add the label at every site."
         )
     return CaseVolumes(images, label[0], spacing_mm)
+
+
+def _damaged(where: str, file: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{where}: {file} is damaged ({error}); nnU-Net would take what is missing for zeros. Copy the file again."
+    )
 
 
 def _check_counts(

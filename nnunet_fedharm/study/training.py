@@ -28,6 +28,8 @@ from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import CONTROL
 from nnunet_fedharm.trainers.names import trainer_name_for
 
+WEEK_S = 7 * 86400.0
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -217,6 +219,7 @@ def federate_config(data: StudyData, cell: Cell, folder: Path, *, device: str) -
         start_from=study.start,
         device=device,
         num_processes=training.num_processes,
+        deadline_s=WEEK_S,  # sites of one machine train one after another, and nobody is late
         **private,
     )
 

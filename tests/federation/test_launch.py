@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from nnunet_fedharm.commands import federate as command
 from nnunet_fedharm.federation import launch
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EventLog
@@ -87,3 +90,21 @@ def test_a_site_that_was_ended_for_want_of_memory_is_told_apart_from_one_that_fa
     (line,) = launch.memory_reason(log)
     assert "22.38GB of 23.54GB" in line
     assert "--parallel-sites" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [([], 3 * 3600.0), (["--parallel-sites", "2"], 2 * 3600.0), (["--deadline-s", "5"], 5.0)]
+)
+def test_a_round_on_one_machine_waits_for_all_turns_of_its_sites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], seconds: float
+) -> None:
+    for site in "ABC":
+        (tmp_path / "sites" / site).mkdir(parents=True)
+    started: list[FederateConfig] = []
+    monkeypatch.setattr(launch, "federate", started.append)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args(["--root", str(tmp_path), "-d", "1", *given])) == 0
+    (config,) = started
+    assert config.deadline_s == seconds
+    assert config.device == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -82,3 +82,23 @@ def test_show_lists_every_entry_on_demand(tmp_path: Path, capsys: pytest.Capture
 def test_a_folder_without_sites_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["privacy", "show", "--root", str(tmp_path)]) == 2
     assert "holds no site" in capsys.readouterr().err
+
+
+def test_a_mistyped_site_is_no_site_that_has_spent_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "privacy",
+        "plan",
+        "--epsilon",
+        "8",
+        "--delta",
+        "1e-5",
+        "--sample-rate",
+        "0.1",
+        "--steps",
+        "10",
+        "--site-root",
+    ]
+    assert main([*words, str(tmp_path / "nowhere")]) == 2
+    assert "what its site has spent is not known" in capsys.readouterr().err
+    assert main([*words, str(tmp_path)]) == 0
+    assert f"spent before: nothing in {tmp_path}" in capsys.readouterr().out

@@ -125,6 +125,35 @@ def test_a_file_that_was_cut_off_is_refused(dataset: Path) -> None:
     refused(dataset, "case b", f"b_0001{ENDING} is damaged", "Copy the file again")
 
 
+@pytest.mark.parametrize("keep", [0.5, 0.02])
+@pytest.mark.parametrize("name", ["imagesTr/a_0001", "labelsTr/a"])
+def test_a_label_or_a_header_that_was_cut_off_is_refused(tmp_path: Path, name: str, keep: float) -> None:
+    """Half a label reads as half a lesion; a lost header is no traceback."""
+    folder = tmp_path / "Dataset001_Small"
+    write_description(folder, channels=("T1", "T2"), n_training=2)
+    rng = np.random.default_rng(0)
+    for case in ("a", "b"):
+        write_case(folder, case, rng, n_channels=2, shape=(20, 24, 22))
+    file = folder / f"{name}{ENDING}"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data))])
+    refused(folder, "case a", str(file))
+
+
+def test_a_sites_file_that_cannot_be_used_is_refused(dataset: Path) -> None:
+    file = dataset / "sites.json"
+    for text, words in (
+        ("{", "sites.json"),
+        ('{"sites": {"X": {}}, "cases": {"a": "Y"}}', "belongs to site Y"),
+        ('{"sites": {"X": {}}, "cases": {"a": "X"}}', "case b: .* does not say which site"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=words):
+            check_raw_dataset(dataset, site="Hill")
+    file.write_text('{"sites": {"X": {}}, "cases": {"a": "X", "b": "X"}}')
+    check_raw_dataset(dataset, site="Hill")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_and_infinite_voxels_are_refused(dataset: Path, value: float) -> None:
     path = dataset / "imagesTr" / f"b_0001{ENDING}"

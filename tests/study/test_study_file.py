@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from nnunet_fedharm.cli import main
+from nnunet_fedharm.commands import study as study_command
 from nnunet_fedharm.errors import DataError, SetupError
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.sites.registry import SiteInfo, SitesFile
 from nnunet_fedharm.study.data import StudyData
+from nnunet_fedharm.study.estimate import Estimate, Estimator
 from nnunet_fedharm.study.matrix import Arm, Cell, arms_of, cells_of, control_arm
 from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile, read_study
 from nnunet_fedharm.study.template import write_template
@@ -231,3 +233,17 @@ def test_a_federated_cell_takes_the_central_cells_values(tmp_path: Path, dataset
     odd = study_of(tmp_path / "odd", dataset, "[training]\nsegmenter_epochs = 5\nlocal_epochs = 2\n")
     with pytest.raises(DataError, match=r"segmenter_epochs 5 in study\.toml is no multiple of local_epochs 2"):
         federate_config(StudyData(odd), Cell(Arm("federated", "none"), 0), tmp_path, device="cpu")
+
+
+def test_hours_of_cells_whose_time_nobody_knows_are_refused(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tmp_path, dataset)
+    prepared: list[StudyFile] = []
+    monkeypatch.setattr(StudyData, "prepare", lambda data: prepared.append(data.study))
+    cells = cells_of(study)
+    with pytest.raises(DataError, match="How long the cell central_none_seed-0 takes is not known yet"):
+        study_command._within(study, cells, "cpu", 0.1)
+    assert prepared == [study], "a step is timed on the planned network"
+    monkeypatch.setattr(Estimator, "of", lambda *_: Estimate(360.0, "guessed"))
+    assert study_command._within(study, cells, "cpu", 0.25) == cells[:2]
