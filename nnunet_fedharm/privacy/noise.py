@@ -45,15 +45,19 @@ class SecureNoise:
         self._calls = 0
 
     def __call__(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Float64 tensor of that shape on that device."""
-        return torch.from_numpy(self.wide(int(np.prod(shape, dtype=np.int64)))).reshape(shape).to(device)
+        """Float64 tensor of that shape on that device, which does all of the work but the cipher's."""
+        return self._numbers(int(np.prod(shape, dtype=np.int64)), device).reshape(shape)
 
     def wide(self, count: int) -> npt.NDArray[np.float64]:
         """So many numbers."""
-        values = np.empty(count)
+        numbers: npt.NDArray[np.float64] = self._numbers(count, torch.device("cpu")).numpy()
+        return numbers
+
+    def _numbers(self, count: int, device: torch.device) -> Tensor:
+        values = torch.empty(count, dtype=torch.float64, device=device)
         for start in range(0, count, _BLOCK):
             stop = min(start + _BLOCK, count)
-            values[start:stop] = self._normal(stop - start)
+            values[start:stop] = self._normal(stop - start, device)
         return values
 
     def hide(self, values: npt.NDArray[Any], sigma: float) -> npt.NDArray[np.float64]:
@@ -64,19 +68,19 @@ class SecureNoise:
         noisy = np.asarray(values, dtype=np.float64) + sigma * self.wide(values.size).reshape(values.shape)
         return np.asarray(np.round(noisy / step) * step)
 
-    def _normal(self, count: int) -> npt.NDArray[np.float64]:
+    def _normal(self, count: int, device: torch.device) -> Tensor:
         pairs = -(-count * PARTS // 2)
         self._calls += 1
         # 16 bytes: the block counter (from zero), then a nonce that no other call of this key uses.
         start = bytes(8) + self._calls.to_bytes(8, "little")
-        encryptor = Cipher(algorithms.ChaCha20(self._key, start), mode=None).encryptor()
-        integers = np.frombuffer(encryptor.update(bytes(16 * pairs)), dtype=np.uint64).reshape(2, pairs)
-        # 53 bits, shifted into (0, 1]: the logarithm of 0 does not exist.
-        first, second = ((integers >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
-        radius = np.sqrt(-2 * np.log(first))
-        normal = np.concatenate([radius * np.cos(2 * math.pi * second), radius * np.sin(2 * math.pi * second)])
-        parts: npt.NDArray[np.float64] = normal[: count * PARTS].reshape(PARTS, count).sum(axis=0) / math.sqrt(PARTS)
-        return parts
+        stream = bytearray(16 * pairs)
+        Cipher(algorithms.ChaCha20(self._key, start), mode=None).encryptor().update_into(bytes(16 * pairs), stream)
+        integers = torch.frombuffer(stream, dtype=torch.int64).to(device).reshape(2, pairs)
+        # 53 bits (the shift keeps a sign), moved into (0, 1]: the logarithm of 0 does not exist.
+        first, second = ((integers >> 11) & (2**53 - 1)).double().add_(1).mul_(2.0**-53)
+        radius, angle = first.log_().mul_(-2).sqrt_(), second.mul_(2 * math.pi)
+        normal = torch.cat([radius * angle.cos(), radius * angle.sin()])
+        return normal[: count * PARTS].reshape(PARTS, count).sum(dim=0) / math.sqrt(PARTS)
 
 
 class NoiseSource(Protocol):

@@ -83,8 +83,8 @@ def statistics_noise(factor: float) -> Iterator[None]:
         def __init__(self) -> None:
             super().__init__(bytes(32))
 
-        def _normal(self, count: int) -> npt.NDArray[np.float64]:
-            return factor * super()._normal(count)
+        def _normal(self, count: int, device: torch.device) -> Tensor:
+            return factor * super()._normal(count, device)
 
     with patch.object(noisy_statistics, "SecureNoise", Scaled):
         yield
