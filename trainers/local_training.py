@@ -28,7 +28,7 @@ from nnunet_fedharm.trainers.pictures import spare_pictures
 from nnunet_fedharm.trainers.results import make_trainer, write_results_folder
 from nnunet_fedharm.trainers.round_states import RoundStates
 from nnunet_fedharm.trainers.seeds import derive_seed, patch_seed, seed_everything, torch_generator
-from nnunet_fedharm.trainers.segmenter_state import epoch_means, restore_segmenter, segmenter_state
+from nnunet_fedharm.trainers.segmenter_state import epoch_means, refuse_not_finite, restore_segmenter, segmenter_state
 from nnunet_fedharm.trainers.weights import Weights, load_weights
 
 Phase = Literal["harmonizer", "segmenter"]
@@ -291,9 +291,13 @@ class LocalTraining:
         with added as terms:
             trainer.run_epochs(first_epoch, epochs)
         change = {} if drift is None or terms is None else drift.update(terms, round_index)
-        self.states.keep("segmenter", round_index, segmenter_state(trainer) | {"own": copies(trainer.network, local)})
+        kept = segmenter_state(trainer) | {"own": copies(trainer.network, local)}
         metrics = epoch_means(trainer, epochs)
         trainer.on_train_end()  # stops the data loaders' workers
+        refuse_not_finite(
+            self.site, trainer.network.state_dict(), kept["optimizer"]
+        )  # kept, it would spoil all later rounds
+        self.states.keep("segmenter", round_index, kept)
         return LocalResult(
             weights=shared_weights(trainer.network, local),
             n_steps=epochs * trainer.num_iterations_per_epoch,

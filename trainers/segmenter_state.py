@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 
 
@@ -29,6 +32,21 @@ def segmenter_state(trainer: nnUNetTrainerFedHarm) -> dict[str, Any]:
         "logging": {key: _plain(values) for key, values in log.items()},
         "best_ema": None if trainer._best_ema is None else float(trainer._best_ema),
     }
+
+
+def refuse_not_finite(site: str, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+    """Refuse a round whose weights or momentum became NaN or infinity.
+
+    Raises:
+        DataError: they did.
+    """
+    memory = [value for entry in optimizer["state"].values() for value in entry.values() if torch.is_tensor(value)]
+    if all(bool(torch.isfinite(tensor).all()) for tensor in (*weights.values(), *memory) if tensor.is_floating_point()):
+        return
+    raise DataError(
+        f"Site {site}: training gave NaN or infinity. Nothing of this round is kept, and the next one starts from the state "
+        "before it; where it happens again, look at the cases that came last, or start with a smaller learning rate."
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.federation.watch.reading import STALLED_AFTER_S, read_run, server_root
+from nnunet_fedharm.federation.watch.reading import STALLED_AFTER_S, Reading, read_run, server_root
 from nnunet_fedharm.federation.watch.view import RunView
 
 HELP = (
@@ -53,7 +53,8 @@ def reader(args: argparse.Namespace) -> Callable[[], RunView]:
         if not getattr(args, name) > 0:
             raise FederationError(f"--{name.replace('_', '-')} must be > 0, got {getattr(args, name):g}.")
     folder = server_root(args.root, args.server_root)
-    return lambda: read_run(folder, stalled_after_s=args.stalled_after)
+    before = Reading()
+    return lambda: read_run(folder, stalled_after_s=args.stalled_after, before=before)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -142,3 +142,5 @@ def _take(key: str, reply: Message, accept: Callable[[str, RecordDict], T], answ
         raise  # the server's own disk: no fault of the site, and no reason to let it train again
     except FedHarmError as error:
         answers.failures[key] = str(error)
+    except Exception as error:  # noqa: BLE001 (whatever a broken or hostile site sends, the others go on)
+        answers.failures[key] = f"the reply of {key} cannot be read ({type(error).__name__})."

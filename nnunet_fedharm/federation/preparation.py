@@ -22,7 +22,7 @@ from nnunet_fedharm.federation.messages import (
     pack,
     unpack_reply,
 )
-from nnunet_fedharm.federation.roster import Roster
+from nnunet_fedharm.federation.roster import REJOIN_DEADLINE_S, Roster
 from nnunet_fedharm.federation.secure.checks import check_secure_sites
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.federation.strategy_checks import check_sites
@@ -69,11 +69,15 @@ class Preparation:
         return state
 
     def _gather(self, state: ServerState) -> None:
-        """Wait for the sites; before the first round all of them have to come."""
+        """Wait for the sites; before the first round all of them have to come, later they are taken as between rounds."""
         started = bool(state.plans)
         self.roster.facts |= {site: SiteFacts.from_dict(facts) for site, facts in state.facts.items()}
+        wait_s = self.config.join_wait_s
         self.roster.wait_for_all(
-            seconds=self.config.join_wait_s, check_data=not state.facts, deadline_s=self.config.prepare_deadline_s
+            seconds=wait_s,
+            check_data=not state.facts,
+            deadline_s=max(wait_s, REJOIN_DEADLINE_S) if started else self.config.prepare_deadline_s,
+            strict=not started,
         )
         missing = self.roster.missing
         if not missing:

@@ -1,11 +1,13 @@
 """Who is where: sites by name, whatever node id Flower gives them today.
 
-A restarted SuperNode comes back under a new node id, so every unknown node is asked for its site's name and facts before it
-takes part; a site that comes back gets the final plans again where its own are missing or old.
+A restarted SuperNode comes back under a new node id (under the former one where its key is registered), so every unknown node is
+asked for its site's name and facts before it takes part; a site that comes back gets the final plans again where its own are
+missing or old.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -26,6 +28,8 @@ REJOIN_DEADLINE_S = 120.0
 """How long the run waits for an unknown node to say who it is, once training has begun."""
 _ATTEMPTS = 2
 """How often in a row a node that says nothing is asked, while enough sites are there."""
+_REFUSED_S = 600.0
+"""Until a refused node is asked again: what was wrong with it may have been mended without Flower's seeing it leave."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +59,32 @@ class Roster:
     nodes: dict[str, int] = field(default_factory=dict)
     plans_hash: dict[str, str] = field(default_factory=dict)
     _attempts: Counter[int] = field(default_factory=Counter)
-    _refused: set[int] = field(default_factory=set)
+    _refused: dict[int, float] = field(default_factory=dict)
+    """Node -> monotonic time before which it is not asked again."""
 
     @property
     def missing(self) -> list[str]:
         """Expected sites that are not there."""
         return [site for site in self.expected if site not in self.nodes]
 
-    def wait_for_all(self, *, seconds: float, check_data: bool, deadline_s: float) -> None:
+    def wait_for_all(self, *, seconds: float, check_data: bool, deadline_s: float, strict: bool = True) -> None:
         """Wait until every expected site has answered preflight, or the time is over (then `missing` is not empty).
 
+        Args:
+            strict: all sites are needed; else those that refuse or disagree are set aside, as between rounds.
+
         Raises:
-            FederationError: a site refused, or two nodes have one name.
-            SiteMismatchError: a site disagrees with the others.
+            FederationError: strict, and a site refused, or two nodes have one name.
+            SiteMismatchError: strict, and a site disagrees with the others.
         """
         start, announced = time.monotonic(), -1.0
         while True:
-            failures = self.refresh(check_data=check_data, deadline_s=deadline_s, strict=True)
-            if failures:
+            failures = self.refresh(check_data=check_data, deadline_s=deadline_s, strict=strict)
+            if strict and failures:
                 raise FederationError(failures[0])
             waited = time.monotonic() - start
             if not self.missing or waited > seconds:
+                self.ask_again()  # who was busy with an earlier round has not used up its chances
                 return
             if announced < 0 or waited - announced > 15:
                 announced = waited
@@ -87,13 +96,16 @@ class Roster:
     ) -> list[str]:
         """Forget nodes that left and identify new ones; returns what sites said that were set aside (dead nodes say nothing)."""
         online = set(self.grid.get_node_ids())
-        self._refused &= online  # who left and comes back may have been mended
+        # Who left and comes back may have been mended.
+        self._refused = {node: until for node, until in self._refused.items() if node in online}
+        self._attempts = Counter({node: count for node, count in self._attempts.items() if node in online})
         for site in [name for name, node in self.nodes.items() if node not in online]:
             del self.nodes[site]
             self.log.write("site_lost", site=site)
             # Its new node may be among the silent ones: nobody waited for their answer while Flower listed the dead node.
             self.ask_again()
-        known = set(self.nodes.values()) | self._refused
+        refused = {node for node, until in self._refused.items() if time.monotonic() < until}
+        known = set(self.nodes.values()) | refused
         unknown = sorted(node for node in online - known if self._attempts[node] < _ATTEMPTS)
         if not unknown:
             return []
@@ -101,11 +113,13 @@ class Roster:
         honest = {node: hello for node, hello in answers.accepted.items() if not self._is_false(int(node), hello)}
         if strict:
             _refuse_twins(honest)
-        refused = [self._admit(int(node), hello, strict) for node, hello in sorted(honest.items())]
+        for node in set(answers.accepted) | (set(answers.failures) - answers.undelivered):
+            self._attempts.pop(int(node), None)  # it says something
+        turned_away = [self._admit(int(node), hello, strict) for node, hello in sorted(honest.items())]
         failed = [text for node, text in answers.failures.items() if node not in answers.undelivered]
         for text in failed:
             self.log.write("node_set_aside", reason=text)
-        return [text for text in refused if text] + failed
+        return [text for text in turned_away if text] + failed
 
     def ask_again(self) -> None:
         """Ask nodes that said nothing so far once more: a site is missing, and one of them may be it."""
@@ -140,7 +154,7 @@ class Roster:
         """Whether a node uses a name that is not its key's; the run goes on without it."""
         reason = false_name(self.log.path.parent, node, hello.facts.site)
         if reason:
-            self._refused.add(node)
+            self._refused[node] = time.monotonic() + _REFUSED_S
             self.log.write("node_set_aside", reason=reason)
         return bool(reason)
 
@@ -152,19 +166,40 @@ class Roster:
                 f"Site {site} is not part of this run ({', '.join(self.expected)}). Add it to sites or stop its node."
             )
         else:
-            reason = self._disagreement(hello.facts)
+            reason = self._disagreement(hello.facts) or ("" if strict else self._change(hello.facts))
         if reason:
             self.log.write("site_refused", site=site, reason=reason)
             if strict:
                 raise SiteMismatchError(reason)
-            self._refused.add(node)
+            self._refused[node] = time.monotonic() + _REFUSED_S
             return reason
         former = self.nodes.get(site)
         if former is not None:
             # Flower lists a dead node for up to a minute; it must not be asked again for who it is.
-            self._refused.add(former)
-        self.nodes[site], self.facts[site], self.plans_hash[site] = node, hello.facts, hello.plans_hash
+            self._refused[former] = math.inf
+        self.nodes[site], self.plans_hash[site] = node, hello.plans_hash
+        if strict:
+            self.facts[site] = hello.facts
+        else:
+            self.facts.setdefault(site, hello.facts)
         self.log.write("site_joined", site=site, labelled=hello.facts.n_labelled, unlabelled=hello.facts.n_unlabelled)
+        return ""
+
+    def _change(self, facts: SiteFacts) -> str:
+        """What stands against a site that comes back with other data than at preflight; smaller changes are a warning."""
+        former = self.facts.get(facts.site)
+        if former is None:
+            return ""
+        if bool(former.n_labelled) != bool(facts.n_labelled):
+            return (
+                f"Site {facts.site} had {former.n_labelled} labelled cases at the start of this run, {facts.n_labelled} now. "
+                "Look whether its data are all mounted, or start a new run."
+            )
+        if (former.n_labelled, former.n_unlabelled) != (facts.n_labelled, facts.n_unlabelled):
+            words = f"{former.n_labelled} labelled and {former.n_unlabelled} unlabelled cases"
+            self.log.write(
+                "warning", text=f"Site {facts.site} has other data than at the start of this run; {words} still count."
+            )
         return ""
 
     def _disagreement(self, facts: SiteFacts) -> str:

@@ -117,6 +117,9 @@ class RunOptions(Protocol):
     def quorum(self) -> int: ...
 
     @property
+    def start_from(self) -> str: ...
+
+    @property
     def site_names(self) -> tuple[str, ...]: ...
 
     @property

@@ -6,7 +6,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,10 +139,11 @@ def training_environment(device: str) -> Iterator[None]:
 def describe_error(site: Site, error: Exception) -> tuple[str, str]:
     """Kind and sentence that may leave the site: no case identifier, no path; the whole goes to the site's own log."""
     stamp = datetime.now(UTC).isoformat(timespec="seconds")
-    site.folder.mkdir(parents=True, exist_ok=True)
     whole = str(error) if isinstance(error, FedHarmError) else "".join(traceback.format_exception(error))
-    with (site.folder / SITE_LOG).open("a", encoding="utf-8") as stream:
-        stream.write(f"{stamp} {type(error).__name__}: {whole}\n")
+    with suppress(OSError):  # on a full disk the sentence has to reach the server all the more
+        site.folder.mkdir(parents=True, exist_ok=True)
+        with (site.folder / SITE_LOG).open("a", encoding="utf-8") as stream:
+            stream.write(f"{stamp} {type(error).__name__}: {whole}\n")
     kind = type(error).__name__
     if not isinstance(error, FedHarmError):
         return kind, f"Site {site.name} failed with {kind}; the reason is in its own log fedharm/{SITE_LOG}."

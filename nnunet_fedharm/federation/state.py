@@ -108,11 +108,16 @@ def save_state(folder: Path, state: ServerState, weights: Weights | None) -> Non
     for kind, tensors in (("weights", weights), ("memory", state.memory.tensors or None)):
         name, digest = "", ""
         if tensors is not None:
-            name = "{kind}-{harmonizer:05d}-{segmenter:05d}.safetensors".format(kind=kind, **state.rounds_done)
+            # Never the name that the former state has: the same round may be saved twice, the gate shut and then open.
+            numbers = "{kind}-{harmonizer:05d}-{segmenter:05d}".format(kind=kind, **state.rounds_done)
+            name = f"{numbers}-{secrets.token_hex(3)}.safetensors"
             digest = write_weights(folder / name, tensors)
         content |= {f"{kind}_file": name, f"{kind}_sha256": digest}
     write_json(folder / STATE_FILE, content)
-    for old in folder.glob("*.safetensors"):
+    for old in (
+        *folder.glob("*.safetensors"),
+        *folder.glob(".*.safetensors.*.tmp"),
+    ):  # those that a kill left half written too
         if old.name not in (content["weights_file"], content["memory_file"]):
             old.unlink(missing_ok=True)
 

@@ -131,6 +131,11 @@ def _check_local_groups(config: RunOptions) -> None:
         raise FederationError(
             "With these local-groups no tensor is shared: there is nothing to federate. Leave one group out."
         )
+    if set(groups) - {"harmonizer"} and config.start_from:
+        raise FederationError(
+            "start-from reaches the sites with the shared tensors only: what local-groups keeps at home would start at random. "
+            "Use one of the two."
+        )
     for name, used in (("The strategy scaffold", config.strategy == "scaffold"), ("server-ema", config.server_ema > 0)):
         if groups and used:
             raise FederationError(

@@ -129,7 +129,7 @@ def test_every_field_is_an_option_of_the_command() -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     args = parser.parse_args(
-        ["--root", "/r", "-d", "910", "-c", "3d_fullres", "-f", "0", "--fp16", "--deadline-s", "9"]
+        ["--root", "/r", "-d", "910", "-c", "3d_fullres", "-f", "0", "--fp16", "--deadline-s", "9", "--device", "cpu"]
     )
     config = FederateConfig(**{item.name: getattr(args, item.name) for item in fields(FederateConfig)})
     wanted = {"dataset": "910", "configuration": "3d_fullres", "fold": "0", "fp16": True, "deadline_s": 9.0}

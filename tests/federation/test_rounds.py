@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,67 @@ def test_a_site_that_was_refused_and_mended_is_let_in(tmp_path: Path) -> None:
     bench.grid.clients[2] = sites[1]
     bench.run(5, weights=mean)
     assert bench.state.history[4]["sites"] == ["A", "B"]
+
+
+def test_a_site_that_answered_with_errors_and_was_mended_under_its_node_id_is_asked_again(tmp_path: Path) -> None:
+    """A registered key keeps its node id: what the node said before must not count against it for ever."""
+    bench = Bench(tmp_path, [ScriptedSite(name, step=1) for name in "ABC"], quorum=2)
+    mended = bench.grid.clients[3]
+    bench.grid.clients[3] = lambda message: Message(error_reply("DataError", "no dataset"), reply_to=message)
+    del bench.roster.nodes["C"]
+    for _ in range(4):
+        bench.roster.refresh()
+    assert "C" not in bench.roster.nodes
+    bench.grid.clients[3] = mended
+    bench.roster.refresh()
+    assert bench.roster.nodes["C"] == 3
+
+
+def test_a_refused_node_that_never_left_is_asked_again_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = [ScriptedSite(name, step=1) for name in "ABC"]
+    bench = Bench(tmp_path, sites, quorum=2)
+    right = dict(sites[2].facts)
+    sites[2].facts = {**right, "labels": {"background": 0, "other": 1}}
+    del bench.roster.nodes["C"]
+    assert bench.roster.refresh()
+    sites[2].facts = right
+    bench.roster.refresh()
+    assert "C" not in bench.roster.nodes
+    later = time.monotonic() + 601
+    monkeypatch.setattr("nnunet_fedharm.federation.roster.time.monotonic", lambda: later)
+    bench.roster.refresh()
+    assert bench.roster.nodes["C"] == 3
+
+
+def test_facts_of_preflight_hold_when_a_site_comes_back_with_other_data(tmp_path: Path) -> None:
+    sites = [ScriptedSite(name, step=1) for name in "AB"]
+    bench = Bench(tmp_path, sites, quorum=1)
+    before = bench.roster.facts["B"].n_labelled
+    for count, let_in in ((before + 5, True), (0, False)):
+        sites[1].facts = {**sites[1].facts, "n_labelled": count}
+        bench.roster.nodes.pop("B", None)
+        bench.roster.refresh()
+        assert ("B" in bench.roster.nodes) is let_in
+        assert bench.roster.facts["B"].n_labelled == before
+    assert "still count" in bench.events("warning")[0]["text"]
+    assert "all mounted" in bench.events("site_refused")[0]["reason"]
+
+
+def test_a_reply_that_no_parser_expects_is_set_aside_and_the_round_goes_on(tmp_path: Path) -> None:
+    class Overflowing(ScriptedSite):
+        def _train(self, message: Message) -> Message | None:
+            answer = super()._train(message)
+            assert answer is not None
+            values = answer.content.config_records["config"]
+            (name,) = [key for key, value in values.items() if "dice" in str(value)]
+            values[name] = str(values[name]).replace("7.5", "1" + "0" * 400)
+            return answer
+
+    bench = Bench(tmp_path, [ScriptedSite("A", step=2), Overflowing("B", step=7.5)], quorum=1)
+    np.testing.assert_allclose(bench.run()["segmenter.w"], 2.0)
+    assert "cannot be read" in bench.events("site_set_aside")[0]["reason"]
 
 
 def test_a_slow_site_is_asked_until_the_deadline_where_the_quorum_needs_it(tmp_path: Path) -> None:

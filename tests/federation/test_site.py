@@ -13,7 +13,8 @@ import pytest
 from nnunet_fedharm.errors import DataError, FederationError, SetupError
 from nnunet_fedharm.federation.daemon import descendants, refuse_stale_daemon, stop_process
 from nnunet_fedharm.federation.progress import describe, human_bytes
-from nnunet_fedharm.federation.site import case_identifiers, describe_error, locate_site, redact
+from nnunet_fedharm.federation.site import SITE_LOG, Site, case_identifiers, describe_error, locate_site, redact
+from nnunet_fedharm.nnunet_root import NnunetRoot
 
 
 @pytest.fixture
@@ -128,3 +129,11 @@ def test_every_event_has_a_line() -> None:
     assert describe(event) == "  A: loss 0.500  Dice 0.250  2.0 s  down 2.0 KiB, up 100 B"
     assert describe({"event": "unknown"}) is None
     assert human_bytes(3 * 2**30) == "3.00 GiB"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_keeps_no_error_from_the_server(tmp_path: Path) -> None:
+    site = Site(name="B", root=NnunetRoot(tmp_path), device="cpu", num_processes=1)
+    site.folder.mkdir(parents=True)
+    (site.folder / SITE_LOG).symlink_to("/dev/full")
+    assert describe_error(site, DataError("Site B: the disk is full.")) == ("DataError", "Site B: the disk is full.")

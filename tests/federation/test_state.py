@@ -59,7 +59,32 @@ def test_only_the_weights_of_the_last_round_are_kept(tmp_path: Path) -> None:
     for _ in range(3):
         state = state.with_round("segmenter", {}, None)
         save_state(tmp_path, state, WEIGHTS)
-    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["weights-00000-00003.safetensors"]
+    assert [path.name[:19] for path in tmp_path.glob("*.safetensors")] == ["weights-00000-00003"]
+
+
+def test_a_crash_between_two_saves_of_one_round_leaves_the_former_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After harmonizer rounds alone the gate is opened and the same round saved once more."""
+    state = new_state("0" * 12, {}).with_round("harmonizer", {}, None)
+    save_state(tmp_path, state, WEIGHTS)
+    half = tmp_path / ".weights-00001-00000-abcdef.safetensors.77.tmp"
+    half.write_bytes(b"of an earlier crash")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_fedharm.federation.state.write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_state(tmp_path, state, {name: np.asarray(value + 1) for name, value in WEIGHTS.items()})
+    _, weights = load_state(tmp_path)
+    assert weights is not None
+    for name, value in WEIGHTS.items():
+        np.testing.assert_array_equal(weights[name], value)
+    save_state(tmp_path, state, WEIGHTS)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    assert not half.exists()
 
 
 @pytest.mark.parametrize("suffix", ["state.json", ".safetensors"])

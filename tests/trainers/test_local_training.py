@@ -9,7 +9,8 @@ import pytest
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunet_fedharm.errors import CheckpointError, FederationError
+from nnunet_fedharm.errors import CheckpointError, DataError, FederationError
+from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.local_training import LocalResult, LocalTraining
 from nnunet_fedharm.trainers.results import initial_weights, write_results_folder
 from nnunet_fedharm.trainers.weights import Weights
@@ -65,6 +66,26 @@ def test_the_optimizer_lives_on_between_rounds(active: Planned, tmp_path: Path) 
     kept = site(active, tmp_path / "kept").run(**arguments)
     fresh = site(active, tmp_path / "fresh").run(**arguments)
     assert not equal(kept, fresh)
+
+
+def test_a_round_that_gave_nan_is_refused_and_spoils_no_later_one(
+    active: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = start(active)
+    arguments = {"phase": "segmenter", "epochs": 1, "weights": weights}
+    site(active, tmp_path).run(round_index=0, first_epoch=0, **arguments)
+    trained = nnUNetTrainerFedHarm.run_epochs
+
+    def one_bad_case(trainer: nnUNetTrainerFedHarm, first: int, count: int) -> None:
+        trained(trainer, first, count)
+        next(iter(trainer.optimizer.state.values()))["momentum_buffer"].fill_(torch.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nnUNetTrainerFedHarm, "run_epochs", one_bad_case)
+        with pytest.raises(DataError, match="Site A: training gave NaN or infinity"):
+            site(active, tmp_path).run(round_index=1, first_epoch=1, **arguments)
+    after = site(active, tmp_path).run(round_index=1, first_epoch=1, **arguments)
+    assert all(np.isfinite(value).all() for value in after.weights.values())
 
 
 def test_a_round_that_was_missed_is_no_obstacle(active: Planned, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,39 @@ def server_root(root: Path | None, server: Path | None) -> Path:
     )
 
 
-def read_run(folder: Path, *, stalled_after_s: float = STALLED_AFTER_S, now: datetime | None = None) -> RunView:
+@dataclass
+class Reading:
+    """What was read of a log before; a look at a run of weeks then costs the lines that have come since."""
+
+    events: list[Event] = field(default_factory=list)
+    offset: int = 0
+    first: bytes = b""
+    """Beginning of the file: another one means that the log was started anew."""
+
+    def read(self, path: Path) -> list[Event]:
+        """All events."""
+        with path.open("rb") as stream:
+            first = stream.read(256)
+        if path.stat().st_size < self.offset or not first.startswith(self.first):
+            self.events, self.offset = [], 0
+        self.first = first
+        more, self.offset = read_events(path, self.offset)
+        self.events += more
+        return self.events
+
+
+def read_run(
+    folder: Path,
+    *,
+    stalled_after_s: float = STALLED_AFTER_S,
+    now: datetime | None = None,
+    before: Reading | None = None,
+) -> RunView:
     """The newest run of a server.
 
     Args:
         folder: the server's folder.
+        before: of an earlier look at the same server, for the next ones.
         stalled_after_s: seconds without an event after which a run counts as stalled.
         now: for tests.
 
@@ -63,7 +91,7 @@ def read_run(folder: Path, *, stalled_after_s: float = STALLED_AFTER_S, now: dat
     now = now or datetime.now(UTC)
     path = folder / "fedharm" / EVENTS_FILE
     try:
-        events, _ = read_events(path)
+        events = (before or Reading()).read(path) if path.exists() else []
     except OSError as error:
         raise FederationError(
             f"Cannot read {path}: {error.strerror}. Ask whoever runs the server for the right."
