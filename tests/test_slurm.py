@@ -70,6 +70,15 @@ def test_a_dry_run_writes_nothing_and_a_run_says_how_to_submit(
     assert f"sbatch {tmp_path / 'jobs' / 'fedharm-site.sh'}" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-d", "910", "-c", "2d", "--nnunet-root", "/proj/x", "-o", "/dev/null/s"]
+    assert main(["slurm", "train", *words]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "Cannot write /dev/null/s/fedharm-train.sh: Not a directory. Choose a folder that this user may write." in error
+    )
+
+
 def test_directives_are_those_that_were_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     text = written("train", capsys, "-f", "0", "3", "--sbatch=--reservation=now", "--mem", "64G")
     found = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text, flags=re.M))

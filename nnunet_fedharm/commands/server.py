@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     register.add_argument("site", metavar="SITE")
     register.add_argument("key", type=Path, metavar="KEYFILE", help="the site's node.pub")
     register.add_argument("--replace", action="store_true", help="the site made a new key; the former one is shut out")
+    register.add_argument(
+        "--new-site", action="store_true", help="the consortium's list of expected sites lacks it; it is entered there"
+    )
     remove = _action(actions, "remove", "shut a site out")
     remove.add_argument("site", metavar="SITE")
     _action(actions, "sites", "who is registered, and who is connected now")
@@ -110,7 +113,7 @@ def _membership(args: argparse.Namespace, folder: Any) -> int:
     from nnunet_fedharm.federation.deploy import server
 
     if args.action == "register":
-        told = server.register_site(folder, args.site, args.key, replace_key=args.replace)
+        told = server.register_site(folder, args.site, args.key, replace_key=args.replace, new_site=args.new_site)
         text = f"{args.site} is registered"
     else:
         told = server.remove_site(folder, args.site)

@@ -20,9 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     join.add_argument(
         "--fingerprint", default="", help="that the coordinator read out by telephone; refused if it differs"
     )
-    join.add_argument("--address", default="", help="one of the consortium's addresses (default: the first)")
-    join.add_argument("--device", default="cuda", help="cuda, cuda:N, mps or cpu (default: cuda)")
-    join.add_argument("--num-processes", type=int, default=2, help="for fingerprints and preprocessing (default: 2)")
+    join.add_argument(
+        "--address", default="", help="one of the consortium's addresses (default: the first; joining again keeps it)"
+    )
+    join.add_argument("--device", default="", help="cuda, cuda:N, mps or cpu (default: cuda; joining again keeps it)")
+    join.add_argument(
+        "--num-processes", type=int, help="for fingerprints and preprocessing (default: 2; joining again keeps it)"
+    )
     join.add_argument("--new-key", action="store_true", help="make a new key; the coordinator has to register it")
     for name, text in (
         ("start", "take part until Ctrl-C or SIGTERM; outgoing connections only"),
@@ -42,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
         return _policy(args)
     if args.action == "join":
         return _join(args)
-    from nnunet_fedharm.federation.deploy.site_node import SiteFolder, check_site, start_site
+    from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
+    from nnunet_fedharm.federation.deploy.site_node import check_site, start_site
 
     folder = SiteFolder(args.root.expanduser().resolve())
     if args.action == "start":
@@ -54,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _join(args: argparse.Namespace) -> int:
-    from nnunet_fedharm.federation.deploy.site_node import JoinOptions, join
+    from nnunet_fedharm.federation.deploy.device import device_trouble
+    from nnunet_fedharm.federation.deploy.site_join import JoinOptions, join
     from nnunet_fedharm.federation.deploy.units import write_site_units
 
     options = JoinOptions(
@@ -71,6 +77,9 @@ def _join(args: argparse.Namespace) -> int:
     print(f"\n    {consortium.fingerprint}\n")
     print(f"Send this line (it is {folder.node_key.with_suffix('.pub')}) to the coordinator:")
     print(f"\n    {line}\n")
+    trouble = device_trouble(folder.settings()["device"], file=folder.settings_file)
+    if trouble:
+        print(f"Before the site can start: {trouble}")
     print(f"Your rules: {folder.policy_file}")
     print(f"Examples for running it: {', '.join(str(path) for path in written)}")
     print(f"Next: nnunet-fedharm site start {folder.root}")
@@ -83,7 +92,7 @@ def _policy(args: argparse.Namespace) -> int:
     if args.root is None:
         print(TEMPLATE, end="")
         return 0
-    from nnunet_fedharm.federation.deploy.site_node import SiteFolder
+    from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
     from nnunet_fedharm.federation.policy import checked_policy
 
     folder = SiteFolder(args.root.expanduser().resolve())

@@ -93,16 +93,20 @@ def hand_over(job: Job, args: argparse.Namespace, paths: Mapping[str, str]) -> i
         paths: nnU-Net's variable -> folder.
 
     Raises:
-        SetupError: an option that would be something else in the script, or no sbatch to submit with.
+        SetupError: an option that would be something else in the script, a folder that cannot be written, or no sbatch to
+            submit with.
     """
     output = args.output.expanduser().resolve()
     text = script(job, _cluster(args, output, paths))
     if args.dry_run:
         print(text, end="")
         return 0
-    output.mkdir(parents=True, exist_ok=True)
     path = output / f"{job.name}.sh"
-    path.write_text(text, encoding="utf-8")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SetupError(f"Cannot write {path}: {error.strerror}. Choose a folder that this user may write.") from error
     print(f"written: {path}")
     if not args.submit:
         print(f"Look at it, then: sbatch {shlex.quote(str(path))}")

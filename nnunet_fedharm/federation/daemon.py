@@ -11,19 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 from nnunet_fedharm.errors import SetupError
 
 CONNECTION = "fedharm"
 """Name of the SuperLink connection in the run's own Flower config."""
 _DAEMON_FILE = "daemon.json"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _START_S = 60.0
 _STOP_S = 20.0
 
@@ -33,7 +35,15 @@ def app_folder() -> Path:
     return Path(str(files("nnunet_fedharm") / "flower_app"))
 
 
-def flower_environment(home: Path, *, device: str, parallel_sites: int, look_every_s: float = 1.0) -> dict[str, str]:
+def flower_environment(
+    home: Path,
+    *,
+    device: str,
+    parallel_sites: int,
+    look_every_s: float = 1.0,
+    hosts: Sequence[str] = (),
+    proxy: str = "",
+) -> dict[str, str]:
     """Environment of every Flower process of a run: offline, on loopback, nothing installed at run time.
 
     Flower's daemon keeps the environment of its first start, so everything has to be set before.
@@ -41,8 +51,9 @@ def flower_environment(home: Path, *, device: str, parallel_sites: int, look_eve
     Args:
         look_every_s: how often Flower's helper asks whether there is a process to start. A site's rounds wait for it; a
             server's helper starts one process in the whole run, and each of its questions costs the SuperLink 10 to 40 ms.
+        hosts, proxy: as in `with_proxies`.
     """
-    environment = dict(os.environ)
+    environment = with_proxies(os.environ, hosts=hosts, proxy=proxy)
     environment |= {
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -61,6 +72,28 @@ def flower_environment(home: Path, *, device: str, parallel_sites: int, look_eve
     if device == "cpu":
         environment |= {"nnUNet_compile": "f", "nnUNet_n_proc_DA": "0"}
     return environment
+
+
+def with_proxies(environment: Mapping[str, str], *, hosts: Sequence[str] = (), proxy: str = "") -> dict[str, str]:
+    """An environment in which Flower's HTTP client takes exactly one way.
+
+    The client follows exported proxies even to loopback, where the run's own processes call each other.
+
+    Args:
+        environment: to start from; what its NO_PROXY names stays there.
+        hosts: names and addresses that are called directly, as loopback is.
+        proxy: the only way to everything but loopback, whatever is exported; empty for none.
+    """
+    # The client does not start where one of them names a SOCKS proxy, though NO_PROXY has every host that it calls.
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if not (name.lower() in _PROXIES and value.lower().startswith("socks"))
+    }
+    own = [] if proxy else [*f"{kept.get('no_proxy', '')},{kept.get('NO_PROXY', '')}".split(","), *hosts]
+    direct = ",".join(dict.fromkeys(name.strip() for name in (*own, *_LOOPBACK) if name.strip()))
+    kept |= {"NO_PROXY": direct, "no_proxy": direct}
+    return kept | ({"HTTPS_PROXY": proxy, "https_proxy": proxy} if proxy else {})
 
 
 def program(name: str) -> str:
@@ -201,11 +234,12 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_file: Path
         SetupError: it ended, or did not answer within a minute.
     """
     end = time.monotonic() + _START_S
+    direct = build_opener(ProxyHandler({}))  # an exported proxy leads to no loopback of ours
     while time.monotonic() < end:
         if process.poll() is not None:
             break
         try:
-            with urlopen(f"http://127.0.0.1:{port}/health", timeout=1.0):
+            with direct.open(f"http://127.0.0.1:{port}/health", timeout=1.0):
                 return
         except (URLError, OSError):
             time.sleep(0.2)

@@ -63,6 +63,11 @@ def test_a_task_runs_its_own_cell(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]  # fmt: skip
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "slurm", str(Study(tmp_path).folder), "-o", "/dev/null/x"]) == 2
+    assert "Cannot write /dev/null/x/fedharm-study.sh: Not a directory. Choose a folder" in capsys.readouterr().err
+
+
 def test_a_finished_study_has_no_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = Study(tmp_path)
     for cell in cells_of(study.study):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import socket
 import ssl
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -17,12 +16,15 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nnunet_fedharm.errors import SetupError
 from nnunet_fedharm.federation.deploy.keys import write_private
+from nnunet_fedharm.federation.deploy.proxies import connect
 
 CA_YEARS, SERVER_DAYS = 10, 397
 """The server's certificate is renewed once a year; the authority outlives the study."""
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
 _LOCAL = ("localhost", "127.0.0.1")
 """Flower's own processes at the server speak TLS with the SuperLink too."""
+_NOT_YET, _ENDED = 9, 10
+"""OpenSSL's codes of a certificate outside of its time (X509_V_ERR_…)."""
 
 
 def make_authority(name: str, certificate: Path, key: Path) -> None:
@@ -82,28 +84,46 @@ def days_left(certificate: Path) -> int:
     return (ends - datetime.now(UTC)).days
 
 
-def check_server(address: str, authority: Path, *, seconds: float = 10.0) -> str:
+def check_server(address: str, authority: Path, *, seconds: float = 10.0, proxy: str = "") -> str:
     """Make a TLS connection to the server as a site does.
+
+    Args:
+        proxy: HTTP proxy of the site's settings; empty for none, whatever is exported.
 
     Returns:
         An empty text, or why the server cannot be reached now; it may be reachable later.
 
     Raises:
-        SetupError: somebody answers who is not this consortium's server.
+        SetupError: somebody answers who is not this consortium's server, or whose certificate is not valid now.
     """
     host, port = split_address(address)
     context = ssl.create_default_context(cafile=str(authority))
     try:
-        with socket.create_connection((host, port), timeout=seconds) as plain:
+        with connect(host, port, proxy=proxy, seconds=seconds) as plain:
             context.wrap_socket(plain, server_hostname=host).close()
     except ssl.SSLCertVerificationError as error:
-        raise SetupError(
-            f"Who answers at {address} is not this consortium's server ({error.verify_message}). Ask the coordinator for the "
-            "present consortium file, and compare its fingerprint by telephone."
-        ) from error
+        raise SetupError(_why_not_believed(address, error)) from error
     except (OSError, ssl.SSLError) as error:
-        return f"{address} does not answer ({error}). Is the server running, and does the firewall let TCP {port} out?"
+        way, guard = (" through the site's proxy", "proxy") if proxy else ("", "firewall")
+        return (
+            f"{address} does not answer{way} ({error}). Is the server running, and does the {guard} let TCP {port} out?"
+        )
     return ""
+
+
+def _why_not_believed(address: str, error: ssl.SSLCertVerificationError) -> str:
+    clock = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    if error.verify_code == _ENDED:
+        return (
+            f"The server's certificate has ended: the coordinator runs `nnunet-fedharm server renew FOLDER` and restarts the "
+            f"server. (This machine's clock says {clock}; if that is wrong, set it.)"
+        )
+    if error.verify_code == _NOT_YET:
+        return f"The server's certificate is not valid yet: this machine's clock says {clock}; set it (NTP)."
+    return (
+        f"Who answers at {address} is not this consortium's server ({error.verify_message}). Ask the coordinator for the "
+        "present consortium file, and compare its fingerprint by telephone."
+    )
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -26,6 +26,7 @@ from nnunet_fedharm.errors import FederationError, SetupError
 from nnunet_fedharm.federation.deploy.app_bundle import APP_ID
 from nnunet_fedharm.federation.deploy.keys import key_to_flower, parse_node_key
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
+from nnunet_fedharm.nnunet_root import environment
 
 _GONE = "unregistered"
 
@@ -123,15 +124,17 @@ def operator(folder: ServerFolder) -> Iterator[Operator]:
     Raises:
         SetupError: nobody answers, or not in time, or it is another consortium's SuperLink.
     """
-    client = ControlHttpClient.from_server_address(
-        server_address=local_address(folder),
-        insecure=False,
-        root_certificates=folder.ca_certificate.read_bytes(),
-        interceptors=[
-            RuntimeVersionHttpInterceptor(component_name="nnunet-fedharm"),
-            _Token(folder.operator_token.read_text(encoding="utf-8").strip()),
-        ],
-    )
+    # The client looks at exported proxies when it is made, and would ask them for this machine's own SuperLink.
+    with environment({"NO_PROXY": "*", "no_proxy": "*"}):
+        client = ControlHttpClient.from_server_address(
+            server_address=local_address(folder),
+            insecure=False,
+            root_certificates=folder.ca_certificate.read_bytes(),
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="nnunet-fedharm"),
+                _Token(folder.operator_token.read_text(encoding="utf-8").strip()),
+            ],
+        )
     try:
         yield Operator(client)
     except httpx.TimeoutException as error:

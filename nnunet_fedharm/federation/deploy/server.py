@@ -16,7 +16,7 @@ from nnunet_fedharm.errors import FederationError, SetupError
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.daemon import flower_environment, program
 from nnunet_fedharm.federation.deploy.app_bundle import app_hash, build_app
-from nnunet_fedharm.federation.deploy.certificates import check_server, days_left
+from nnunet_fedharm.federation.deploy.certificates import check_server, days_left, split_address
 from nnunet_fedharm.federation.deploy.consortium import version_differences
 from nnunet_fedharm.federation.deploy.control import Operator, ServerOffError, local_address, operator
 from nnunet_fedharm.federation.deploy.keys import parse_node_key
@@ -58,7 +58,8 @@ def start_server(folder: ServerFolder, *, show: Show = print) -> None:
         show(
             f"The server's certificate ends in {left} days: `nnunet-fedharm server renew {folder.path}`, then restart."
         )
-    environment = flower_environment(folder.flower_home, device="cpu", parallel_sites=1, look_every_s=2.0)
+    own = split_address(local_address(folder))[0]
+    environment = flower_environment(folder.flower_home, device="cpu", parallel_sites=1, look_every_s=2.0, hosts=[own])
     with (
         alone(folder.flower_home / "server.lock", f"The server of {folder.path}"),
         stop_signals() as stopped,
@@ -85,16 +86,28 @@ def start_server(folder: ServerFolder, *, show: Show = print) -> None:
         show("Stopping.")
 
 
-def register_site(folder: ServerFolder, site: str, key_file: Path, *, replace_key: bool = False) -> bool:
+def register_site(
+    folder: ServerFolder, site: str, key_file: Path, *, replace_key: bool = False, new_site: bool = False
+) -> bool:
     """Let a site in: keep its public key, and tell the SuperLink where it runs.
+
+    Args:
+        new_site: the name may be missing in the consortium's list, and is entered there.
 
     Returns:
         Whether the SuperLink runs and knows the site now; else it will when it starts.
 
     Raises:
-        SetupError: the file is no public key, or the site or the key is registered already.
+        SetupError: nobody expects the site, the file is no public key, or the site or the key is registered already.
     """
     check_site_names([site], error=SetupError)
+    consortium = folder.consortium()
+    if site not in consortium.sites and not new_site:
+        # A key that was registered under a wrong name cannot be registered again under the right one.
+        raise SetupError(
+            f"{site} is not among the expected sites of {consortium.name}: {', '.join(consortium.sites) or 'none'}. Use the "
+            "name that the site joined by; for a hospital that came later add --new-site."
+        )
     try:
         line = key_file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -159,6 +172,9 @@ def run(folder: ServerFolder, config: RunConfig, *, detach: bool = False, show: 
             raise FederationError(
                 f"A run is going on here. `nnunet-fedharm server watch {folder.path}` shows it, `server stop` ends it."
             )
+        missing = sorted(set(consortium.sites) - set(folder.registered()))
+        if missing:
+            show(f"expected but not registered: {', '.join(missing)}")
         run_id = connection.start_run(consortium.app_sha256, config.to_run_config())
         if detach:
             show(f"Submitted. `nnunet-fedharm server watch {folder.path}` shows it.")

@@ -11,7 +11,7 @@ from typing import Any
 from nnunet_fedharm.errors import SetupError
 from nnunet_fedharm.federation.deploy import app_bundle, certificates, keys
 from nnunet_fedharm.federation.deploy.consortium import CONSORTIUM_FILE, Consortium, installed_versions
-from nnunet_fedharm.federation.deploy.settings_file import read_settings
+from nnunet_fedharm.federation.deploy.settings_file import read_settings, writing
 from nnunet_fedharm.federation.site_names import check_site_names
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
@@ -151,38 +151,11 @@ def init_server(path: Path, options: ServerOptions) -> ServerFolder:
     """Make a consortium's folder.
 
     Raises:
-        SetupError: it is one already, or an option cannot be used.
+        SetupError: it is one already, an option cannot be used, or the folder cannot be written.
     """
     folder = ServerFolder(path.expanduser().resolve())
-    if folder.consortium_file.exists() or folder.private.exists():
-        raise SetupError(
-            f"{folder.path} is a consortium already. Its keys are never overwritten; `server sign` and `server renew` "
-            "update it, another folder makes another consortium."
-        )
-    check_site_names(options.sites, error=SetupError)
-    for host in options.hosts:
-        certificates.check_host(host)
-    for made in (folder.path / "tls", folder.path / "app", folder.node_keys, folder.flower_home, folder.logs):
-        made.mkdir(parents=True, exist_ok=True)
-    folder.path.chmod(0o700)
-    folder.private.mkdir(mode=0o700)
-    certificates.make_authority(options.name, folder.ca_certificate, folder.ca_key)
-    _make_certificate(folder, options.hosts)
-    signing_key = keys.make_signing_key(folder.signing_key)
-    keys.make_secret(folder.operator_token)
-    keys.make_secret(folder.superexec_secret)
-    NnunetRoot(folder.results).create()
-    folder.settings_file.write_text(f"host = {json.dumps(options.bind)}\nport = {options.port}\n", encoding="utf-8")
-    consortium = Consortium(
-        name=options.name,
-        addresses=tuple(_address(host, options.port) for host in options.hosts),
-        sites=tuple(sorted(set(options.sites))),
-        ca_certificate=folder.ca_certificate.read_text(),
-        signing_key=signing_key,
-        app_sha256="",
-        versions={},
-    )
-    _sign(folder, consortium, folder.signing_key)
+    with writing(folder.path):
+        _make_folder(folder, options)
     return folder
 
 
@@ -224,6 +197,38 @@ def expected_site(folder: ServerFolder, site: str) -> None:
     if site not in consortium.sites:
         named = replace(consortium, sites=tuple(sorted((*consortium.sites, site))))
         folder.consortium_file.write_text(named.to_toml(), encoding="utf-8")
+
+
+def _make_folder(folder: ServerFolder, options: ServerOptions) -> None:
+    if folder.consortium_file.exists() or folder.private.exists():
+        raise SetupError(
+            f"{folder.path} is a consortium already. Its keys are never overwritten; `server sign` and `server renew` "
+            "update it, another folder makes another consortium."
+        )
+    check_site_names(options.sites, error=SetupError)
+    for host in options.hosts:
+        certificates.check_host(host)
+    for made in (folder.path / "tls", folder.path / "app", folder.node_keys, folder.flower_home, folder.logs):
+        made.mkdir(parents=True, exist_ok=True)
+    folder.path.chmod(0o700)
+    folder.private.mkdir(mode=0o700)
+    certificates.make_authority(options.name, folder.ca_certificate, folder.ca_key)
+    _make_certificate(folder, options.hosts)
+    signing_key = keys.make_signing_key(folder.signing_key)
+    keys.make_secret(folder.operator_token)
+    keys.make_secret(folder.superexec_secret)
+    NnunetRoot(folder.results).create()
+    folder.settings_file.write_text(f"host = {json.dumps(options.bind)}\nport = {options.port}\n", encoding="utf-8")
+    consortium = Consortium(
+        name=options.name,
+        addresses=tuple(_address(host, options.port) for host in options.hosts),
+        sites=tuple(sorted(set(options.sites))),
+        ca_certificate=folder.ca_certificate.read_text(),
+        signing_key=signing_key,
+        app_sha256="",
+        versions={},
+    )
+    _sign(folder, consortium, folder.signing_key)
 
 
 def _sign(folder: ServerFolder, consortium: Consortium, signing_key: Path) -> Consortium:

@@ -1,4 +1,4 @@
-"""A site of a consortium: join it, and run Flower's SuperNode with the site's own key, policy and only outgoing connections."""
+"""A site of a consortium: run Flower's SuperNode with the site's own key, policy and only outgoing connections."""
 
 from __future__ import annotations
 
@@ -7,141 +7,25 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nnunet_fedharm.errors import SetupError
 from nnunet_fedharm.federation.daemon import flower_environment, free_port, program
-from nnunet_fedharm.federation.deploy import app_bundle, keys
-from nnunet_fedharm.federation.deploy.certificates import check_server
-from nnunet_fedharm.federation.deploy.consortium import CONSORTIUM_FILE, Consortium, version_differences
+from nnunet_fedharm.federation.deploy.certificates import check_server, split_address
+from nnunet_fedharm.federation.deploy.consortium import Consortium
+from nnunet_fedharm.federation.deploy.device import device_trouble
 from nnunet_fedharm.federation.deploy.door import Door, watch_door
 from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals
-from nnunet_fedharm.federation.deploy.settings_file import read_settings
-from nnunet_fedharm.federation.policy import POLICY_FILE, TEMPLATE, checked_policy
-from nnunet_fedharm.federation.site_names import check_site_names
+from nnunet_fedharm.federation.deploy.proxies import exported_proxy
+from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
+from nnunet_fedharm.federation.deploy.site_join import check_release
+from nnunet_fedharm.federation.policy import checked_policy
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
-_SETTINGS = "site.toml"
 _AGAIN_S = 10.0
 _LOOK_EVERY_S = 0.3
 _RESERVED = ("site", "site-root", "device", "num-processes")
 Show = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class SiteFolder:
-    """Paths of a site: its nnU-Net root, and what it knows of its consortium in `fedharm/consortium/`."""
-
-    root: Path
-
-    @property
-    def home(self) -> Path:
-        return self.root / "fedharm" / "consortium"
-
-    @property
-    def consortium_file(self) -> Path:
-        return self.home / CONSORTIUM_FILE
-
-    @property
-    def ca_certificate(self) -> Path:
-        return self.home / "ca.crt"
-
-    @property
-    def trusted_entities(self) -> Path:
-        return self.home / "trusted-entities.yaml"
-
-    @property
-    def node_key(self) -> Path:
-        return self.home / "node.key"
-
-    @property
-    def superexec_secret(self) -> Path:
-        return self.home / "superexec.secret"
-
-    @property
-    def settings_file(self) -> Path:
-        return self.home / _SETTINGS
-
-    @property
-    def policy_file(self) -> Path:
-        return self.root / "fedharm" / POLICY_FILE
-
-    @property
-    def flower_home(self) -> Path:
-        return self.home / "flower"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "fedharm" / "logs"
-
-    def consortium(self) -> Consortium:
-        """The consortium that the site has joined.
-
-        Raises:
-            SetupError: none.
-        """
-        if not self.consortium_file.is_file():
-            raise SetupError(f"{self.root} has not joined a consortium. Use `nnunet-fedharm site join` first.")
-        return Consortium.load(self.consortium_file)
-
-    def settings(self) -> dict[str, Any]:
-        """Name, address, device and further keys of the node config.
-
-        Raises:
-            SetupError: the file is missing or damaged.
-        """
-        kinds = {"site": str, "address": str, "device": str, "num_processes": int, "node_config": dict}
-        mend = "Use `nnunet-fedharm site join` again."
-        return read_settings(self.settings_file, kinds, mend=mend, defaults={"node_config": {}})
-
-
-@dataclass(frozen=True, kw_only=True)
-class JoinOptions:
-    """What `site join` is told.
-
-    Attributes:
-        fingerprint: that the coordinator read out; empty where it is compared by eye.
-        address: one of the consortium's; empty for the first.
-        new_key: make a new node key though there is one.
-    """
-
-    site: str
-    fingerprint: str = ""
-    address: str = ""
-    device: str = "cuda"
-    num_processes: int = 2
-    new_key: bool = False
-
-
-def join(consortium_file: Path, root: Path, options: JoinOptions) -> tuple[SiteFolder, Consortium, str]:
-    """Join a consortium, or take a new file of the same one; key, settings and policy that are there stay.
-
-    Returns:
-        The site's folder, the consortium, and the public key line for the coordinator.
-
-    Raises:
-        SetupError: the folder, the file, or the fingerprint is not as it has to be.
-    """
-    consortium = Consortium.load(consortium_file.expanduser())
-    folder = SiteFolder(root.expanduser().resolve())
-    _check_join(consortium, folder, options)
-    folder.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for private in (folder.home.parent, folder.home):
-        private.chmod(0o700)
-    folder.consortium_file.write_text(consortium.to_toml(), encoding="utf-8")
-    folder.ca_certificate.write_text(consortium.ca_certificate.strip() + "\n", encoding="utf-8")
-    folder.trusted_entities.write_text(app_bundle.trusted_entities(consortium.signing_key), encoding="utf-8")
-    if options.new_key or not folder.node_key.exists():
-        keys.make_node_key(folder.node_key, comment=options.site)
-    if not folder.superexec_secret.exists():
-        keys.make_secret(folder.superexec_secret)
-    if not folder.settings_file.exists():
-        folder.settings_file.write_text(_settings_text(consortium, options), encoding="utf-8")
-    if not folder.policy_file.exists():
-        folder.policy_file.write_text(TEMPLATE, encoding="utf-8")
-    return folder, consortium, folder.node_key.with_suffix(".pub").read_text(encoding="utf-8").strip()
 
 
 def start_site(folder: SiteFolder, *, show: Show = print) -> None:
@@ -153,11 +37,16 @@ def start_site(folder: SiteFolder, *, show: Show = print) -> None:
     """
     consortium, settings = folder.consortium(), folder.settings()
     _check_ready(folder, consortium, settings)
-    trouble = check_server(settings["address"], folder.ca_certificate)
+    trouble = _call_server(folder, settings)
     if trouble:
         show(f"{trouble} The site goes on trying.")
     environment = flower_environment(
-        folder.flower_home, device=settings["device"], parallel_sites=1, look_every_s=_LOOK_EVERY_S
+        folder.flower_home,
+        device=settings["device"],
+        parallel_sites=1,
+        look_every_s=_LOOK_EVERY_S,
+        hosts=[split_address(settings["address"])[0]],
+        proxy=settings["proxy"],
     )
     with (
         alone(folder.home / "running.lock", f"The site of {folder.root}"),
@@ -188,7 +77,7 @@ def check_site(folder: SiteFolder) -> str:
     """
     settings = folder.settings()
     _check_ready(folder, folder.consortium(), settings)
-    return check_server(settings["address"], folder.ca_certificate)
+    return _call_server(folder, settings)
 
 
 def supernode_command(folder: SiteFolder, settings: dict[str, Any], port: int) -> list[str]:
@@ -239,53 +128,8 @@ def superexec() -> list[str]:
     return forking if sys.platform == "linux" else [program("flower-superexec")]
 
 
-def _check_join(consortium: Consortium, folder: SiteFolder, options: JoinOptions) -> None:
-    check_site_names([options.site], error=SetupError)
-    if options.site not in consortium.sites:
-        raise SetupError(
-            f"{options.site} is not among the sites of {consortium.name}: {', '.join(consortium.sites) or 'none'}. Use the name "
-            "that the coordinator gave you."
-        )
-    given = options.fingerprint.replace(" ", "").lower()
-    if given and given.replace("-", "") != consortium.fingerprint.replace("-", ""):
-        raise SetupError(
-            f"The file's fingerprint is {consortium.fingerprint}, not what the coordinator read out. Do not use this file."
-        )
-    if options.address and options.address not in consortium.addresses:
-        raise SetupError(
-            f"{options.address} is not among the consortium's addresses: {', '.join(consortium.addresses)}."
-        )
-    if not folder.root.is_dir():
-        raise SetupError(
-            f"The site's nnU-Net root {folder.root} does not exist. Make it, with nnUNet_raw/DatasetXXX_Name."
-        )
-    if folder.consortium_file.exists():
-        former = Consortium.load(folder.consortium_file)
-        if former.fingerprint != consortium.fingerprint:
-            raise SetupError(
-                f"This site belongs to {former.name} ({former.fingerprint}), and the file is of {consortium.name} "
-                f"({consortium.fingerprint}). If it shall leave the former one, move {folder.home} away."
-            )
-        if folder.settings()["site"] != options.site:
-            raise SetupError(
-                f"This site is {folder.settings()['site']}, not {options.site}. Move {folder.home} away first."
-            )
-    _check_release(consortium)
-
-
-def _check_release(consortium: Consortium) -> None:
-    differences = version_differences(consortium)
-    if differences:
-        raise SetupError(f"{' '.join(differences)} Install the same releases as the server.")
-    if app_bundle.app_hash(app_bundle.build_app()) != consortium.app_sha256:
-        raise SetupError(
-            "The installed nnunet_fedharm is another build than the server's (its app differs). Install the same release, or "
-            "ask the coordinator for the present consortium file."
-        )
-
-
 def _check_ready(folder: SiteFolder, consortium: Consortium, settings: dict[str, Any]) -> None:
-    _check_release(consortium)
+    check_release(consortium)
     for path in (folder.node_key, folder.superexec_secret, folder.ca_certificate, folder.trusted_entities):
         if not path.is_file():
             raise SetupError(f"{path} is missing. Use `nnunet-fedharm site join` again.")
@@ -297,15 +141,18 @@ def _check_ready(folder: SiteFolder, consortium: Consortium, settings: dict[str,
     checked_policy(folder.policy_file, site=settings["site"])
     if not any(NnunetRoot(folder.root).raw.glob("Dataset*")):
         raise SetupError(f"{NnunetRoot(folder.root).raw} holds no dataset. Put DatasetXXX_Name there.")
+    trouble = device_trouble(settings["device"], file=folder.settings_file)
+    if trouble:
+        raise SetupError(trouble)
 
 
-def _settings_text(consortium: Consortium, options: JoinOptions) -> str:
-    lines = [
-        f"site = {json.dumps(options.site)}",
-        f"address = {json.dumps(options.address or consortium.addresses[0])}",
-        f"device = {json.dumps(options.device)}  # cuda, cuda:1, mps or cpu",
-        f"num_processes = {options.num_processes}  # for fingerprints and preprocessing",
-        "",
-        "[node_config]  # further keys of the node config, for example warm-minutes = 30.0",
-    ]
-    return "\n".join(lines) + "\n"
+def _call_server(folder: SiteFolder, settings: dict[str, Any]) -> str:
+    """`check_server` on the way that Flower will take; the text also names an exported proxy, which is not that way."""
+    trouble = check_server(settings["address"], folder.ca_certificate, proxy=settings["proxy"])
+    exported = exported_proxy()
+    if trouble and exported and not settings["proxy"]:
+        return (
+            f"{trouble} {exported} is exported here, and not used. If the server is reached through a proxy only, write "
+            f'proxy = "http://HOST:PORT" in {folder.settings_file}.'
+        )
+    return trouble

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import nnunet_fedharm
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
-from nnunet_fedharm.federation.deploy.site_node import SiteFolder
+from nnunet_fedharm.federation.deploy.settings_file import writing
+from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
 
 _UNIT = """\
 # {what}. Look it over, then:
@@ -74,7 +75,11 @@ ENTRYPOINT ["nnunet-fedharm", "{command}", "start", "{folder}"]
 
 
 def write_server_units(folder: ServerFolder) -> list[Path]:
-    """Write `deploy/` in a consortium's folder."""
+    """Write `deploy/` in a consortium's folder.
+
+    Raises:
+        SetupError: the folder cannot be written.
+    """
     port = folder.settings()["port"]
     return _write(
         folder.path / "deploy",
@@ -89,7 +94,11 @@ def write_server_units(folder: ServerFolder) -> list[Path]:
 
 
 def write_site_units(folder: SiteFolder) -> list[Path]:
-    """Write `deploy/` beside a site's keys."""
+    """Write `deploy/` beside a site's keys.
+
+    Raises:
+        SetupError: the folder cannot be written.
+    """
     settings = folder.settings()
     gpu = settings["device"].startswith("cuda")
     # A site opens no port; the root file system is read-only, so that nothing but its own folder can change.
@@ -109,39 +118,40 @@ def write_site_units(folder: SiteFolder) -> list[Path]:
 def _write(
     target: Path, *, name: str, command: str, folder: Path, what: str, limits: str, note: str, options: str
 ) -> list[Path]:
-    target.mkdir(parents=True, exist_ok=True)
     unit, container = target / f"{name}.service", target / f"Containerfile.{command}"
     own = Path(sys.executable).parent / "nnunet-fedharm"
     # A virtual environment anywhere may use a Python below somebody's home (pyenv, conda, uv).
     needed = (folder, own, Path(sys.executable).resolve(), Path(sys.base_prefix).resolve())
     inside_home = any(path.is_relative_to(home) for path in needed for home in ("/home", "/root"))
-    unit.write_text(
-        _UNIT.format(
-            what=what,
-            file=unit,
-            name=name,
-            user=getpass.getuser(),
-            program=own,
-            command=command,
-            folder=folder,
-            home="no" if inside_home else "yes",
-            limits=limits,
-        ),
-        encoding="utf-8",
-    )
-    container.write_text(
-        _CONTAINER.format(
-            what=what,
-            image=name.lower(),
-            file=container,
-            folder=folder,
-            version=nnunet_fedharm.__version__,
-            command=command,
-            note=note,
-            options=options,
-        ),
-        encoding="utf-8",
-    )
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        unit.write_text(
+            _UNIT.format(
+                what=what,
+                file=unit,
+                name=name,
+                user=getpass.getuser(),
+                program=own,
+                command=command,
+                folder=folder,
+                home="no" if inside_home else "yes",
+                limits=limits,
+            ),
+            encoding="utf-8",
+        )
+        container.write_text(
+            _CONTAINER.format(
+                what=what,
+                image=name.lower(),
+                file=container,
+                folder=folder,
+                version=nnunet_fedharm.__version__,
+                command=command,
+                note=note,
+                options=options,
+            ),
+            encoding="utf-8",
+        )
     return [unit, container]
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, ServerOptions, init_server
-from nnunet_fedharm.federation.deploy.site_node import JoinOptions, SiteFolder, join
+from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
+from nnunet_fedharm.federation.deploy.site_join import JoinOptions, join
 
 SITES = ("hospital-north", "hospital-south")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from nnunet_fedharm.cli import main
 from nnunet_fedharm.federation.daemon import free_port
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, ServerOptions, init_server
-from nnunet_fedharm.federation.deploy.site_node import JoinOptions, SiteFolder, join
+from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
+from nnunet_fedharm.federation.deploy.site_join import JoinOptions, join
 from tests.federation.deploy.recording import Proxy
 
 TINY = (
@@ -27,16 +28,18 @@ class RealConsortium:
 
     Args:
         recorded: whether by those two ways.
+        host: by which sites reach the server, and where it listens if that is an address.
 
     Attributes:
         root: holds one folder a site and the server's `study`.
         server: the consortium's folder.
     """
 
-    def __init__(self, root: Path, sites: tuple[str, ...], *, recorded: bool = True) -> None:
+    def __init__(self, root: Path, sites: tuple[str, ...], *, recorded: bool = True, host: str = "localhost") -> None:
         self.root = root
         self.recorded = recorded
-        options = ServerOptions(name="Real", hosts=["localhost"], sites=sites, port=free_port(), bind="127.0.0.1")
+        bind = "127.0.0.1" if host == "localhost" else host
+        options = ServerOptions(name="Real", hosts=[host], sites=sites, port=free_port(), bind=bind)
         self.server = init_server(root / "study", options)
         tls = (self.server.certificate, self.server.certificate_key, self.server.ca_certificate)
         self.inside = Proxy(options.port, tls)

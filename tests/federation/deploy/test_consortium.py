@@ -9,10 +9,12 @@ import stat
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
 
+from nnunet_fedharm.cli import command_parser, main
 from nnunet_fedharm.errors import SetupError
 from nnunet_fedharm.federation.deploy import app_bundle, certificates, keys
 from nnunet_fedharm.federation.deploy.consortium import Consortium
@@ -24,7 +26,7 @@ from nnunet_fedharm.federation.deploy.server_folder import (
     renew_certificate,
     sign_again,
 )
-from nnunet_fedharm.federation.deploy.site_node import SiteFolder
+from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
 from tests.federation.deploy.conftest import SITES
 
 
@@ -52,6 +54,21 @@ def test_private_files_are_for_their_owner_only(server: ServerFolder, join_site:
     for path in [*server.private.iterdir(), site.node_key, site.superexec_secret]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert stat.S_IMODE(server.private.stat().st_mode) == stat.S_IMODE(site.home.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("made", ["init", "units"])
+def test_a_server_folder_that_cannot_be_written_is_named(
+    made: str, server: ServerFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if made == "init":
+        words, path = ["init", "/dev/null/x", "--host", "localhost", "--name", "Other"], Path("/dev/null/x")
+    else:
+        words, path = ["units", str(server.path)], server.path / "deploy"
+        path.write_text("a file in the way")
+    assert main(["server", *words]) == 2
+    error = capsys.readouterr().err
+    assert f"Cannot write {path}" in error
+    assert "Choose a folder that this user may write." in error
 
 
 def test_a_consortium_is_never_made_over_another(server: ServerFolder) -> None:
@@ -132,6 +149,47 @@ def test_who_is_not_the_server_is_told_from_who_is_not_there(server: ServerFolde
     assert "does not answer" in certificates.check_server("localhost:1", server.ca_certificate)
     with pytest.raises(SetupError, match="host:port"):
         certificates.check_server("localhost", server.ca_certificate)
+
+
+@pytest.mark.parametrize(
+    ("shift", "why"),
+    [
+        (timedelta(days=-400), r"certificate has ended: the coordinator runs `nnunet-fedharm server renew FOLDER`"),
+        (timedelta(days=2), r"not valid yet: this machine's clock says \d{4}-\d\d-\d\d \d\d:\d\d UTC; set it \(NTP\)"),
+    ],
+)
+def test_a_certificate_out_of_its_time_is_not_taken_for_an_attack(
+    server: ServerFolder, shift: timedelta, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhen(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) + shift
+
+    with monkeypatch.context() as patch:
+        patch.setattr(certificates, "datetime", Elsewhen)
+        renew_certificate(server)
+    with answering(server) as address, pytest.raises(SetupError, match=why):
+        certificates.check_server(address, server.ca_certificate)
+
+
+def test_the_commands_that_sentences_name_are_there() -> None:
+    assert command_parser("server").parse_args(["renew", "FOLDER"]).folder == Path("FOLDER")
+
+
+def test_a_name_that_nobody_expects_is_registered_only_when_it_is_said_to_be_new(
+    server: ServerFolder, join_site: Callable[..., SiteFolder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = str(join_site(SITES[0]).node_key.with_suffix(".pub"))
+    words = ["server", "register", str(server.path), "hospital-west", key]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "hospital-west is not among the expected sites of Test study: hospital-north, hospital-south." in error
+    assert server.registered() == {}
+    assert main(["server", "register", str(server.path), SITES[0], key]) == 0, "the right name still can be used"
+    assert main([*words[:-1], str(join_site(SITES[1]).node_key.with_suffix(".pub")), "--new-site"]) == 0
+    assert list(server.registered()) == [SITES[0], "hospital-west"]
+    assert server.consortium().sites == (*SITES, "hospital-west")
 
 
 def test_only_public_keys_of_the_right_kind_are_registered(

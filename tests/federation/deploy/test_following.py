@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import httpx
 import pytest
 
 from nnunet_fedharm.errors import FederationError, SetupError
+from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.deploy import server as module
 from nnunet_fedharm.federation.deploy.control import Operator, operator
 from nnunet_fedharm.federation.deploy.server import follow
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
+from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
 from nnunet_fedharm.federation.events import EventLog
+from tests.federation.deploy.conftest import SITES
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,27 @@ def test_a_run_that_ended_without_a_word_points_to_flowers_log(server: ServerFol
     log.write("started", run_id="a", resumed=False, rounds_done={})
     with pytest.raises(FederationError, match=r"superexec\.log says why"):
         follow(server, Door(), 7, log.path, 0, lambda line: None)
+
+
+def test_expected_sites_that_are_not_registered_are_named_before_a_run(
+    server: ServerFolder, join_site: Callable[..., SiteFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    @dataclass(frozen=True)
+    class Starting(Door):
+        def start_run(self, app_sha256: str, run_config: Mapping[str, object]) -> int:
+            said.append(f"submitted for {run_config['sites']}")
+            return 7
+
+    monkeypatch.setattr(module, "operator", lambda folder: nullcontext(Starting()))
+    monkeypatch.setattr(module, "_sync_if_running", lambda folder: False)
+    for number, site in enumerate(SITES):
+        module.register_site(server, site, join_site(site).node_key.with_suffix(".pub"))
+        assert module.run(server, FederateConfig(dataset="1"), detach=True, show=said.append) == {}
+        first = said.pop(0)
+        assert (first == "expected but not registered: hospital-south") == (number == 0)
+    assert "submitted for hospital-north,hospital-south" in said
 
 
 def test_whoever_waits_for_flower_is_told_so(

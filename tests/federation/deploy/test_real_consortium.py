@@ -24,7 +24,7 @@ from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.daemon import app_folder
 from nnunet_fedharm.federation.deploy.control import operator
 from nnunet_fedharm.federation.deploy.server_folder import ServerOptions, init_server
-from nnunet_fedharm.federation.deploy.site_node import SiteFolder
+from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from tests.federation.deploy.real import TINY, RealConsortium, listening
 from tests.federation.deploy.recording import http_parts, messages_from_sites

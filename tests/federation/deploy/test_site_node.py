@@ -16,16 +16,12 @@ from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
 from nnunet_fedharm.cli import main
 from nnunet_fedharm.errors import FederationError, SetupError
+from nnunet_fedharm.federation.deploy import device as devices
 from nnunet_fedharm.federation.deploy.processes import children, last_words
-from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, ServerOptions, init_server
-from nnunet_fedharm.federation.deploy.site_node import (
-    JoinOptions,
-    SiteFolder,
-    check_site,
-    join,
-    start_site,
-    supernode_command,
-)
+from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, ServerOptions, init_server, renew_certificate
+from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
+from nnunet_fedharm.federation.deploy.site_join import JoinOptions, join
+from nnunet_fedharm.federation.deploy.site_node import check_site, start_site, supernode_command
 from nnunet_fedharm.federation.deploy.units import write_server_units, write_site_units
 from tests.federation.deploy.conftest import SITES
 
@@ -36,10 +32,121 @@ def test_joining_again_keeps_key_settings_and_policy(join_site: Callable[..., Si
     files = (site.node_key, site.superexec_secret, site.settings_file, site.policy_file)
     before = [path.read_bytes() for path in files]
     assert [path.read_bytes() for path in files] == before == [path.read_bytes() for path in files]
-    join_site(num_processes=5)
+    join_site(device="")
     assert [path.read_bytes() for path in files] == before
     join_site(new_key=True)
     assert site.node_key.read_bytes() != before[0]
+
+
+def test_joining_again_takes_what_is_said_and_says_what_it_changed(
+    join_site: Callable[..., SiteFolder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = join_site()
+    own = '# Our own words.\n[node_config]\ndevice-note = "cuda"\n'
+    head, _, _ = site.settings_file.read_text().partition("[node_config]")
+    site.settings_file.write_text(head + own)
+    files = (site.node_key, site.node_key.with_suffix(".pub"), site.superexec_secret, site.policy_file)
+    before = [path.read_bytes() for path in files]
+    capsys.readouterr()
+    join_site(device="cuda:1", num_processes=5)
+    text = site.settings_file.read_text()
+    assert text == head.replace('"cpu"', '"cuda:1"').replace("num_processes = 2", "num_processes = 5") + own
+    assert [path.read_bytes() for path in files] == before
+    shown = capsys.readouterr().out
+    assert f"{site.settings_file}: device is cuda:1 now; it was cpu." in shown
+    assert "num_processes is 5 now; it was 2." in shown
+
+
+def test_joining_again_follows_the_servers_addresses(
+    server: ServerFolder, join_site: Callable[..., SiteFolder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = join_site()
+    renew_certificate(server, ["127.0.0.1", "localhost"])
+    join_site()
+    assert site.settings()["address"] == "localhost:19092", "the consortium still has it"
+    join_site(address="127.0.0.1:19092")
+    assert site.settings()["address"] == "127.0.0.1:19092"
+    renew_certificate(server, ["fed.example.org", "localhost"])
+    capsys.readouterr()
+    join_site()
+    assert site.settings()["address"] == "fed.example.org:19092"
+    shown = capsys.readouterr().out
+    assert (
+        "address is fed.example.org:19092 now; it was 127.0.0.1:19092, which the consortium file has no more." in shown
+    )
+
+
+def test_settings_that_cannot_be_changed_line_by_line_stay(join_site: Callable[..., SiteFolder]) -> None:
+    site = join_site()
+    text = site.settings_file.read_text().replace('"cpu"', '"""cpu"""')
+    site.settings_file.write_text(text)
+    with pytest.raises(SetupError, match=r'Cannot change device in .*Write device = "cuda" there yourself'):
+        join_site(device="cuda")
+    assert site.settings_file.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        ("cuda", "and no GPU is here: set device = "),
+        ("cuda:7", "and there are fewer GPUs here"),
+        ("gpu", "which is no device: write cuda"),
+    ],
+)
+def test_a_site_without_its_gpu_joins_with_a_warning_and_is_not_ready(
+    device: str,
+    why: str,
+    server: ServerFolder,
+    join_site: Callable[..., SiteFolder],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    site = join_site()
+    words = ["--site", SITES[0], "--site-root", str(site.root), "--device", device]
+    assert main(["site", "join", str(server.consortium_file), *words]) == 0
+    said = f'{site.settings_file} says device = "{device}", {why}'
+    assert said in capsys.readouterr().out
+    assert main(["site", "check", str(site.root)]) == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(SetupError, match="says device"):
+        start_site(site)
+
+
+def test_a_device_that_is_there_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([(0, "1\n", ""), (1, "", "Traceback\nImportError: no CUDA library\n")])
+    monkeypatch.setattr(
+        devices.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, *next(answers))
+    )
+    assert devices.device_trouble("cuda", file=tmp_path) == ""
+    assert "torch does not start here (ImportError: no CUDA library)" in devices.device_trouble("cuda", file=tmp_path)
+
+    def slow(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 1.0)
+
+    monkeypatch.setattr(devices.subprocess, "run", slow)
+    assert devices.device_trouble("cuda", file=tmp_path) == "", "nobody can tell"
+
+
+def test_starting_a_site_imports_no_torch() -> None:
+    code = "import sys, nnunet_fedharm.federation.deploy.site_node; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_site_root_that_cannot_be_written_is_named(
+    server: ServerFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "root" / "fedharm").mkdir(parents=True)
+    (tmp_path / "root" / "fedharm" / "consortium").write_text("a file in the way")
+    words = ["--site", SITES[0], "--device", "cpu", "--site-root"]
+    assert main(["site", "join", str(server.consortium_file), *words, str(tmp_path / "root")]) == 2
+    error = capsys.readouterr().err
+    assert f"Cannot write {tmp_path / 'root' / 'fedharm' / 'consortium'}: File exists." in error
+    assert "Choose a folder that this user may write." in error
+    if sys.platform == "linux":
+        assert main(["site", "join", str(server.consortium_file), *words, "/proc/sys"]) == 2
+        assert "Cannot write /proc/sys/fedharm" in capsys.readouterr().err
 
 
 def test_joining_is_refused_with_a_reason(
