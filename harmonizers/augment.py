@@ -67,8 +67,10 @@ class AugmentHarmonizer(Harmonizer):
         """What the random appearances change, drawn from a generator that PyTorch's global one seeds."""
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         drawn = torch.rand(len(image), generator=generator) < self.config.probability
-        changed, _ = random_appearance(
-            image, mask, source.quantiles, self.bank_quantiles, self.bank_offset, self.options, generator
-        )
+        # Under autocast a blurred image would be half precision, which cannot be blended with its float32 original.
+        with torch.autocast(image.device.type, enabled=False):
+            changed, _ = random_appearance(
+                image.float(), mask, source.quantiles, self.bank_quantiles, self.bank_offset, self.options, generator
+            )
         chosen = drawn.to(image.device).reshape(-1, *([1] * (image.ndim - 1)))
         return torch.where(chosen, changed - image, 0.0)

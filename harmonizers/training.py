@@ -96,8 +96,11 @@ class HarmonizerTraining(ABC):
             optimizer.load_state_dict(state["optimizers"][name])
         self.local.load_state_dict(state["local"])
 
-    def descend(self, name: str, loss: Tensor, *, clip: float = GRADIENT_CLIP) -> None:
+    def descend(self, name: str, loss: Tensor, *, clip: float | None = None) -> None:
         """One step of the optimizer `name` down `loss`: averaged over DDP processes, its norm clipped.
+
+        Args:
+            clip: bound on the norm; None for the training's own.
 
         Raises:
             FedHarmError: the loss is NaN or infinite.
@@ -115,7 +118,7 @@ class HarmonizerTraining(ABC):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        torch.nn.utils.clip_grad_norm_(parameters, self.clip if clip is None else clip)
         optimizer.step()
 
 
@@ -146,6 +149,12 @@ def average_over_processes(tensor: Tensor) -> None:
     if is_distributed():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
+
+
+def share_from_first(tensor: Tensor) -> None:
+    """The first DDP process's values, in place at all of them: it writes the checkpoint. Every process has to call it."""
+    if is_distributed():
+        dist.broadcast(tensor, 0)
 
 
 def is_distributed() -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nnunet_fedharm.harmonizers import Harmonizer
 from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, patch_quantiles
+from nnunet_fedharm.harmonizers.training import share_from_first
 from nnunet_fedharm.trainers.patches import PatchSampler
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def close_without_gain(harmonizer: Harmonizer, sampler: PatchSampler, device: to
     found = appearance_gains(harmonizer, sampler, device)
     for site, gain in found.items():
         harmonizer.bank_gate[site] = float(gain > 0)
+    share_from_first(harmonizer.bank_gate)
     return found
 
 
@@ -145,4 +147,5 @@ def close_where_dice_falls(trainer: nnUNetTrainerFedHarm) -> dict[str, tuple[flo
             continue
         found[trainer.bank[site]] = (dice, shut_dice[site])
         harmonizer.bank_gate[site] = float(dice > shut_dice[site])
+    share_from_first(harmonizer.bank_gate)
     return found

@@ -20,6 +20,17 @@ def test_training_patches_change_and_padding_does_not(spatial_dims: int) -> None
     assert torch.equal(harmonizer.eval()(image), image)
 
 
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_it_runs_under_autocast_as_on_every_gpu(spatial_dims: int) -> None:
+    harmonizer, image = make("augment", spatial_dims, 2, probability=1.0).train(), padded_noise(spatial_dims, 2)
+    for seed in range(4):  # what is blurred, and how, is drawn
+        torch.manual_seed(seed)
+        whole = harmonizer(image)
+        torch.manual_seed(seed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(harmonizer(image), whole)
+
+
 def test_the_share_of_changed_patches_is_the_probability() -> None:
     harmonizer = make("augment", probability=0.25).train()
     torch.manual_seed(0)

@@ -356,3 +356,13 @@ def test_other_harmonizers_do_not_pay_for_importing_diffusers() -> None:
         "sys.exit('diffusers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+
+
+def test_the_bridges_clip_is_the_one_that_is_used() -> None:
+    harmonizer = make("diffusion")
+    training = harmonizer.make_training(lr=1e-3, total_epochs=1)
+    parameters = [p for group in training.optimizers["bridge"].param_groups for p in group["params"]]
+    for clip, expected in ((1.0, 1.0), (None, training.clip)):
+        training.descend("bridge", 1e6 * sum((p**2).sum() + p.sum() for p in parameters), clip=clip)
+        norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+        assert norm == pytest.approx(expected, rel=1e-3)
