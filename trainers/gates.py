@@ -2,8 +2,9 @@
 
 Two questions, the second only where it can be asked:
 
-1. without labels, after the harmonizer phase: do the site's own patches come nearer to the reference's quantiles? Not asked of
-   inverted sites, as quantiles do not see inversion.
+1. without labels, after the harmonizer phase: do the site's own volumes come nearer to the reference's quantiles? Not asked of
+   inverted sites, as quantiles do not see inversion. Whole volumes, as those of the reference are: the mean of patches' quantiles
+   is narrower than a volume's, so an exact map would seem to lead away.
 2. with labels and a validation split, after the segmenter phase: is the Dice of the site's validation patches higher with the
    gate open than with it shut?
 
@@ -18,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from nnunet_fedharm.harmonizers import Harmonizer
 from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, patch_quantiles
 from nnunet_fedharm.harmonizers.training import share_from_first
 from nnunet_fedharm.trainers.patches import PatchSampler
+from nnunet_fedharm.trainers.whole_volumes import harmonize_in_patches
 
 if TYPE_CHECKING:
     from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 
-GATE_PATCHES = 32
-"""Patches of a site that its gate is judged by without labels."""
+GATE_CASES = 8
+"""Cases of a site, drawn at random, that its gate is judged by without labels."""
 
 GATE_BATCHES = 20
 """Validation batches that the labelled gates are judged by; the same ones with the gates open and shut."""
@@ -51,12 +52,12 @@ def gates(harmonizer: Harmonizer, value: float) -> Iterator[None]:
 
 @torch.no_grad()
 def appearance_gains(harmonizer: Harmonizer, sampler: PatchSampler, device: torch.device) -> dict[int, float]:
-    """By how many standard deviations each site's patches come nearer to the reference (Wasserstein-1, mean over channels).
+    """By how many standard deviations each site's volumes come nearer to the reference (Wasserstein-1, mean over channels).
 
     Args:
         harmonizer: with its styles; the gates do not matter.
-        sampler: patches of one or more sites; the reference, whose gate is shut by definition, and inverted sites,
-            whose gate stays open, are left out.
+        sampler: cases of one or more sites, and the size of patches; the reference, whose gate is shut by definition, and
+            inverted sites, whose gate stays open, are left out.
         device: where the harmonizer is.
 
     Returns:
@@ -71,21 +72,19 @@ def appearance_gains(harmonizer: Harmonizer, sampler: PatchSampler, device: torc
         if own is None or inverted or harmonizer.bank_gate[site] == 0:
             continue
         before, after = [], []
-        for _ in range(max(1, -(-GATE_PATCHES // sampler.batch_size))):
-            image = own.next()[0].to(device)
+        for volume in own.volumes(GATE_CASES):
             with gates(harmonizer, 1.0):
-                harmonizer.set_batch_styles(torch.full((len(image),), site))
-                changed = harmonizer(image)
-            before.append(patch_quantiles(image, image != 0))
-            after.append(patch_quantiles(changed, image != 0))
-        harmonizer.set_batch_styles(None)
+                changed = harmonize_in_patches(harmonizer, volume, sampler.patch_size, site=site)
+            mask = (volume != 0)[None].to(device)
+            before.append(patch_quantiles(volume[None].to(device), mask))
+            after.append(patch_quantiles(changed[None].to(device), mask))
         gains[site] = _distance(harmonizer, before) - _distance(harmonizer, after)
     return gains
 
 
 def _distance(harmonizer: Harmonizer, quantiles: list[Tensor]) -> float:
-    """Mean absolute difference of the patches' average quantiles to the reference's."""
-    mean = rearrange(torch.stack(quantiles), "n b c q -> (n b) c q").mean(dim=0)
+    """Mean absolute difference of the volumes' average quantiles to the reference's."""
+    mean = torch.cat(quantiles).mean(dim=0)
     return float((mean - harmonizer.reference_quantiles).abs().mean())
 
 

@@ -6,7 +6,7 @@ labelled cases and from the one of the unlabelled cases.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,13 @@ class PatchSampler:
         picked = [self.cases[i] for i in self.rng.integers(len(self.cases), size=self.batch_size)]
         patches = np.stack([self._draw(case) for case in picked])
         return torch.from_numpy(patches), torch.tensor([case.site for case in picked])
+
+    def volumes(self, count: int) -> Iterator[Tensor]:
+        """Whole volumes (C, D, H, W) of float32, each of another case, drawn at random; all where there are at most `count`."""
+        for index in self.rng.permutation(len(self.cases))[:count]:
+            case = self.cases[index]
+            dataset = infer_dataset_class(str(case.folder))(str(case.folder), [case.name])
+            yield torch.from_numpy(np.asarray(dataset.load_case(case.name)[0][:], dtype=np.float32))
 
     def _draw(self, case: ImageCase) -> npt.NDArray[np.float32]:
         dataset = infer_dataset_class(str(case.folder))(str(case.folder), [case.name])

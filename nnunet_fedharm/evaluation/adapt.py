@@ -26,7 +26,6 @@ from nnunet_fedharm.evaluation.adapt_labels import dice_of_gates
 from nnunet_fedharm.evaluation.adapt_volumes import (
     Prepared,
     Preprocessing,
-    harmonize_in_patches,
     prepare_all,
     quantiles_of,
 )
@@ -36,6 +35,7 @@ from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, Harmonizer
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
 from nnunet_fedharm.harmonizers.style import Style, average_styles
 from nnunet_fedharm.sites.files import CaseFiles
+from nnunet_fedharm.trainers.whole_volumes import harmonize_in_patches
 
 Models = Mapping[str, HarmonizerModel]
 """Name of the fold's folder -> harmonizer."""

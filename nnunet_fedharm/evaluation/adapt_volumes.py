@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,9 @@ from torch import Tensor
 
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.evaluation.volumes import read_images
-from nnunet_fedharm.harmonizers import Harmonizer
 from nnunet_fedharm.harmonizers.style import volume_quantiles
 from nnunet_fedharm.sites.checks import check_case, expected_labels
 from nnunet_fedharm.sites.files import CaseFiles, cases_in
-
-VOXELS_AT_ONCE = 2**20
-"""Voxels of a channel that are harmonized at once, but always one patch."""
 
 
 @dataclass(frozen=True)
@@ -123,36 +117,6 @@ def prepare(recipe: Preprocessing, folder: Path, case: CaseFiles) -> Prepared:
     return Prepared(case, target, properties)
 
 
-@torch.no_grad()
-def harmonize_in_patches(harmonizer: Harmonizer, volume: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """H of a whole volume (C, D, H, W) in patches of the planned size, as the segmenter sees them; 2d slice by slice."""
-    from acvl_utils.cropping_and_padding.padding import pad_nd_image
-
-    padded, inside = pad_nd_image(volume, patch_size, "constant", {"value": 0}, True, None)
-    changed = padded.clone()
-    windows = list(_windows(tuple(padded.shape[1:]), tuple(patch_size)))
-    at_once = max(1, VOXELS_AT_ONCE // math.prod(patch_size))
-    for first in range(0, len(windows), at_once):
-        chosen = windows[first : first + at_once]
-        batch = torch.stack([padded[window] for window in chosen]).to(harmonizer.gate.device)
-        for window, patch in zip(chosen, harmonizer(batch).cpu(), strict=True):
-            changed[window] = patch
-    harmonized: Tensor = changed[(slice(None), *inside[1:])]
-    return harmonized
-
-
 def quantiles_of(volume: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(C, Q) of a volume (C, D, H, W)."""
     return volume_quantiles(volume.numpy())[0]
-
-
-def _windows(spatial: tuple[int, ...], patch_size: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
-    """nnU-Net's windows, side by side; those at the far border overlap their neighbours."""
-    from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
-
-    flat = len(patch_size) < len(spatial)
-    corners = list(product(*compute_steps_for_sliding_window(spatial[-len(patch_size) :], patch_size, 1.0)))
-    for slice_index in range(spatial[0]) if flat else [None]:
-        lead = () if slice_index is None else (slice_index,)
-        for corner in corners:
-            yield (slice(None), *lead, *(slice(a, a + size) for a, size in zip(corner, patch_size, strict=True)))

@@ -17,9 +17,9 @@ from torch import Tensor
 from nnunet_fedharm import cli
 from nnunet_fedharm.errors import CheckpointError, DataError, PlanError
 from nnunet_fedharm.evaluation.adapt_model import adapt_model
-from nnunet_fedharm.evaluation.adapt_volumes import harmonize_in_patches
 from nnunet_fedharm.evaluation.harmonize import load_harmonizer
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS
+from nnunet_fedharm.trainers.whole_volumes import harmonize_in_patches
 from tests.evaluation.conftest import AFFINE, SHAPE, write_case
 
 Results = Callable[..., Path]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 
+from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
+from nnunet_fedharm.harmonizers.base import patch_quantiles
+from nnunet_fedharm.harmonizers.style import Style, average_styles, volume_quantiles
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
-from nnunet_fedharm.trainers.gates import appearance_gains, close_where_dice_falls, close_without_gain
+from nnunet_fedharm.trainers.gates import _distance, appearance_gains, close_where_dice_falls, close_without_gain, gates
 from nnunet_fedharm.trainers.names import trainer_name_for
+from nnunet_fedharm.trainers.patches import ImageCase, PatchSampler, random_patch
 from nnunet_fedharm.trainers.results import make_trainer
+from nnunet_fedharm.trainers.whole_volumes import harmonize_in_patches
 from tests.trainers.conftest import Planned
 
 A, B = 0, 1
@@ -50,6 +58,66 @@ def test_a_map_to_the_reference_gains_and_a_shift_away_does_not(active: Planned)
     shift_everything(trainer, 3.0)
     assert close_without_gain(trainer.harmonizer, sampler, trainer.device)[B] < 0
     assert trainer.harmonizer.bank_gate.tolist() == [0.0, 0.0]
+
+
+class Phantoms(PatchSampler):
+    """Volumes in memory, of sites that show the same tissues through another gamma each."""
+
+    def __init__(self, sites: dict[int, list[Tensor]], patch_size: tuple[int, ...]) -> None:
+        cases = [ImageCase(Path(), f"{site}/{index}", site) for site in sites for index in range(len(sites[site]))]
+        super().__init__(cases, patch_size, 2, np.random.default_rng(0))
+        self.sites = sites
+
+    def only(self, sites: Sequence[int]) -> Phantoms:
+        return Phantoms({site: self.sites[site] for site in sites}, self.patch_size)
+
+    def volumes(self, count: int) -> Iterator[Tensor]:
+        yield from [volume for own in self.sites.values() for volume in own][:count]
+
+    def _draw(self, case: ImageCase) -> np.ndarray:
+        site, index = map(int, case.name.split("/"))
+        return random_patch(self.sites[site][index].numpy(), self.patch_size, self.rng)
+
+
+def phantom(gamma: float, seed: int) -> Tensor:
+    """(1, 24, 64, 64): tissues that fill whole regions, in the middle of nothing; z-scored."""
+    generator = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(generator.normal(size=(24, 64, 64)), 8)
+    ranks = smooth.ravel().argsort().argsort().reshape(smooth.shape) / smooth.size
+    value = (0.02 + ranks) ** gamma
+    value = (value - value.mean()) / value.std()
+    value[:, :12] = value[:, -12:] = 0
+    return torch.from_numpy(value[None].astype(np.float32))
+
+
+@pytest.mark.parametrize("patch_size", [(24, 24), (16, 24, 24)])
+def test_an_exact_map_gains_at_every_site_however_small_the_patches(patch_size: tuple[int, ...]) -> None:
+    sites = {site: [phantom(gamma, 10 * site + k) for k in range(4)] for site, gamma in enumerate((1.0, 0.8, 1.3))}
+    styles = [average_styles([Style(*volume_quantiles(v.numpy()), n_cases=1) for v in own]) for own in sites.values()]
+    harmonizer = build_harmonizer(
+        "nyul", {}, num_channels=1, spatial_dims=len(patch_size), styles=styles, reference=styles[0]
+    )
+    harmonizer.bank_gate.copy_(torch.tensor([0.0, 1.0, 1.0]))
+    sampler = Phantoms(sites, patch_size)
+    gains = appearance_gains(harmonizer, sampler, torch.device("cpu"))
+    assert set(gains) == {1, 2}
+    assert min(gains.values()) > 0
+    for site in gains:  # what the mean of many patches says of the very same map
+        seen = []
+        for _ in range(60):
+            image = sampler.only([site]).next()[0]
+            with gates(harmonizer, 1.0):
+                harmonizer.set_batch_styles(torch.full((len(image),), site))
+                seen.append(patch_quantiles(harmonizer(image), image != 0))
+        harmonizer.set_batch_styles(None)
+        far = float((torch.cat(seen).mean(dim=0) - harmonizer.reference_quantiles).abs().mean())
+        assert far > 3 * _distance(harmonizer, [after_of(harmonizer, sites[site], patch_size, site)])
+
+
+def after_of(harmonizer: Harmonizer, volumes: list[Tensor], patch_size: tuple[int, ...], site: int) -> Tensor:
+    with gates(harmonizer, 1.0):
+        found = [harmonize_in_patches(harmonizer, volume, patch_size, site=site)[None] for volume in volumes]
+    return torch.cat([patch_quantiles(image, image != 0) for image in found])
 
 
 def test_quantiles_do_not_judge_an_inverted_site(active: Planned) -> None:
