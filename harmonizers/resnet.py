@@ -19,9 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 SLOW_PATH_VALUES = 20480
 """On a CPU PyTorch keeps a single sample with up to so many values in its first four axes from oneDNN (`use_mkldnn`)."""
+
+
+AGAIN_ABOVE = 2**18
+"""Voxels of a patch above which a block's inside is computed again for its gradient instead of kept."""
 
 
 def convolved(convolution: Callable[[Tensor], Tensor], image: Float[Tensor, "b i *spatial"]) -> Tensor:
@@ -109,10 +114,19 @@ class ResidualNetwork(nn.Module):
     def forward(self, image: Float[Tensor, "b c *s"], style: Float[Tensor, "b f"]) -> Float[Tensor, "b c *s"]:
         modulation = self.style(style).reshape(len(style), len(self.context), 2, -1, *([1] * (image.ndim - 2)))
         hidden = self.head(image)
-        for index, (context, mix) in enumerate(zip(self.context, self.mix, strict=True)):
+        again = torch.is_grad_enabled() and image[0, 0].numel() > AGAIN_ABOVE and not torch.compiler.is_compiling()
+        for index in range(len(self.context)):
             scale, shift = modulation[:, index].to(hidden.dtype).unbind(1)
-            hidden = hidden + mix(functional.silu(context(functional.silu(hidden)) * (1 + scale) + shift))
+            if again:
+                hidden = checkpoint(self._block, index, hidden, scale, shift, use_reentrant=False)
+            else:
+                hidden = self._block(index, hidden, scale, shift)
         result: Tensor = self.tail(functional.silu(hidden))
+        return result
+
+    def _block(self, index: int, hidden: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        inside = self.context[index](functional.silu(hidden)) * (1 + scale) + shift
+        result: Tensor = hidden + self.mix[index](functional.silu(inside))
         return result
 
 

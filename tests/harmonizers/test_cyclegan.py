@@ -376,3 +376,35 @@ def test_options_out_of_range_are_refused_with_the_remedy() -> None:
         gan(share_backward=True)
     with pytest.raises(PlanError, match="without them set train_everywhere"):
         gan(pseudo_sources=False)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_blocks_that_are_computed_again_give_the_same_gradients_for_less_memory(
+    spatial_dims: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    network = ResidualNetwork(channels=1, spatial_dims=spatial_dims, style_size=3, width=8, dilations=(1, 2, 4))
+    torch.nn.init.normal_(network.tail.weight)
+    image, style = torch.randn(2, 1, *[20] * spatial_dims), torch.randn(2, 3)
+
+    def gradients() -> tuple[list[Tensor], int]:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        network.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = network(network(image, style), style).square().mean()
+            size = sum(kept.values())  # before the backward pass computes anything again
+        loss.backward()
+        return [parameter.grad.clone() for parameter in network.parameters() if parameter.grad is not None], size
+
+    whole, size = gradients()
+    monkeypatch.setattr("nnunet_fedharm.harmonizers.resnet.AGAIN_ABOVE", 0)
+    again, smaller = gradients()
+    assert len(again) == len(whole)
+    for one, other in zip(again, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert smaller < 0.6 * size
