@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_fedharm.errors import DataError, FederationError, FedHarmError
 from nnunet_fedharm.federation.policy import POLICY_FILE, Policy, load_policy
 from nnunet_fedharm.nnunet_root import NnunetRoot, environment
-from nnunet_fedharm.privacy.releases import Budget
+
+if TYPE_CHECKING:
+    from nnunet_fedharm.privacy.releases import Budget
 
 SITE_LOG = "site.log"
 _IMAGE_FOLDERS = ("imagesTr", "labelsTr", "imagesUnlabelled", "imagesTs", "labelsTs")
@@ -55,6 +57,10 @@ class Site:
     @property
     def budget(self) -> Budget | None:
         """What each patient here may lose to all releases with noise together; None without such a limit."""
+        from nnunet_fedharm.privacy.releases import (
+            Budget,  # its accountant brings scipy, which Flower's process does without
+        )
+
         return Budget(self.max_epsilon, self.policy.delta, allow_unbounded=True) if self.max_epsilon else None
 
     def raw_dataset(self, dataset: str) -> Path:

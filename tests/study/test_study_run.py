@@ -65,7 +65,8 @@ def folder(tmp_path: Path, make_raw_dataset: Callable[..., Path]) -> Path:
     (raw / "imagesTr" / "B_case000_0000.nii.gz").rename(raw / "imagesTr" / "B_case009_0000.nii.gz")
     (raw / "labelsTr" / "B_case000.nii.gz").rename(raw / "labelsTr" / "B_case009.nii.gz")
     cases["B_case009"] = cases.pop("B_case000")
-    SitesFile({site: SiteInfo() for site in "ABC"}, cases).save(raw / "sites.json")
+    patients = {"B_case000": "A_case000"}  # C has a case of that number too
+    SitesFile({site: SiteInfo() for site in "ABC"}, cases, patients).save(raw / "sites.json")
     description = json.loads((raw / "dataset.json").read_text())
     (raw / "dataset.json").write_text(json.dumps({**description, "numTraining": len(cases)}))
     (tmp_path / "study").mkdir()
