@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 SLOW_PATH_VALUES = 20480
 """On a CPU PyTorch keeps a single sample with up to so many values in its first four axes from oneDNN (`use_mkldnn`)."""
 
-
 AGAIN_ABOVE = 2**18
 """Voxels of a patch above which a block's inside is computed again for its gradient instead of kept."""
 

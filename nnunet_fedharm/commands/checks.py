@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -158,14 +156,11 @@ def check_flower_daemon() -> Check:
 
     Only a warning: `nnunet-fedharm federate` starts and stops a SuperLink of its own.
     """
+    from nnunet_fedharm.federation.daemon import is_answering
+
     name = "Flower daemon"
     port = os.environ.get(FLOWER_PORT_VARIABLE, "39091")
-    try:
-        # Without an exported proxy, which leads to no loopback of this machine.
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(f"http://127.0.0.1:{port}/health", timeout=1):
-            pass
-    except (urllib.error.URLError, OSError, ValueError):
+    if not is_answering(port):
         return Check(name, "ok", f"none on 127.0.0.1:{port}")
     process = superlink_process(port)
     if process is None:

@@ -227,6 +227,15 @@ def _process_table() -> dict[int, tuple[int, str]]:
     return {int(row[0]): (int(row[1]), row[3]) for row in rows if len(row) == 4 and not row[2].startswith("Z")}
 
 
+def is_answering(port: int | str) -> bool:
+    """Whether a SuperLink answers on loopback, asked directly: an exported proxy leads to no loopback of ours."""
+    try:
+        with build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{port}/health", timeout=1.0):
+            return True
+    except (URLError, OSError, ValueError):  # ValueError: a port that is no number
+        return False
+
+
 def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
     """Wait until a SuperLink answers on its port.
 
@@ -234,15 +243,12 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_file: Path
         SetupError: it ended, or did not answer within a minute.
     """
     end = time.monotonic() + _START_S
-    direct = build_opener(ProxyHandler({}))  # an exported proxy leads to no loopback of ours
     while time.monotonic() < end:
         if process.poll() is not None:
             break
-        try:
-            with direct.open(f"http://127.0.0.1:{port}/health", timeout=1.0):
-                return
-        except (URLError, OSError):
-            time.sleep(0.2)
+        if is_answering(port):
+            return
+        time.sleep(0.2)
     raise SetupError(f"Flower's SuperLink did not start; {log_file} says why. Run `nnunet-fedharm doctor`.")
 
 

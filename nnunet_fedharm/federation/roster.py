@@ -113,13 +113,13 @@ class Roster:
         honest = {node: hello for node, hello in answers.accepted.items() if not self._is_false(int(node), hello)}
         if strict:
             _refuse_twins(honest)
-        for node in set(answers.accepted) | (set(answers.failures) - answers.undelivered):
+        failed = {node: text for node, text in answers.failures.items() if node not in answers.undelivered}
+        for node in (*answers.accepted, *failed):
             self._attempts.pop(int(node), None)  # it says something
         turned_away = [self._admit(int(node), hello, strict) for node, hello in sorted(honest.items())]
-        failed = [text for node, text in answers.failures.items() if node not in answers.undelivered]
-        for text in failed:
+        for text in failed.values():
             self.log.write("node_set_aside", reason=text)
-        return [text for text in turned_away if text] + failed
+        return [*filter(None, turned_away), *failed.values()]
 
     def ask_again(self) -> None:
         """Ask nodes that said nothing so far once more: a site is missing, and one of them may be it."""

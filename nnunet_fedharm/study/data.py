@@ -189,12 +189,16 @@ class StudyData:
             for path in cases[index].images:
                 place(path, self.adapt(site) / path.name, link=True)
 
-    def _refuse_shared_patients(self) -> set[str]:
-        """Cases that are trained on; nobody of them is tested under another case's name or at another hospital."""
-        registry, target = self.study.registry, self.pooled.raw / self.dataset_name
+    def _trained_cases(self, ending: str) -> set[str]:
+        """Cases of central and federated trainings, as they lie in the pooled root."""
+        images = _files(self.pooled.raw / self.dataset_name, "imagesTr", UNLABELLED)
+        return {path.name[: -len(ending) - 5] for path in images}
+
+    def _refuse_shared_patients(self) -> None:
+        """Nobody is tested who was trained on, under another case's name or at another hospital."""
+        registry = self.study.registry
         ending = str(read_dataset_json(self.study.raw_dataset, site="study")["file_ending"])
-        trained = {path.name[: -len(ending) - 5] for path in _files(target, "imagesTr", UNLABELLED)}
-        known = {registry.patient_of(case): case for case in sorted(trained)}
+        known = {registry.patient_of(case): case for case in sorted(self._trained_cases(ending))}
         for site in self.study.sites:
             for path in sorted((self.test(site) / "labels").glob(f"*{ending}")):
                 patient = registry.patient_of(path.name.removesuffix(ending))
@@ -204,7 +208,6 @@ class StudyData:
                         f"{registry.site_of(known[patient])} (case {known[patient]}). Start a new study folder: a split of today "
                         "keeps a patient's cases together."
                     )
-        return trained
 
     def _pool(self) -> None:
         target = self.pooled.create().raw / self.dataset_name
@@ -217,7 +220,8 @@ class StudyData:
             cases |= dict(SitesFile.load(source / SITES_FILE).cases)
         description = read_dataset_json(source, site="pooled")
         ending = str(description["file_ending"])
-        trained = self._refuse_shared_patients()
+        self._refuse_shared_patients()
+        trained = self._trained_cases(ending)
         n_labelled = len(list((target / "labelsTr").glob(f"*{ending}")))
         write_json({**description, "numTraining": n_labelled}, target / "dataset.json")
         registry = self.study.registry

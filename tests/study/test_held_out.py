@@ -114,13 +114,18 @@ def test_nothing_of_a_held_out_site_is_in_what_trainings_see(
         data.prepare()
 
 
+def take_labels_away(raw: Path, site: str) -> None:
+    """The site takes part with images alone."""
+    unlabelled = raw / "imagesUnlabelled"
+    unlabelled.mkdir()
+    for image in sorted((raw / "imagesTr").glob(f"{site}_*")):
+        image.rename(unlabelled / image.name)
+        (raw / "labelsTr" / image.name.replace("_0000", "")).unlink()
+
+
 def test_a_held_out_site_without_test_case_is_refused(tmp_path: Path, make_raw_dataset: Callable[..., Path]) -> None:
     study = study_of(tmp_path, make_raw_dataset, "ABC")
-    unlabelled = study.raw_dataset / "imagesUnlabelled"
-    unlabelled.mkdir()
-    for image in sorted((study.raw_dataset / "imagesTr").glob("C_*")):
-        image.rename(unlabelled / image.name)
-        (study.raw_dataset / "labelsTr" / image.name.replace("_0000", "")).unlink()
+    take_labels_away(study.raw_dataset, "C")
     with pytest.raises(DataError, match="held-out site C has no case with a label to test on"):
         StudyData(study).prepare()
 
@@ -193,11 +198,7 @@ def test_a_hospital_with_images_alone_is_prepared_and_never_trained_or_tested_al
     tmp_path: Path, make_raw_dataset: Callable[..., Path]
 ) -> None:
     study = study_of(tmp_path, make_raw_dataset, "AB")
-    unlabelled = study.raw_dataset / "imagesUnlabelled"
-    unlabelled.mkdir()
-    for image in sorted((study.raw_dataset / "imagesTr").glob("B_*")):
-        image.rename(unlabelled / image.name)
-        (study.raw_dataset / "labelsTr" / image.name.replace("_0000", "")).unlink()
+    take_labels_away(study.raw_dataset, "B")
     file = study.folder / STUDY_FILE
     file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("labelled_sites")))
     data = StudyData(read_study(study.folder))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -76,31 +76,21 @@ def central_slices(
     Returns:
         (case, channel) -> slice; a case that cannot be read is left out, for the measurement lists it.
     """
-    found = map_cases(
-        partial(_cut_or_none, dataset_json=dict(dataset_json)),
-        cases,
-        num_processes=num_processes,
-        description="cut slices",
-    )
-    return _by_channel(cases, dataset_json, found)
+    return _cut_all(_cut_or_none, cases, dataset_json, num_processes)
 
 
 def small_slices(
     cases: Sequence[CaseFiles], dataset_json: Mapping[str, Any], *, num_processes: int
 ) -> dict[tuple[str, str], Array]:
     """The same as a network wants them: all CLASSIFIED_SIZE pixels high and wide, so that thousands fit into memory."""
-    found = map_cases(
-        partial(_small_or_none, dataset_json=dict(dataset_json)),
-        cases,
-        num_processes=num_processes,
-        description="cut slices",
-    )
-    return _by_channel(cases, dataset_json, found)
+    return _cut_all(_small_or_none, cases, dataset_json, num_processes)
 
 
-def _by_channel(
-    cases: Sequence[CaseFiles], dataset_json: Mapping[str, Any], found: Iterable[Sequence[Piece]]
+def _cut_all(
+    cut: Callable[..., list[Piece]], cases: Sequence[CaseFiles], dataset_json: Mapping[str, Any], num_processes: int
 ) -> dict[tuple[str, str], Piece]:
+    work = partial(cut, dataset_json=dict(dataset_json))
+    found = map_cases(work, cases, num_processes=num_processes, description="cut slices")
     names = [str(name) for name in dataset_json["channel_names"].values()]
     return {
         (case.case, name): piece
