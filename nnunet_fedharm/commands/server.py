@@ -31,13 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     init.add_argument("--port", type=int, default=9092, help="TCP port that sites connect to (default: 9092)")
     init.add_argument("--bind", default="0.0.0.0", help="address to listen on (default: all)")
     _action(actions, "start", "run the server until Ctrl-C or SIGTERM")
+    add = _action(actions, "add", "expect hospitals that come later: enter their names into consortium.toml")
+    add.add_argument("sites", nargs="+", metavar="SITE")
     register = _action(actions, "register", "let a site in by its public key")
     register.add_argument("site", metavar="SITE")
     register.add_argument("key", type=Path, metavar="KEYFILE", help="the site's node.pub")
     register.add_argument("--replace", action="store_true", help="the site made a new key; the former one is shut out")
-    register.add_argument(
-        "--new-site", action="store_true", help="the consortium's list of expected sites lacks it; it is entered there"
-    )
     remove = _action(actions, "remove", "shut a site out")
     remove.add_argument("site", metavar="SITE")
     _action(actions, "sites", "who is registered, and who is connected now")
@@ -76,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         server.watch_run(folder, show=_print)
     elif args.action == "stop":
         print(f"{server.stop_runs(folder)} run(s) stopped.")
+    elif args.action == "add":
+        return _add(args, folder)
     elif args.action in ("register", "remove"):
         return _membership(args, folder)
     elif args.action == "sites":
@@ -109,11 +110,23 @@ def _init(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add(args: argparse.Namespace, folder: Any) -> int:
+    from nnunet_fedharm.federation.deploy.server_folder import expect_sites
+
+    new = expect_sites(folder, args.sites)
+    if new:
+        print(f"{', '.join(new)}: expected. Send them {folder.consortium_file}; other sites need no new file.")
+    else:
+        print(f"{folder.consortium_file} has these names already; send it to them.")
+    print(f"Fingerprint, to be read out by telephone: {folder.consortium().fingerprint}")
+    return 0
+
+
 def _membership(args: argparse.Namespace, folder: Any) -> int:
     from nnunet_fedharm.federation.deploy import server
 
     if args.action == "register":
-        told = server.register_site(folder, args.site, args.key, replace_key=args.replace, new_site=args.new_site)
+        told = server.register_site(folder, args.site, args.key, replace_key=args.replace)
         text = f"{args.site} is registered"
     else:
         told = server.remove_site(folder, args.site)

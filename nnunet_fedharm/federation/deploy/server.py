@@ -21,7 +21,7 @@ from nnunet_fedharm.federation.deploy.consortium import version_differences
 from nnunet_fedharm.federation.deploy.control import Operator, ServerOffError, local_address, operator
 from nnunet_fedharm.federation.deploy.keys import parse_node_key
 from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals, watch
-from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, expected_site
+from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
 from nnunet_fedharm.federation.events import EVENTS_FILE, ends_run, is_turned_away, read_events
 from nnunet_fedharm.federation.progress import describe
 from nnunet_fedharm.federation.registered import write_registered
@@ -86,13 +86,8 @@ def start_server(folder: ServerFolder, *, show: Show = print) -> None:
         show("Stopping.")
 
 
-def register_site(
-    folder: ServerFolder, site: str, key_file: Path, *, replace_key: bool = False, new_site: bool = False
-) -> bool:
+def register_site(folder: ServerFolder, site: str, key_file: Path, *, replace_key: bool = False) -> bool:
     """Let a site in: keep its public key, and tell the SuperLink where it runs.
-
-    Args:
-        new_site: the name may be missing in the consortium's list, and is entered there.
 
     Returns:
         Whether the SuperLink runs and knows the site now; else it will when it starts.
@@ -102,11 +97,12 @@ def register_site(
     """
     check_site_names([site], error=SetupError)
     consortium = folder.consortium()
-    if site not in consortium.sites and not new_site:
+    if site not in consortium.sites:
         # A key that was registered under a wrong name cannot be registered again under the right one.
         raise SetupError(
             f"{site} is not among the expected sites of {consortium.name}: {', '.join(consortium.sites) or 'none'}. Use the "
-            "name that the site joined by; for a hospital that came later add --new-site."
+            "name that the site joined by; one that comes later is entered by "
+            f"`nnunet-fedharm server add {folder.path} {site}`."
         )
     try:
         line = key_file.read_text(encoding="utf-8").strip()
@@ -129,7 +125,6 @@ def register_site(
                 "--replace."
             )
         folder.shut_out_key(site)
-    expected_site(folder, site)
     (folder.node_keys / f"{site}.pub").write_text(line + "\n", encoding="utf-8")
     return _sync_if_running(folder)
 

@@ -187,16 +187,25 @@ def renew_certificate(folder: ServerFolder, hosts: Sequence[str] = ()) -> Consor
     return consortium
 
 
-def expected_site(folder: ServerFolder, site: str) -> None:
-    """Enter a site into the consortium file.
+def expect_sites(folder: ServerFolder, sites: Sequence[str]) -> list[str]:
+    """Enter hospitals that come later into the consortium file; it is then theirs to join with.
+
+    Returns:
+        The names that were not in it.
 
     Raises:
-        SetupError: its name cannot be used.
+        SetupError: a name cannot be used, or the file cannot be written.
     """
+    check_site_names(sites, error=SetupError)
     consortium = folder.consortium()
-    if site not in consortium.sites:
-        named = replace(consortium, sites=tuple(sorted((*consortium.sites, site))))
-        folder.consortium_file.write_text(named.to_toml(), encoding="utf-8")
+    new = sorted(set(sites) - set(consortium.sites))
+    if new:
+        named = replace(consortium, sites=tuple(sorted((*consortium.sites, *new))))
+        with writing(folder.path):
+            half = folder.consortium_file.with_suffix(".writing")
+            half.write_text(named.to_toml(), encoding="utf-8")
+            half.replace(folder.consortium_file)
+    return new
 
 
 def _make_folder(folder: ServerFolder, options: ServerOptions) -> None:

@@ -98,7 +98,7 @@ def _check_join(consortium: Consortium, folder: SiteFolder, options: JoinOptions
     if options.site not in consortium.sites:
         raise SetupError(
             f"{options.site} is not among the sites of {consortium.name}: {', '.join(consortium.sites) or 'none'}. Use the name "
-            "that the coordinator gave you."
+            "that the coordinator gave you; one that was added later is in the coordinator's present consortium file."
         )
     given = options.fingerprint.replace(" ", "").lower()
     if given and given.replace("-", "") != consortium.fingerprint.replace("-", ""):

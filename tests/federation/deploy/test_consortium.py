@@ -177,8 +177,11 @@ def test_the_commands_that_sentences_name_are_there() -> None:
     assert command_parser("server").parse_args(["renew", "FOLDER"]).folder == Path("FOLDER")
 
 
-def test_a_name_that_nobody_expects_is_registered_only_when_it_is_said_to_be_new(
-    server: ServerFolder, join_site: Callable[..., SiteFolder], capsys: pytest.CaptureFixture[str]
+def test_a_hospital_that_comes_later_is_added_joins_with_the_new_file_and_is_registered(
+    server: ServerFolder,
+    join_site: Callable[..., SiteFolder],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     key = str(join_site(SITES[0]).node_key.with_suffix(".pub"))
     words = ["server", "register", str(server.path), "hospital-west", key]
@@ -187,8 +190,22 @@ def test_a_name_that_nobody_expects_is_registered_only_when_it_is_said_to_be_new
     assert "hospital-west is not among the expected sites of Test study: hospital-north, hospital-south." in error
     assert server.registered() == {}
     assert main(["server", "register", str(server.path), SITES[0], key]) == 0, "the right name still can be used"
-    assert main([*words[:-1], str(join_site(SITES[1]).node_key.with_suffix(".pub")), "--new-site"]) == 0
+    (tmp_path / "west").mkdir()
+    file = str(server.consortium_file)
+    joining = ["site", "join", file, "--site", "hospital-west", "--site-root", str(tmp_path / "west")]
+    assert main(joining) == 2
+    assert "hospital-west is not among the sites of Test study" in capsys.readouterr().err
+    before = server.consortium().fingerprint
+    assert main(["server", "add", str(server.path), "hospital-west"]) == 0
+    assert f"hospital-west: expected. Send them {file}; other sites need no new file." in capsys.readouterr().out
+    assert server.consortium().sites == (*SITES, "hospital-west")
+    assert server.consortium().fingerprint == before, "read out once, it holds"
+    assert main(joining) == 0
+    assert main([*words[:-1], str(tmp_path / "west" / "fedharm" / "consortium" / "node.pub")]) == 0
     assert list(server.registered()) == [SITES[0], "hospital-west"]
+    assert main(["server", "add", str(server.path), "hospital-west"]) == 0
+    assert "has these names already" in capsys.readouterr().out
+    assert main(["server", "add", str(server.path), "../west"]) == 2
     assert server.consortium().sites == (*SITES, "hospital-west")
 
 
