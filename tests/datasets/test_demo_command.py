@@ -52,7 +52,7 @@ def test_a_failed_prediction_names_its_log(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "predict_none_alder.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quick_demo_runs_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = ArgumentParser()
     demo.add_arguments(parser)
