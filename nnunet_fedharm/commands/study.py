@@ -171,8 +171,9 @@ def _slurm(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from rich.table import Table
 
+    from nnunet_fedharm.study.cell_files import is_finished
     from nnunet_fedharm.study.matrix import cells_of
-    from nnunet_fedharm.study.results import is_finished, read_cell
+    from nnunet_fedharm.study.results import read_cell
     from nnunet_fedharm.study.runner import current_step
 
     study = _study(args.folder)

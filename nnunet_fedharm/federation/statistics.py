@@ -13,8 +13,9 @@ from typing import Any
 from nnunet_fedharm.federation.durable import read_json, write_json
 from nnunet_fedharm.federation.messages import Unpacked, json_hash
 from nnunet_fedharm.federation.site import Site
+from nnunet_fedharm.federation.site_budget import ledger_within
 from nnunet_fedharm.privacy.ledger import Ledger
-from nnunet_fedharm.privacy.releases import Budget, Release
+from nnunet_fedharm.privacy.releases import Release
 
 
 def answer_once(
@@ -36,10 +37,7 @@ def answer_once(
     kept = read_json(path) if path.is_file() else {}
     ledger = Ledger(site.folder)
     if kept.get("question") != question:
-        budget = Budget(values["epsilon"], values["delta"], allow_unbounded=True)
-        ledger.refuse_beyond(budget, [release])
-        if site.budget is not None:  # the run's own is the server's word
-            ledger.refuse_beyond(site.budget, [release])
+        ledger = ledger_within(site, [release], values)
         kept = {"question": question, "answer": dict(make())}
         write_json(path, kept)
     answer = dict(kept["answer"])

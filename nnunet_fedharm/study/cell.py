@@ -17,12 +17,12 @@ from typing import Any
 from nnunet_fedharm.evaluation.labels import Targets
 from nnunet_fedharm.evaluation.segmentation import metrics_of, score_cases, write_metrics
 from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_json
+from nnunet_fedharm.study.cell_files import COST_FILE, ENVIRONMENT_FILE, METRICS_FILE, cell_folder
 from nnunet_fedharm.study.data import StudyData
 from nnunet_fedharm.study.energy import Energy, measured
 from nnunet_fedharm.study.matrix import Cell
 from nnunet_fedharm.study.new_site import ADAPTED, adapt_to_held_out, adapted_sites
 from nnunet_fedharm.study.quality import TRAINED_FILE, measure_quality, predict
-from nnunet_fedharm.study.results import COST_FILE, ENVIRONMENT_FILE, METRICS_FILE, cell_folder
 from nnunet_fedharm.study.settings import check_settings, settings_of
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import BASELINES, CONTROL

@@ -7,12 +7,13 @@ from pathlib import Path
 from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.planning.central import DEFAULT_PLANS
 from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_text
+from nnunet_fedharm.study.cell_files import ENVIRONMENT_FILE
 from nnunet_fedharm.study.held_out import ADAPTED_WITH, left_out
 from nnunet_fedharm.study.matrix import Arm
 from nnunet_fedharm.study.model_card import CARD, CardFacts, CardPrivacy, card_files
 from nnunet_fedharm.study.model_facts import read_scores, scanner_sites
 from nnunet_fedharm.study.new_site import adapted_sites
-from nnunet_fedharm.study.results import ENVIRONMENT_FILE, CellResult
+from nnunet_fedharm.study.results import CellResult
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.trainers.names import trainer_name_for
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from nnunet_fedharm.evaluation.segmentation import write_metrics
 from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_json
+from nnunet_fedharm.study.cell_files import METRICS_FILE, QUALITY_FILE, cell_folder
 from nnunet_fedharm.study.data import TRAVELLING, StudyData
 from nnunet_fedharm.study.matrix import Cell, control_arm
-from nnunet_fedharm.study.results import METRICS_FILE, QUALITY_FILE, cell_folder
 from nnunet_fedharm.study.training import link
 
 TRAINED_FILE = "trained.json"

@@ -13,16 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_fedharm.sites.files import read_json
+from nnunet_fedharm.study.cell_files import (
+    COST_FILE,
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    QUALITY_FILE,
+    cell_folder,
+    is_finished,
+)
 from nnunet_fedharm.study.matrix import Arm, Cell, arms_of, cells_of, control_arm
+from nnunet_fedharm.study.settings import check_settings
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import Report
 
-METRICS_FILE, COST_FILE, QUALITY_FILE, ENVIRONMENT_FILE = (
-    "metrics.json",
-    "cost.json",
-    "quality.json",
-    "environment.json",
-)
 DICE, HD95 = "dice", "hd95_mm"
 
 
@@ -129,24 +132,12 @@ def mean_over_labels(labels: Mapping[str, Mapping[str, float | None]], metric: s
     return sum(values) / len(values) if values else math.nan
 
 
-def cell_folder(study: StudyFile, cell: Cell) -> Path:
-    """Where a cell keeps everything."""
-    return study.folder / "cells" / cell.name
-
-
-def is_finished(study: StudyFile, cell: Cell) -> bool:
-    """Whether its metrics are there; they are written last."""
-    return (cell_folder(study, cell) / METRICS_FILE).is_file()
-
-
 def read_results(study: StudyFile) -> StudyResults:
     """All finished cells.
 
     Raises:
         DataError: a file of a cell is damaged, or it was made with other settings than study.toml has now.
     """
-    from nnunet_fedharm.study.settings import check_settings  # reads cells too
-
     for cell in cells_of(study):
         check_settings(study, cell)
     return StudyResults(study, [read_cell(study, cell) for cell in cells_of(study) if is_finished(study, cell)])

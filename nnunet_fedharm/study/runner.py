@@ -14,8 +14,8 @@ from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.federation.daemon import program, stop_process, terminate_as_interrupt
 from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.study.cell import run_cell
+from nnunet_fedharm.study.cell_files import cell_folder, is_finished
 from nnunet_fedharm.study.matrix import Cell, cells_of
-from nnunet_fedharm.study.results import cell_folder, is_finished
 from nnunet_fedharm.study.study_file import StudyFile
 
 LOG, LOCK, STEP = "log.txt", "cell.lock", "step.txt"

@@ -7,8 +7,8 @@ from typing import Any
 
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.sites.files import read_json
+from nnunet_fedharm.study.cell_files import ENVIRONMENT_FILE, cell_folder
 from nnunet_fedharm.study.matrix import Arm, Cell
-from nnunet_fedharm.study.results import ENVIRONMENT_FILE, cell_folder
 from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile
 
 _OF_THE_MACHINE = ("num_processes", "gpu_memory_gb")

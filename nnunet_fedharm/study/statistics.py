@@ -19,12 +19,13 @@ from datetime import UTC, datetime
 import numpy as np
 
 from nnunet_fedharm.differences.findings import Estimate
+from nnunet_fedharm.study.cell_files import is_finished
 from nnunet_fedharm.study.controls import check_controls
 from nnunet_fedharm.study.draws import RESAMPLES, Drawn, Draws, Vector, combined
 from nnunet_fedharm.study.findings import ArmFinding, Comparison, CostFinding, GapFinding, StudyFindings
 from nnunet_fedharm.study.matrix import Arm, cells_of
 from nnunet_fedharm.study.paired import Question, compare_family
-from nnunet_fedharm.study.results import DICE, HD95, StudyResults, fixed_beforehand, is_finished
+from nnunet_fedharm.study.results import DICE, HD95, StudyResults, fixed_beforehand
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
 

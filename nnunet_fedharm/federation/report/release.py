@@ -22,6 +22,7 @@ from nnunet_fedharm.federation.report.messages import send
 from nnunet_fedharm.federation.report.noise import SHARES, Noiser, Protection, sensitivity_of
 from nnunet_fedharm.federation.secure.home import ONE, Offer, offer
 from nnunet_fedharm.federation.site import Site
+from nnunet_fedharm.federation.site_budget import ledger_within
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, Release
 
@@ -64,9 +65,8 @@ class Outgoing:
         Raises:
             PrivacyError: it would, or the ledger is damaged.
         """
-        if self.site.budget is not None:
-            left = [step for step in SHARES if not self._answer_file(step).is_file()]
-            Ledger(self.site.folder).refuse_beyond(self.site.budget, [self._entry(step) for step in left])
+        left = [step for step in SHARES if not self._answer_file(step).is_file()]
+        ledger_within(self.site, [self._entry(step) for step in left])
 
     def noised(self, step: str, features: Sequence[int], arrays: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """The arrays of one message with the noise of its step.
@@ -100,9 +100,9 @@ class Outgoing:
         """
         entry = self._entry(step)
         if self.plan.on:
-            if self.site.budget is not None and not self._answer_file(step).is_file():
+            if not self._answer_file(step).is_file():
                 # Each message brings its own epsilon: what was asked for at first may be another.
-                Ledger(self.site.folder).refuse_beyond(self.site.budget, [entry])
+                ledger_within(self.site, [entry])
             values, arrays = self._first_answer(step, values, arrays)
         if self.plan.sums and arrays is not None:
             whole = {name: np.asarray(value, dtype=np.float64) for name, value in arrays.items()}

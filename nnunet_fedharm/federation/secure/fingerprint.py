@@ -20,10 +20,9 @@ from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.secure.home import NOISY, ONE, Offer, offer
 from nnunet_fedharm.federation.secure.sum import SecureSum
 from nnunet_fedharm.federation.site import Site
+from nnunet_fedharm.federation.site_budget import ledger_within
 from nnunet_fedharm.planning.private_summary import PrivateSummary, fingerprint_release, length
 from nnunet_fedharm.privacy.fixed_point import Field, Layout
-from nnunet_fedharm.privacy.ledger import Ledger
-from nnunet_fedharm.privacy.releases import Budget
 from nnunet_fedharm.privacy.site_level import DISTRIBUTED, REACH, SitePrivacy
 
 _SUMS = NOISY + "sums"
@@ -66,9 +65,7 @@ def offer_summary(site: Site, request: Unpacked, exact: PrivateSummary) -> Priva
     values = request.values
     shares, run_id = noise_shares(values), values["run_id"]
     release = replace(fingerprint_release(values["noise"], run_id=run_id), noise_alone=shares.share)
-    for budget in (Budget(values["epsilon"], values["delta"], allow_unbounded=True), site.budget):
-        if budget is not None:
-            Ledger(site.folder).refuse_beyond(budget, [release])
+    ledger_within(site, [release], values)
     arrays = {_SUMS: np.array(exact.sums)}
     key, counted = key_of_fingerprint(run_id), f"{run_id}/fingerprint"
     offer(site.folder, Offer(key, arrays, {ONE: 1}, release, json_hash(values), None, shares, counted))
