@@ -18,6 +18,7 @@ from private_bench import CONFIGURATION, DELTA, RECIPES, Arm, PrivateBench, spen
 from nnunet_fedharm.federation.secure.patient_noise import StepSum, step_offer
 from nnunet_fedharm.federation.server_steps import momentum_step
 from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.planning.section import reads_styles
 from nnunet_fedharm.privacy.fixed_point import Share
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.noise import SecureNoise
@@ -46,7 +47,12 @@ def train_shared(
     assert options is not None
     cases = {site: len(list((own.bench.own_root(site).raw / NAME / "labelsTr").glob("*.nii.gz"))) for site in sites}
     shared = shared_steps(
-        options, patients=sum(cases.values()), rounds=recipe.steps, least=len(sites), colluding=COLLUDING
+        options,
+        styled=reads_styles(recipe.kind),
+        patients=sum(cases.values()),
+        rounds=recipe.steps,
+        least=len(sites),
+        colluding=COLLUDING,
     )
     with next(iter(places.values())).activate():
         names = trained_names(plans, own.bench.description(), CONFIGURATION, trainer)

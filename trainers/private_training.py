@@ -22,6 +22,7 @@ import torch
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
+from nnunet_fedharm.planning.section import reads_styles
 from nnunet_fedharm.privacy.accounting import Noise
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.noise import SecureNoise
@@ -97,7 +98,10 @@ class PrivateTraining:
         if self.shared is not None:
             return self.shared.noise
         parts = tuple((phase.sample_rate, phase.steps_per_epoch * phase.epochs) for phase in self.phases.values())
-        settled = (*self.options.statistics_part, *map(self.vote_noise, self._voters))
+        settled = (
+            *self.options.statistics_part(styled=reads_styles(self.trainer.section.kind)),
+            *map(self.vote_noise, self._voters),
+        )
         return common_noise(self.options.epsilon, self.options.delta, parts, settled)
 
     def check_budget(self, *, harmonizer_epochs: int, segmenter_epochs: int) -> None:

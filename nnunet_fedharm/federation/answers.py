@@ -11,11 +11,11 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from nnunet_fedharm.errors import CheckpointError, FederationError, FedHarmError
+from nnunet_fedharm.errors import FederationError, FedHarmError
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.aggregation import finite
 from nnunet_fedharm.federation.codec import Weights, decode
-from nnunet_fedharm.federation.durable import file_lock, read_json, write_json
+from nnunet_fedharm.federation.durable import file_lock, write_json
 from nnunet_fedharm.federation.entries import enter_release
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
 from nnunet_fedharm.federation.ownership import ownership_of
@@ -30,6 +30,7 @@ from nnunet_fedharm.federation.site_card import statement_at, write_card
 from nnunet_fedharm.federation.site_counts import count_release
 from nnunet_fedharm.federation.site_privacy import adds_own_noise, own_release, updates_only, with_own_noise
 from nnunet_fedharm.federation.statistics import answer_once
+from nnunet_fedharm.federation.stored_plans import PLANS_FILE, held_hash, stored_plans
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
 from nnunet_fedharm.planning.received import check_received
 from nnunet_fedharm.privacy.ledger import Ledger
@@ -37,9 +38,6 @@ from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.privacy.site_level import SitePrivacy
 
 Work = Callable[[Site, Unpacked], RecordDict]
-
-PLANS_FILE = "federation.json"
-"""Final plans, dataset.json and fingerprint of a run, in the site's folder of that run."""
 
 
 def answer(kind: str, content: RecordDict, node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> RecordDict:
@@ -85,10 +83,7 @@ def _preflight(site: Site, request: Unpacked) -> RecordDict:
     if request.values["check_data"]:
         check_raw_dataset(raw_dataset, site=site.name, num_processes=site.num_processes)
     facts = collect_facts(raw_dataset, site=site.name)
-    try:
-        held = json_hash(_federation(site, request.values["run_id"])["plans"])
-    except CheckpointError:
-        held = ""  # not there yet, or damaged: the server sends the plans (again)
+    held = held_hash(site, request.values["run_id"])
     return reply(messages.PREFLIGHT_REPLY, {"site": site.name, "facts": facts.to_dict(), "plans_hash": held})
 
 
@@ -120,7 +115,7 @@ def _summarize(site: Site, request: Unpacked) -> RecordDict:
 
 def _prepare(site: Site, request: Unpacked) -> RecordDict:
     from nnunet_fedharm.planning.preprocess import preprocess_site
-    from nnunet_fedharm.planning.private_style import style_release
+    from nnunet_fedharm.planning.private_style import neutral_style, style_release
     from nnunet_fedharm.planning.style import site_style
 
     start = time.monotonic()
@@ -136,16 +131,21 @@ def _prepare(site: Site, request: Unpacked) -> RecordDict:
         fingerprint=values["fingerprint"],
     )
     _own_every_case(site, name)
-    noise = values["noise"]
+    noise, told = (
+        values["noise"],
+        {"site": site.name, "seconds": 0.0},
+    )  # a private run's seconds would tell of the images
 
     def measure() -> dict[str, Any]:
         return site_style(site.root, name, values["plans"], configuration, noise_multiplier=noise).to_dict()
 
+    if not values["styled"]:
+        neutral = neutral_style(len(values["dataset_json"]["channel_names"]), n_cases=0)
+        return reply(messages.PREPARE_REPLY, {**told, "style": neutral.to_dict()})
     if noise > 0:
         style = answer_once(site, request, style_release(site.name, noise), measure)
-        # How long it took would tell something about the images.
-        return reply(messages.PREPARE_REPLY, {"site": site.name, "style": style, "seconds": 0.0})
-    exact = {"site": site.name, "style": measure(), "seconds": round(time.monotonic() - start, 3)}
+        return reply(messages.PREPARE_REPLY, {**told, "style": style})
+    exact = {**told, "style": measure(), "seconds": site.policy.allowed_seconds(time.monotonic() - start)}
     content = reply(messages.PREPARE_REPLY, exact)
     enter_release(site.folder, messages.PREPARE.name, values, content)
     return content
@@ -184,7 +184,7 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
         "n_cases": trained.n_cases,
         "metrics": dict(trained.metrics),
         # Under differential privacy the time would tell how many patients were drawn.
-        "seconds": 0.0 if trained.private or promised else round(time.monotonic() - start, 3),
+        "seconds": 0.0 if trained.private or promised else site.policy.allowed_seconds(time.monotonic() - start),
     }
     content = reply(messages.TRAIN_REPLY, answer, encode_with_control(weights, control, fp16=values["fp16"]))
     if trained.private:
@@ -276,17 +276,11 @@ def _own_every_case(site: Site, dataset_name: str) -> None:
     owned.save(site.root.preprocessed / dataset_name / SITES_FILE)
 
 
-def _federation(site: Site, run_id: str) -> dict[str, Any]:
-    return read_json(site.folder / run_id / PLANS_FILE)
-
-
 def _local_training(site: Site, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """This site's LocalTraining and the plans that it stored for the run."""
     from nnunet_fedharm.trainers.local_training import LocalTraining
 
-    federation = _federation(site, values["run_id"])
-    if json_hash(federation["plans"]) != values["plans_hash"]:
-        raise FederationError(f"Site {site.name} holds other plans than the server. Start its SuperNode again.")
+    federation = stored_plans(site, values["run_id"], values["plans_hash"])
     training = LocalTraining(
         root=site.root,
         dataset_name=values["dataset_name"],

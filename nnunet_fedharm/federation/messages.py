@@ -115,6 +115,7 @@ PREPARE = Schema(
     "prepare request",
     {
         **_STATISTICS,
+        "styled": FLAG,
         "configuration": CONFIGURATION,
         "plans": PLANS,
         "dataset_json": DATASET_JSON,

@@ -29,7 +29,7 @@ from nnunet_fedharm.federation.strategy_checks import check_sites
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.facts import SiteFacts, check_agreement, federation_dataset_json
-from nnunet_fedharm.planning.section import FedHarmSection, with_section
+from nnunet_fedharm.planning.section import FedHarmSection, reads_styles, with_section
 from nnunet_fedharm.planning.summary import SiteSummary
 
 T = TypeVar("T")
@@ -150,6 +150,7 @@ class Preparation:
         config = self.config
         values = {
             **self._statistics(state, config.privacy.style_noise if config.privacy else 0.0),
+            "styled": config.privacy is None or reads_styles(config.harmonizer),
             "configuration": config.configuration,
             "plans": state.planned,
             "dataset_json": state.dataset_json,

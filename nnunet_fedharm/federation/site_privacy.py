@@ -20,6 +20,7 @@ from nnunet_fedharm.federation.run_options import RunOptions
 from nnunet_fedharm.federation.secure.checks import MEANS, SUMMED, check_colluding
 from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of, statement
 from nnunet_fedharm.federation.updates import quorum_of
+from nnunet_fedharm.planning.section import reads_styles
 from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
 from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES
 from nnunet_fedharm.privacy.site_level import DISTRIBUTED, LOCAL, MODES, SERVER, SitePrivacy, clipped
@@ -66,7 +67,7 @@ def privacy_statement(config: RunOptions, facts: Mapping[str, Mapping[str, Any]]
             "delta": config.privacy.delta,
             "of": "all noisy releases of this run at each site: fingerprint summary, style, votes, training",
             "not_covered": ["facts"]
-            + ["style"] * (config.privacy.style_noise == 0)
+            + ["style"] * (config.privacy.style_noise == 0 and reads_styles(config.harmonizer))
             + ["fingerprint summary"] * (config.privacy.fingerprint_noise == 0),
         }
         shared = shared_steps_of(config, facts)

@@ -16,8 +16,8 @@ from nnunet_fedharm.planning.explain import write_explanation
 from nnunet_fedharm.planning.planner import PlanOptions, require_configuration
 from nnunet_fedharm.planning.pooled import HERE, plan_pooled
 from nnunet_fedharm.planning.preprocess import preprocess_site
+from nnunet_fedharm.planning.private_bank import private_bank
 from nnunet_fedharm.planning.private_fingerprint import private_fingerprint, private_plans
-from nnunet_fedharm.planning.private_style import style_release
 from nnunet_fedharm.planning.private_summary import exact_release
 from nnunet_fedharm.planning.section import (
     CONFIGURATIONS,
@@ -26,6 +26,7 @@ from nnunet_fedharm.planning.section import (
     FedHarmSection,
     Schedule,
     check_plans_name,
+    reads_styles,
     with_section,
 )
 from nnunet_fedharm.planning.situation import Device, situation_of
@@ -192,10 +193,18 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
         registry.save(preprocessed / SITES_FILE)
         if options.privacy and fingerprint is not None:
             Ledger(preprocessed.parent.parent / "fedharm").record(exact_release(fingerprint))
-        noise = options.privacy.style_noise if options.privacy else 0.0
-        styles = style_by_site(root, name, plans, configuration, sites=registry, noise_multiplier=noise)
-        for site in styles if noise else ():  # entered before the plans that hold them are written
-            Ledger(preprocessed.parent.parent / "fedharm").record(style_release(site, noise))
+        if options.privacy:
+            styles = private_bank(
+                root,
+                name,
+                plans,
+                configuration,
+                sites=registry,
+                privacy=options.privacy,
+                styled=reads_styles(options.kind),
+            )
+        else:
+            styles = style_by_site(root, name, plans, configuration, sites=registry)
         sections[configuration] = _section(plans["configurations"][configuration], styles, options)
     for configuration, section in sections.items():
         plans = with_section(plans, section, (configuration,))

@@ -28,7 +28,7 @@ from scipy.stats import norm
 
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, STYLE_CLIP, FloatArray, Style
 from nnunet_fedharm.privacy.noise import SecureNoise
-from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
+from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, Release
 
 N_TERMS = 6
 CLIP = 2.0
@@ -75,6 +75,13 @@ def private_style(quantiles: FloatArray, offsets: FloatArray, *, noise_multiplie
     )
 
 
+def neutral_style(channels: int, n_cases: int) -> Style:
+    """Of no image at all: normally distributed intensities. It stands in plans whose harmonizer reads no style."""
+    normal = np.clip(norm.ppf(QUANTILE_LEVELS), -STYLE_CLIP, STYLE_CLIP)
+    return Style(quantiles=np.tile(normal, (channels, 1)), offset=np.full(channels, OFFSET), n_cases=n_cases)
+
+
 def style_release(site: str, noise_multiplier: float) -> Release:
-    """Entry in the ledger."""
-    return Release(what=f"style of {site}", mechanism=GAUSSIAN, noise_multiplier=noise_multiplier)
+    """Entry in the ledger; without noise it has no epsilon."""
+    mechanism = GAUSSIAN if noise_multiplier else NONE
+    return Release(what=f"style of {site}", mechanism=mechanism, noise_multiplier=noise_multiplier)

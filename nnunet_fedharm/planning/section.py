@@ -128,6 +128,15 @@ class Schedule:
         return -(-self.harmonizer_epochs * block // blocks)
 
 
+UNIT = "patient"
+"""Whose data epsilon and delta bound; it stands beside them in plans, and so in every checkpoint."""
+
+
+def reads_styles(kind: str) -> bool:
+    """Whether a harmonizer has any use for the sites' styles; who trains without one need not spend privacy on them."""
+    return kind != "none"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FedHarmSection:
     """Parsed form of `configurations[*]["fedharm"]`.
@@ -176,7 +185,7 @@ class FedHarmSection:
             "reference": self.reference,
             "styles": {site: style.to_dict() for site, style in self.styles.items()},
             "schedule": asdict(self.schedule),
-            **({} if self.privacy is None else {"privacy": self.privacy.to_dict()}),
+            **({} if self.privacy is None else {"privacy": {**self.privacy.to_dict(), "unit": UNIT}}),
             **({"start_from": self.start_from} if self.start_from else {}),
         }
 
@@ -209,6 +218,9 @@ class FedHarmSection:
         private = data.get("privacy")
         if private is not None:
             options = {item.name for item in fields(PrivacyOptions)}
+            private = dict(private)
+            if private.pop("unit", UNIT) != UNIT:
+                raise PlanError(f"The privacy of these plans is not by {UNIT}; this release knows no other unit. Plan again.")
             _refuse_unknown(set(private) - options, options, "fedharm section's privacy")
         return cls(
             kind=str(data["kind"]),

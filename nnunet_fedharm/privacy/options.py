@@ -84,10 +84,14 @@ class PrivacyOptions:
             return self.fingerprint_noise
         return gaussian_sigma(self.epsilon, self.delta) / math.sqrt(FINGERPRINT_PART)
 
-    @property
-    def statistics_part(self) -> tuple[Noise, ...]:
-        """The releases of style and fingerprint, where they have noise."""
-        return tuple(Noise(noise) for noise in (self.style_noise, self.fingerprint_multiplier) if noise)
+    def statistics_part(self, *, styled: bool) -> tuple[Noise, ...]:
+        """The releases of style and fingerprint, where they have noise.
+
+        Args:
+            styled: whether the harmonizer reads styles; else none is measured.
+        """
+        noises = (self.style_noise if styled else 0.0, self.fingerprint_multiplier)
+        return tuple(Noise(noise) for noise in noises if noise)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

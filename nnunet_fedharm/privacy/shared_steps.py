@@ -108,10 +108,13 @@ class SharedSteps:
             raise PrivacyError("What the run says about shared noise cannot be read.") from error
 
 
-def shared_steps(options: PrivacyOptions, *, patients: int, rounds: int, least: int, colluding: int) -> SharedSteps:
+def shared_steps(
+    options: PrivacyOptions, *, styled: bool, patients: int, rounds: int, least: int, colluding: int
+) -> SharedSteps:
     """The noise with which `rounds` steps and the statistics stay within the budget.
 
     Args:
+        styled: whether the harmonizer reads styles, which then have a part of the budget.
         options: `patients_per_step` counts those of all sites together.
         patients: of all sites; a public number.
 
@@ -120,7 +123,7 @@ def shared_steps(options: PrivacyOptions, *, patients: int, rounds: int, least: 
     """
     options.check_delta(patients)
     rate = options.sample_rate(patients)
-    noise = common_noise(options.epsilon, options.delta, ((rate, rounds),), options.statistics_part)
+    noise = common_noise(options.epsilon, options.delta, ((rate, rounds),), options.statistics_part(styled=styled))
     return SharedSteps(
         noise=noise, sample_rate=rate, rounds=rounds, delta=options.delta, least=least, colluding=colluding
     )

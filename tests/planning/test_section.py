@@ -1,4 +1,4 @@
-"""The schedule in the plans: what its fields mean together, and what is refused."""
+"""The fedharm section of the plans: what its fields mean together, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.planning.section import PHASES, FedHarmSection, Schedule
+from nnunet_fedharm.privacy.options import PrivacyOptions
 
 
 @given(harmonizer=st.integers(1, 60), segmenter=st.integers(1, 60), every=st.integers(1, 70))
@@ -58,3 +59,13 @@ def test_the_old_key_is_refused_with_what_to_write() -> None:
 def test_values_out_of_range_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Schedule(**changes)
+
+
+def test_epsilon_and_delta_stand_beside_their_unit() -> None:
+    section = FedHarmSection(kind="none", privacy=PrivacyOptions(epsilon=3.0, delta=1e-4))
+    written = section.to_dict()
+    assert (written["privacy"]["epsilon"], written["privacy"]["delta"], written["privacy"]["unit"]) == (3.0, 1e-4, "patient")
+    assert FedHarmSection.from_dict(written) == section
+    assert written["privacy"]["unit"] == "patient", "reading changes nothing"
+    with pytest.raises(PlanError, match="not by patient"):
+        FedHarmSection.from_dict({**written, "privacy": {**written["privacy"], "unit": "patch"}})

@@ -23,7 +23,7 @@ SHARED = SharedSteps(noise=2.0, sample_rate=0.25, rounds=20, delta=1e-4, least=4
 
 
 def test_the_noise_is_that_of_a_central_training_of_all_patients() -> None:
-    shared = shared_steps(OPTIONS, patients=160, rounds=20, least=4, colluding=1)
+    shared = shared_steps(OPTIONS, styled=True, patients=160, rounds=20, least=4, colluding=1)
     assert shared.sample_rate == 0.1
     planned = epsilon_of([Noise(shared.noise, 0.1, shared.shares.releases)], 1e-4)
     assert 3.8 < planned <= 4.0
@@ -72,4 +72,4 @@ def test_what_travels_comes_back_and_nonsense_is_refused() -> None:
     with pytest.raises(PrivacyError, match="no noise that anybody can rely on"):
         SharedSteps.from_dict({**SHARED.to_dict(), "colluding": 4})
     with pytest.raises(PrivacyError, match="Delta"):
-        shared_steps(OPTIONS, patients=20_000, rounds=20, least=4, colluding=1)
+        shared_steps(OPTIONS, styled=True, patients=20_000, rounds=20, least=4, colluding=1)

@@ -19,6 +19,7 @@ from nnunet_fedharm.evaluation.audit.noisy_statistics import (
 )
 from nnunet_fedharm.evaluation.audit.site import AuditedSite, audit_trainer
 from nnunet_fedharm.planning.private_summary import measured_channels
+from nnunet_fedharm.planning.section import read_section, reads_styles
 from nnunet_fedharm.planning.style import patient_styles, preprocessed_cases
 from nnunet_fedharm.planning.summary import read_cases
 from nnunet_fedharm.privacy.options import PrivacyOptions
@@ -96,6 +97,9 @@ def _fingerprint(site: AuditedSite, privacy: PrivacyOptions, registry: SitesFile
 
 
 def _styles(site: AuditedSite, privacy: PrivacyOptions, registry: SitesFile) -> Found:
+    kind = read_section(site.plans["configurations"][site.configuration]).kind
+    if not reads_styles(kind):
+        return [], {"style": f"the harmonizer {kind} reads none, so none is measured"}
     if not privacy.style_noise:
         return [], {"style": "it has no noise (style noise 0), and the ledger names it so"}
     folders = preprocessed_cases(site.root, site.dataset_name, site.plans, site.configuration)

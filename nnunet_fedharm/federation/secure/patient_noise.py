@@ -21,6 +21,7 @@ from nnunet_fedharm.federation.secure.checks import check_colluding
 from nnunet_fedharm.federation.secure.home import NOISY, ONE, Offer
 from nnunet_fedharm.federation.secure.update import MeanUpdate
 from nnunet_fedharm.federation.updates import quorum_of
+from nnunet_fedharm.planning.section import reads_styles
 from nnunet_fedharm.privacy.fixed_point import Field, Layout, Sum
 from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES
 from nnunet_fedharm.privacy.shared_steps import SharedSteps, shared_steps, surplus
@@ -76,6 +77,7 @@ def shared_steps_of(config: RunOptions, facts: Mapping[str, Mapping[str, Any]]) 
     least = max(quorum_of(config.quorum, len(cases)), MIN_SITES)
     return shared_steps(
         config.privacy,
+        styled=reads_styles(config.harmonizer),
         patients=sum(cases),
         rounds=config.segmenter_rounds,
         least=least,
