@@ -13,12 +13,16 @@ One session sums one vector of each site, in four exchanges with the server (Sec
 
 What holds: a server that keeps to the protocol but reads all it gets, together with fewer than t sites, learns nothing of
 another site's vector but what the sum tells; y_i alone is uniform. A site refuses terms under which this would not hold: fewer
-than three sites, a threshold of half or less of the holders of its shares, a sum with fewer than three answers, a second
-unmasking. A server that tells different sites different things about who answered gains nothing while 2 t is above the holders
-and the sites that collude with it, because nobody else gives both kinds of shares. A server that forges public keys or invents
-sites is stopped by `secret`, a key that the sites give each other outside of Flower; without it, the server has to be trusted
-not to. Only noise can hide what the sum itself tells of a site, and what two sums tell that differ by one site. What a site
-sends cannot be inspected, so one site can spoil a sum.
+than three sites, a threshold that is too low, a sum with fewer than three answers, a second unmasking.
+
+A server may tell different sites different things about who answered, to get the shares of b_j of some and those of s_j of
+others. Each of the h holders of j's shares gives one kind, and only those that collude with the server both, so it has h + c
+shares and needs 2 t of them to open j's vector alone. Hence 2 t > h + c, which a site requires for one colluding site, or for as
+many as its noise is made for. The least such t, floor((h + c) / 2) + 1, is the default. h - t of the holders may then fall
+silent: nobody of 3, 1 of 4 and 5, 9 of 20. A server that forges public keys or invents sites is stopped by `secret`, a key that
+the sites give each other outside of Flower; without it, the server has to be trusted not to. Only noise can hide what the sum
+itself tells of a site, and what two sums tell that differ by one site. What a site sends cannot be inspected, so one site can
+spoil a sum.
 
 | symbol | here |
 |---|---|
@@ -47,6 +51,8 @@ MIN_SITES = 3
 """Of a sum: of two, each site would know the other's vector."""
 COMPLETE_UP_TO = 64
 """Sites that are all each other's neighbours; beyond, each has this many."""
+COLLUDING = 1
+"""Sites that every sum is safe against beside the server: a server needs but one friend."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,30 @@ class Terms:
             raise PrivacyError("The name of the secure sum's session is none.")
         if self.site in self.neighbours or tuple(sorted(set(self.neighbours))) != self.neighbours:
             raise PrivacyError("The neighbours of a site in a secure sum are not a list of other sites.")
-        if holders > self.n_sites or not holders < 2 * self.threshold <= 2 * holders:
-            raise PrivacyError(
-                f"A threshold of {self.threshold} for {holders} holders of {self.n_sites} sites is not safe; it must be more "
-                f"than half of them, at least {default_threshold(holders)}."
-            )
         if self.layout.sites < self.n_sites:
             raise PrivacyError(f"The sum is laid out for {self.layout.sites} sites, {self.n_sites} take part.")
+        if holders != holders_of(self.n_sites):
+            # Among fewer, names of sites that nobody shared keys with would not be noticed.
+            raise PrivacyError(
+                f"The terms of a secure sum of {self.n_sites} sites name {holders - 1} neighbours of {self.site}, not "
+                f"{holders_of(self.n_sites) - 1}."
+            )
+        if self.threshold > holders:
+            raise PrivacyError(f"A threshold of {self.threshold} for {holders} holders can never be reached.")
+        self.check_colluding(COLLUDING)
+
+    def check_colluding(self, colluding: int) -> None:
+        """Refuse a threshold with which so many sites and a server that lies about who answered open one vector.
+
+        Raises:
+            PrivacyError: it is too low.
+        """
+        holders = len(self.holders)
+        if not is_safe(self.threshold, holders, colluding):
+            raise PrivacyError(
+                f"A threshold of {self.threshold} for {holders} holders is not safe against the server and {colluding} "
+                f"of them; it must be at least {default_threshold(holders, colluding)}."
+            )
 
     @property
     def holders(self) -> tuple[str, ...]:
@@ -163,9 +186,19 @@ def new_session() -> str:
     return secrets.token_hex(16)
 
 
-def default_threshold(holders: int) -> int:
-    """More than half of those who hold a secret's shares: the least that is safe, and the most dropouts that it allows."""
-    return holders // 2 + 1
+def is_safe(threshold: int, holders: int, colluding: int) -> bool:
+    """Whether those who hold a secret's shares cannot be made to give both of a site's secrets; see the head of the module."""
+    return 2 * threshold > holders + colluding
+
+
+def default_threshold(holders: int, colluding: int = COLLUDING) -> int:
+    """The least that is safe, which allows the most dropouts; all holders where there are no more than the colluding sites."""
+    return min(holders, (holders + max(colluding, COLLUDING)) // 2 + 1)
+
+
+def holders_of(sites: int) -> int:
+    """How many hold the shares of each of so many sites, itself among them."""
+    return min(sites, COMPLETE_UP_TO + 1)
 
 
 def sign(site: str, other: str) -> int:
@@ -179,25 +212,25 @@ def number_of(session: str, site: str) -> int:
 
 
 def make_terms(
-    sites: Sequence[str], layout: Layout, *, threshold: int = 0, degree: int = COMPLETE_UP_TO
+    sites: Sequence[str], layout: Layout, *, threshold: int = 0, colluding: int = COLLUDING
 ) -> dict[str, Terms]:
     """Terms of a new session for every site.
 
     Args:
         sites: who takes part.
         layout: of the vector.
-        threshold: t; 0 = more than half of the holders.
-        degree: neighbours of a site where there are more sites than that; even.
+        threshold: t; 0 = the least that is safe.
+        colluding: sites that may be the server's; at least one is counted.
 
     Raises:
         PrivacyError: too few sites, or a threshold that is not safe.
     """
     session, names = new_session(), sorted(set(sites))
-    neighbours = neighbourhoods(names, degree)
+    neighbours = neighbourhoods(names, COMPLETE_UP_TO)
     terms = {}
     for site in names:
         holders = len(neighbours[site]) + 1
-        t = threshold or default_threshold(holders)
+        t = threshold or default_threshold(holders, colluding)
         terms[site] = Terms(session, site, neighbours[site], len(names), t, layout)
     if not terms:
         raise PrivacyError(f"A secure sum needs at least {MIN_SITES} sites, here are 0.")

@@ -124,6 +124,9 @@ class SiteSession:
         there, gone = set(answered), set(silent)
         if there & gone or self.terms.site not in there or not set(self.held) <= there | gone:
             raise PrivacyError("The server says of a site that it answered and that it did not; no mask is taken off.")
+        everybody = len(self.terms.holders) == self.terms.n_sites
+        if len(there) > self.terms.n_sites or (everybody and not there <= {self.terms.site, *self.held}):
+            raise PrivacyError("The server says that sites answered which have no part in the secure sum.")
         if len(there) < MIN_SITES:
             raise PrivacyError(
                 f"Only {len(there)} sites answered; a sum of fewer than {MIN_SITES} shows one site's part."

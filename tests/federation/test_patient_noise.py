@@ -108,15 +108,15 @@ def test_a_draw_that_may_have_been_opened_is_drawn_anew_and_one_that_did_not_lea
 
 
 def test_a_sum_that_the_others_opened_counts_at_a_site_that_was_not_asked_to(tmp_path: Path) -> None:
-    bench, nodes = step_bench(tmp_path, (10, 20, 30), segmenter_rounds=3)
-    nodes[2].silent_in = "secure_unmask"
-    bench.run(1, weights=W)  # two of three open it
-    nodes[2].silent_in = ""
+    bench, nodes = step_bench(tmp_path, (10, 20, 30, 40), segmenter_rounds=3)
+    nodes[3].silent_in = "secure_unmask"
+    bench.run(1, weights=W)  # three of four open it
+    nodes[3].silent_in = ""
     bench.state = replace(bench.state, rounds_done={"harmonizer": 0, "segmenter": 0}, history=[])
     bench.run(1, weights=W)
-    assert [node.draws for node in nodes] == [2, 2, 2]
+    assert [node.draws for node in nodes] == [2, 2, 2, 2]
     counts = [read_json(node.site.folder / bench.state.run_id / FILE)["releases"] for node in nodes]
-    assert counts == [2, 2, 2]
+    assert counts == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,11 @@ def test_a_sum_that_the_others_opened_counts_at_a_site_that_was_not_asked_to(tmp
         ({"phases": "finetune"}, "Use phases frozen"),
         ({"site_dp": "distributed", "secure_aggregation": "all"}, "Use one of both"),
         ({"proximal_mu": 0.1}, "neither proximal-mu nor local-groups"),
-        ({"site_colluding": 3, "quorum": 5}, "3 sites together with the server"),
+        (
+            {"site_colluding": 3, "secure_threshold": 4, "quorum": 5},
+            "take 5 to 5, or leave it out.* opens any part, if 3 of",
+        ),
+        ({"site_colluding": 5, "quorum": 5}, "the server and so many open any part"),
     ],
 )
 def test_what_is_no_sum_of_one_mechanism_is_refused_before_the_start(options: dict[str, Any], words: str) -> None:

@@ -200,8 +200,9 @@ def test_a_site_that_sends_secure_sums_only_refuses_a_plain_round(tmp_path: Path
         ({"fp16": True}, "fp16 looks at or shortens"),
         ({"secure_clip": 0.0}, "secure-clip"),
         ({"secure_bytes": 3}, "secure-bytes"),
-        ({"secure_threshold": 2}, "take more than half"),
-        ({"secure_threshold": 5}, "take more than half"),
+        ({"secure_threshold": 2}, "secure-threshold is 2, but this federation has 4: take 3 to 4, or leave it out"),
+        ({"secure_threshold": 5}, "secure-threshold is 5, but this federation has 4: take 3 to 4, or leave it out"),
+        ({"sites": "A,B,C,D,E", "secure_threshold": 3}, "take 4 to 5, or leave it out. With less, a server that tells"),
         (
             {"secure_aggregation": "all", "harmonizer": "polarity", "harmonizer_rounds": 1},
             "a sum of one site hides nothing. Use secure-aggregation segmenter",
@@ -227,6 +228,8 @@ def test_two_sites_with_labels_are_too_few(tmp_path: Path) -> None:
     unlabelled = [SiteFacts.from_dict(ScriptedSite(name, step=1, labelled=0).facts) for name in "CD"]
     with pytest.raises(FederationError, match=r"sites with labels.* has 2"):
         check_secure_sites(config, facts[:2] + unlabelled)
+    with pytest.raises(FederationError, match=r"secure-threshold is 4, but .*sites with labels.* has 3: take 3 to 3"):
+        check_secure_sites(replace(config, secure_threshold=4), facts[:3] + unlabelled[:1])
 
 
 def test_integer_and_boolean_tensors_come_out_as_in_a_plain_mean() -> None:

@@ -14,13 +14,14 @@ from nnunet_fedharm.federation.events import EventLog, read_events
 from nnunet_fedharm.federation.messages import error_reply, pack, unpack
 from nnunet_fedharm.federation.secure import home as secure_home
 from nnunet_fedharm.federation.secure import messages as secure_messages
-from nnunet_fedharm.federation.secure.home import ONE, SECRET_FILE, Offer, offer, offered
+from nnunet_fedharm.federation.secure.home import NOISY, ONE, SECRET_FILE, Offer, offer, offered
 from nnunet_fedharm.federation.secure.sum import SecureSum
 from nnunet_fedharm.federation.site import Site, describe_error
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.privacy.fixed_point import Field, Layout
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.releases import NONE, Release
+from nnunet_fedharm.privacy.site_level import DISTRIBUTED, SitePrivacy
 from tests.federation.local_grid import LocalGrid
 
 KEY = "run/moments/0"
@@ -135,6 +136,24 @@ def test_more_answers_may_be_asked_for_than_three(tmp_path: Path) -> None:
     with pytest.raises(PrivacyError, match="Only 3 of 4 needed sites answered"):
         bench.sum.run(KEY, LAYOUT, least=4)
     assert not any(answer.content.config_records["config"].get("shares") for answer in bench.homes["A"].seen)
+
+
+def with_shares(home: Home, *, least: int, colluding: int) -> None:
+    shares = SitePrivacy(mode=DISTRIBUTED, clip=1.0, noise=1.0, delta=1e-5, rounds=1, least=least, colluding=colluding)
+    arrays = {NOISY + "x": np.ones(30)}
+    offer(home.site.folder, Offer(KEY, arrays, {ONE: 1}, None, "", None, shares, "aaaaaaaaaaaa-bbbbbb"))
+
+
+def test_sites_that_share_noise_refuse_a_threshold_with_which_those_that_may_collude_open_one(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    for home in bench.homes.values():
+        with_shares(home, least=4, colluding=2)
+    layout = Layout((Field(NOISY + "x", (30,), 100.0, weighted=False),), 4, 1)
+    with pytest.raises(PrivacyError, match="Only 0 of 4 sites sent keys"):
+        bench.sum.run(KEY, layout)
+    assert "threshold of 3 for 4 holders is not safe against the server and 2 of them" in bench.sum.failures["A"]
+    bench.sum.colluding = 2
+    assert bench.sum.run(KEY, layout).sites == tuple("ABCD")
 
 
 def test_a_site_with_nan_or_another_vector_says_so_and_sends_nothing(tmp_path: Path) -> None:

@@ -9,9 +9,18 @@ import pytest
 from scipy.stats import chisquare, kstest
 
 from nnunet_fedharm.errors import PrivacyError
-from nnunet_fedharm.privacy.fixed_point import Field, Layout
-from nnunet_fedharm.privacy.primitives import widen
-from nnunet_fedharm.privacy.secure_aggregation import Advert, Shares, make_terms, neighbourhoods
+from nnunet_fedharm.privacy import secure_aggregation
+from nnunet_fedharm.privacy.fixed_point import Field, Layout, Ring
+from nnunet_fedharm.privacy.primitives import add_mask, commitment, key_from_bytes, recover, shared_seed, widen
+from nnunet_fedharm.privacy.secure_aggregation import (
+    Advert,
+    Shares,
+    Terms,
+    default_threshold,
+    make_terms,
+    neighbourhoods,
+    sign,
+)
 from nnunet_fedharm.privacy.secure_site import SiteSession
 from tests.privacy.local_sum import LocalSum, plain_sum
 
@@ -99,8 +108,9 @@ def test_fewer_than_three_sites_are_refused_before_anything_is_sent() -> None:
 def test_unsafe_terms_are_refused_by_the_site_itself() -> None:
     terms = make_terms(names(4), layout(4))["site00"]
     for change, words in (
-        ({"threshold": 2}, "threshold of 2 for 4 holders"),
-        ({"threshold": 5}, "threshold of 5"),
+        ({"threshold": 2}, "threshold of 2 for 4 holders is not safe against the server and 1 of them; .* at least 3"),
+        ({"threshold": 5}, "threshold of 5 for 4 holders can never be reached"),
+        ({"neighbours": ("site01", "site02")}, "of 4 sites name 2 neighbours of site00, not 3"),
         ({"n_sites": 2}, "at least 3 sites"),
         ({"neighbours": ("site01",)}, "at least 3 sites, here are 2"),
         ({"neighbours": ("site00", "site01", "site02")}, "not a list of other sites"),
@@ -109,6 +119,29 @@ def test_unsafe_terms_are_refused_by_the_site_itself() -> None:
     ):
         with pytest.raises(PrivacyError, match=words):
             replace(terms, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("holders", "colluding", "threshold"),
+    [
+        (3, 1, 3),
+        (4, 1, 3),
+        (5, 1, 4),
+        (6, 1, 4),
+        (7, 1, 5),
+        (20, 1, 11),
+        (20, 2, 12),
+        (4, 2, 4),
+        (65, 1, 34),
+        (5, 0, 4),
+    ],
+)
+def test_the_default_threshold_is_the_least_that_is_safe(holders: int, colluding: int, threshold: int) -> None:
+    assert default_threshold(holders, colluding) == threshold
+    terms = make_terms(names(holders), layout(holders), colluding=colluding)["site00"]
+    terms.check_colluding(colluding)
+    with pytest.raises(PrivacyError, match="is not safe"):
+        replace(terms, threshold=threshold - 1).check_colluding(colluding)
 
 
 def test_what_the_server_sees_of_a_site_is_uniform_and_tells_nothing_of_its_vector() -> None:
@@ -189,7 +222,7 @@ def test_a_false_share_of_a_lost_sites_key_is_found() -> None:
             return Shares(answer.seeds, {"site00": bytes(false)})  # type: ignore[attr-defined]
         return answer
 
-    check(make(5, tamper=tamper, lost={"mask": ["site00"]}), names(5)[1:])
+    check(make(6, tamper=tamper, lost={"mask": ["site00"]}), names(6)[1:])
     with pytest.raises(PrivacyError, match="key of site00 has shares that make another"):
         make(4, tamper=tamper, lost={"mask": ["site00"]}).run()
 
@@ -217,12 +250,64 @@ def test_a_site_takes_no_mask_off_for_a_server_that_asks_for_more_than_the_sum()
         ready().unmask(names(4), ["site01"])
     with pytest.raises(PrivacyError, match="that it answered and that it did not"):
         ready().unmask(names(4)[:3], [])
+    with pytest.raises(PrivacyError, match="have no part in the secure sum"):
+        ready().unmask([*names(4), "invented"], [])
     with pytest.raises(PrivacyError, match="fewer than 3"):
         ready().unmask(["site00", "site01"], ["site02", "site03"])
     site = ready()
     site.unmask(names(4), [])
     with pytest.raises(PrivacyError, match="each step is taken once"):
         site.unmask(names(4)[:3], ["site03"])
+
+
+def opened_alone(count: int, terms: dict[str, Terms], liars: list[str]) -> Ring | None:
+    """What a server and some sites make of the vector of site00 by telling the others different things about who answered.
+
+    As many honest sites as it takes hear that site00 is silent, and give shares of its key; the others give shares of its seed.
+    """
+    sites = {site: SiteSession.start(terms[site]) for site in terms}
+    victim, others = "site00", [site for site in sites if site not in ("site00", *liars)]
+    adverts = {site: session.setup() for site, session in sites.items()}
+    sealed = {
+        site: session.share({peer: adverts[peer] for peer in sites if peer != site}) for site, session in sites.items()
+    }
+    vector = layout(count).encode({"x": np.full(50, 1.5), "n": 7})
+    masked = {
+        site: session.mask({peer: sealed[peer][site] for peer in sites if peer != site}, vector.copy())
+        for site, session in sites.items()
+    }
+    threshold = terms[victim].threshold
+    deceived = others[: threshold - len(liars)]
+    without = [site for site in sites if site != victim]
+    try:
+        keys = {site: sites[site].unmask(without, [victim]).keys[victim] for site in deceived}
+        seeds = {
+            site: sites[site].unmask(list(sites), []).seeds[victim] for site in (victim, *others) if site not in keys
+        }
+        seeds |= {site: sites[site].held[victim][0] for site in liars}
+        keys |= {site: sites[site].held[victim][1] for site in liars}
+        seed = recover(list(seeds.values()), threshold, lambda found: commitment(found) == adverts[victim].seed_hash)
+        key = key_from_bytes(recover(list(keys.values()), threshold, lambda found: len(found) == 48))
+    except PrivacyError:
+        return None
+    bare = widen(masked[victim], 5)
+    add_mask(bare, seed, 5, sign=-1)
+    for peer in without:
+        add_mask(bare, shared_seed(key, adverts[peer].mask_key), 5, sign=-sign(victim, peer))
+    return bare & np.uint64(2**40 - 1)
+
+
+@pytest.mark.parametrize(("count", "colluding"), [(3, 1), (4, 1), (5, 1), (7, 1), (20, 1), (4, 2), (7, 2), (20, 2)])
+def test_a_server_that_lies_about_who_answered_opens_no_single_vector(count: int, colluding: int) -> None:
+    terms = make_terms(names(count), layout(count), colluding=colluding)
+    assert opened_alone(count, terms, names(count)[1 : 1 + colluding]) is None
+
+
+def test_the_same_lies_with_more_friends_than_the_threshold_is_for_would_open_it() -> None:
+    """So the attack above is one."""
+    plain = layout(7).encode({"x": np.full(50, 1.5), "n": 7})
+    bare = opened_alone(7, make_terms(names(7), layout(7)), names(7)[1:4])
+    np.testing.assert_array_equal(bare, plain & np.uint64(2**40 - 1))
 
 
 def test_a_step_that_failed_cannot_be_tried_again_in_the_same_session() -> None:
@@ -258,14 +343,16 @@ def test_strangers_twins_and_nonsense_for_keys_are_refused() -> None:
         replace(sites["site00"]).share({"site01": nonsense, "site02": adverts["site02"]})
 
 
-def test_many_sites_have_a_limited_number_of_neighbours_and_sum_as_well() -> None:
+def test_many_sites_have_a_limited_number_of_neighbours_and_sum_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     sites = names(30)
     around = neighbourhoods(sites, 8)
     assert all(len(peers) == 8 and site not in peers for site, peers in around.items())
     assert all(site in around[peer] for site, peers in around.items() for peer in peers)
     rng = np.random.default_rng(0)
     values = {site: {"x": rng.normal(0, 1, 5).clip(-4, 4), "n": 1} for site in sites}
-    terms = make_terms(sites, layout(30, 5), degree=8)
+    monkeypatch.setattr(secure_aggregation, "COMPLETE_UP_TO", 8)
+    terms = make_terms(sites, layout(30, 5))
+    assert {(len(own.neighbours), own.threshold) for own in terms.values()} == {(8, 6)}, "6 of 9 holders, not 16 of 30"
     local = LocalSum(terms, values, dict.fromkeys(sites, 2), lost={"share": sites[3:4], "mask": sites[10:12]})
     check(local, [site for site in sites if site not in (sites[3], *sites[10:12])])
 

@@ -8,7 +8,7 @@ from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.run_options import RunOptions
 from nnunet_fedharm.planning.facts import SiteFacts
 from nnunet_fedharm.privacy.fixed_point import Field, Layout
-from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, default_threshold
+from nnunet_fedharm.privacy.secure_aggregation import COLLUDING, MIN_SITES, default_threshold, holders_of, is_safe
 
 MODES = ("off", "segmenter", "all")
 """Which rounds the server sees as sums only."""
@@ -56,30 +56,28 @@ def check_secure(config: RunOptions) -> None:
 
 
 def check_colluding(config: RunOptions, *, opens: str) -> None:
-    """Refuse more colluding sites than hidden noise can bear: with the threshold's number the server opens everything.
+    """Refuse a threshold with which a server that lies about who answered opens what noise has to hide.
 
     Args:
-        opens: what they would open, for the sentence.
+        opens: what it would open, for the sentence.
 
     Raises:
-        FederationError: too many.
+        FederationError: it is too low for the sites that may collude.
     """
-    threshold = config.secure_threshold or default_threshold(len(config.site_names) or MIN_SITES)
-    if config.site_colluding >= threshold:
-        raise FederationError(
-            f"site-colluding is {config.site_colluding}, but {threshold} sites together with the server open any {opens}. Raise "
-            "secure-threshold, or lower site-colluding."
-        )
+    if config.site_names:
+        _check_threshold(config, len(config.site_names), "this federation", config.site_colluding, opens)
 
 
 def check_secure_sites(config: RunOptions, facts: Sequence[SiteFacts]) -> None:
     """Check secure aggregation against what the sites have.
 
     Raises:
-        FederationError: too few sites with labels.
+        FederationError: too few sites with labels, or a threshold that is not safe for them.
     """
     if secures(config, "segmenter") and config.segmenter_rounds:
-        _require(sum(fact.n_labelled > 0 for fact in facts), "the segmenter phase (sites with labels)")
+        sites, where = sum(fact.n_labelled > 0 for fact in facts), "the segmenter phase (sites with labels)"
+        _require(sites, where)
+        _check_threshold(config, sites, where, config.site_colluding)
 
 
 def _check_numbers(config: RunOptions) -> None:
@@ -90,10 +88,8 @@ def _check_numbers(config: RunOptions) -> None:
     if config.secure_threshold < 0:
         raise FederationError(f"secure-threshold must be >= 0, got {config.secure_threshold}.")
     count = len(config.site_names)
-    if count and config.secure_threshold and not count < 2 * config.secure_threshold <= 2 * count:
-        raise FederationError(
-            f"secure-threshold is {config.secure_threshold} of {count} sites; take more than half of them and at most all."
-        )
+    if count:
+        _check_threshold(config, count, "this federation", COLLUDING)
     if config.weighting == "steps":
         most = config.local_epochs * config.iterations_per_epoch
         Layout((Field("tensor", (), config.secure_clip),), max(count, MIN_SITES), most, config.secure_bytes)
@@ -104,4 +100,22 @@ def _require(sites: int, where: str) -> None:
         raise FederationError(
             f"Secure aggregation needs at least {MIN_SITES} sites, {where} has {sites}: a sum of fewer shows one site's part. "
             "Let more sites take part, or turn secure-aggregation off."
+        )
+
+
+def _check_threshold(config: RunOptions, sites: int, where: str, colluding: int, opens: str = "update") -> None:
+    """Of sums over so many sites; each site holds the same against the terms that it is sent."""
+    holders = holders_of(sites)
+    least = default_threshold(holders, colluding)
+    threshold = config.secure_threshold or least
+    if not is_safe(least, holders, colluding):
+        raise FederationError(
+            f"site-colluding is {colluding}, but {where} has {sites}: the server and so many open any {opens}, whatever "
+            "secure-threshold is. Lower site-colluding."
+        )
+    if not least <= threshold <= holders:
+        raise FederationError(
+            f"secure-threshold is {threshold}, but {where} has {sites}: take {least} to {holders}, or leave it out. With less, a "
+            f"server that tells sites different things about who answered opens any {opens}, if {colluding} of them help it; "
+            "more can never answer."
         )

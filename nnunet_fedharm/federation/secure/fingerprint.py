@@ -84,6 +84,6 @@ def summed_summaries(
     room = cases + REACH * max(summary.noise_multiplier for summary in told)
     layout = Layout((Field(_SUMS, (size,), room, weighted=False),), len(told), 1, config.secure_bytes)
     nodes = {site: roster.nodes[site] for site in roster.expected}
-    summing = SecureSum(roster.grid, log, nodes, config.deadline_s, config.secure_threshold)
+    summing = SecureSum(roster.grid, log, nodes, config.deadline_s, config.secure_threshold, config.site_colluding)
     total = summing.run(key_of_fingerprint(run_id), layout, least=len(told)).sum.values[_SUMS]
     return [replace(told[0], sums=tuple(total.tolist())), *told[1:]]

@@ -227,13 +227,15 @@ def _encode(terms: Terms, own: Offer, weight: str, share: Share | None) -> npt.N
 
 
 def _check_shares(terms: Terms, own: Offer) -> None:
-    """Refuse a layout in which the noise would not be what it has to be.
+    """Refuse terms under which the noise would not be what it has to be.
 
     Raises:
-        PrivacyError: a grid too coarse, no room for the noise, or an update that would be multiplied by a weight.
+        PrivacyError: a threshold with which the sites that may collude open single vectors, a grid too coarse, no room for the
+            noise, or an update that would be multiplied by a weight.
     """
     if own.shares is None:
         return
+    terms.check_colluding(own.shares.colluding)
     for field in terms.layout.fields:
         if field.name in own.noisy:
             own.shares.check_grid(own.entries, terms.n_sites, terms.layout.step(field))

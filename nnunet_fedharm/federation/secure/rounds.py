@@ -167,7 +167,9 @@ class SecureRound:
         layout = self._layout(common, len(trained))
         weight = config.weighting if self.step is None else ONE
         nodes = {site: self.roster.nodes[site] for site in trained if site in self.roster.nodes}
-        summing = SecureSum(self.roster.grid, self.log, nodes, config.deadline_s, config.secure_threshold)
+        summing = SecureSum(
+            self.roster.grid, self.log, nodes, config.deadline_s, config.secure_threshold, config.site_colluding
+        )
         key = key_of_round(self.run_id, self.phase, self.number)
         try:
             result = summing.run(key, layout, weight=weight, least=least)

@@ -27,7 +27,7 @@ from nnunet_fedharm.federation.messages import Schema, Unpacked, pack, unpack_re
 from nnunet_fedharm.federation.secure import messages
 from nnunet_fedharm.federation.secure.home import ONE
 from nnunet_fedharm.privacy.fixed_point import Layout, Sum
-from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, make_terms
+from nnunet_fedharm.privacy.secure_aggregation import COLLUDING, MIN_SITES, make_terms
 from nnunet_fedharm.privacy.secure_server import ServerSession
 from nnunet_fedharm.privacy.secure_site import advert_from_dict, advert_to_dict
 
@@ -61,7 +61,8 @@ class SecureSum:
     Attributes:
         nodes: site -> Flower node.
         deadline_s: seconds that each of the four steps waits, at most `STEP_S`.
-        threshold: shares that make a secret; 0 = more than half.
+        threshold: shares that make a secret; 0 = the least that is safe.
+        colluding: sites that may be the server's.
         failures, bytes_down, bytes_up: of the last sum.
     """
 
@@ -70,6 +71,7 @@ class SecureSum:
     nodes: Mapping[str, int]
     deadline_s: float
     threshold: int = 0
+    colluding: int = COLLUDING
     failures: dict[str, str] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
@@ -96,7 +98,9 @@ class SecureSum:
 
     def _run(self, key: str, layout: Layout, weight: str, least: int) -> SecureResult:
         start = time.monotonic()
-        server = ServerSession(make_terms(sorted(self.nodes), layout, threshold=self.threshold))
+        server = ServerSession(
+            make_terms(sorted(self.nodes), layout, threshold=self.threshold, colluding=self.colluding)
+        )
         terms = server.terms
         session = next(iter(terms.values())).session
         adverts = self._ask(
