@@ -40,6 +40,10 @@ class Policy:
     secure_only: bool = False
     metrics: tuple[str, ...] = METRICS
 
+    def allowed_seconds(self, seconds: float) -> float:
+        """How long work took; 0, which a reply has to have there, where that may not leave the site."""
+        return round(seconds, 3) if "seconds" in self.metrics else 0.0
+
     def allowed_metrics(self, measured: Mapping[str, float]) -> dict[str, float]:
         """The metrics that may leave the site."""
         return {name: value for name, value in measured.items() if name in (*self.metrics, *_ALWAYS_SENT)}
@@ -80,7 +84,8 @@ delta = 1e-5                  # at which epsilon is counted; well below 1 / numb
 secure_only = false           # updates leave inside secure sums only (`federate --secure-aggregation`)
 
 [messages]
-metrics = ["train_loss", "val_loss", "dice", "seconds"]  # others are dropped; [] sends none
+# Others are dropped; [] sends none. Without "seconds" no reply says how long its work took; the server sees when replies come.
+metrics = ["train_loss", "val_loss", "dice", "seconds"]
 """
 
 

@@ -61,7 +61,7 @@ def enforce(site: Site, request: str, values: Values, run_config: Values, plans:
         _refuse(site, "work.training", "it takes no part in trainings")
     _check_dataset(site, values)
     if request == messages.PREFLIGHT.name:
-        _check_run(site, run_config)
+        _check_run(site, run_config, values["run_id"])
     elif request in (messages.SUMMARIZE.name, messages.PREPARE.name):
         if policy.require_privacy and not values["noise"]:
             _refuse(site, "patients.require_privacy", "the run asks for statistics without noise")
@@ -116,7 +116,7 @@ def _check_patients(site: Site, dataset: str, *, labelled_only: bool) -> None:
         )
 
 
-def _check_run(site: Site, run_config: Values) -> None:
+def _check_run(site: Site, run_config: Values, run_id: str) -> None:
     """What the run config says about a training; keys that are missing are checked when the plans come."""
     known = {key: run_config[key] for key in _RUN_KEYS if key in run_config}
     kind = known.get("harmonizer")
@@ -124,7 +124,7 @@ def _check_run(site: Site, run_config: Values) -> None:
         _one_of(site, "work.harmonizers", site.policy.harmonizers, str(kind))
         _check_trainer(site, trainer_name_for(str(kind)))
     if "epsilon" in known:
-        _check_privacy(site, _privacy_of(known), run_id="")
+        _check_privacy(site, _privacy_of(known), run_id)
     rounds = float(known.get("harmonizer-rounds", 0)) + float(known.get("segmenter-rounds", 0))
     _at_most(site, "work.max_rounds", site.policy.max_rounds, rounds, "rounds are planned")
     epochs = rounds * float(known.get("local-epochs", 1))
@@ -205,13 +205,13 @@ def _check_privacy(site: Site, privacy: PrivacyOptions | None, run_id: str) -> N
 
 
 def _promised(site: Site, run_id: str) -> float:
-    """Epsilon of everything but this run: what runs that began here may cost, and other releases with noise."""
+    """Epsilon of everything but this run: what runs that were trained here may cost, and other releases with noise.
+
+    A run's epsilon has its fingerprint, style and votes in it; those of a run that never came to a round count by themselves.
+    """
     runs = {name: float(run["epsilon"]) for name, run in _use(site).items() if run["epsilon"] and name != run_id}
     releases = [item for item in Ledger(site.folder).releases() if item.bounded and item.run_id not in (*runs, run_id)]
-    styles = [item for item in releases if item.what.startswith("style of ")]
-    # A private run's epsilon has its style in it; the style's entry names no run.
-    counted = [item for item in releases if item not in styles] + styles[len(runs) + 1 :]
-    return sum(runs.values()) + (epsilon_of([item.noise for item in counted], site.policy.delta) if counted else 0.0)
+    return sum(runs.values()) + (epsilon_of([item.noise for item in releases], site.policy.delta) if releases else 0.0)
 
 
 def _use(site: Site) -> dict[str, dict[str, Any]]:
@@ -223,7 +223,8 @@ def _count(site: Site, values: Values, epsilon: float) -> None:
     """Count a round before it is trained: a crash in it counts too."""
     policy, use = site.policy, _use(site)
     run = use.get(values["run_id"], {"rounds": 0, "epochs": 0, "epsilon": 0.0})
-    run = {"rounds": run["rounds"] + 1, "epochs": run["epochs"] + int(values["epochs"]), "epsilon": epsilon}
+    paid = max(run["epsilon"], epsilon)  # the plans, which say it, may be lost in the midst of a run
+    run = {"rounds": run["rounds"] + 1, "epochs": run["epochs"] + int(values["epochs"]), "epsilon": paid}
     use[values["run_id"]] = run
     _at_most(site, "work.max_rounds", policy.max_rounds, run["rounds"], "rounds of this run")
     total = sum(int(one["rounds"]) for one in use.values())

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nnunet_fedharm.errors import FederationError
-from nnunet_fedharm.federation import messages
+from nnunet_fedharm.federation import answers, messages
 from nnunet_fedharm.federation.answers import answer
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.durable import read_json, write_json
 from nnunet_fedharm.federation.events import read_events
+from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.policy import (
     METRICS,
     POLICY_FILE,
@@ -27,8 +30,10 @@ from nnunet_fedharm.federation.policy import (
     policy_from_dict,
 )
 from nnunet_fedharm.federation.policy_checks import USE_FILE, enforce
+from nnunet_fedharm.federation.secure.rounds import Trained
 from nnunet_fedharm.federation.server_app import run_server
 from nnunet_fedharm.federation.site import Site, locate_site
+from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, Schedule
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.options import PrivacyOptions
@@ -211,6 +216,32 @@ def test_what_earlier_runs_may_cost_counts_against_max_epsilon(site: Site) -> No
         check(under(site, max_epsilon=4.0), messages.STORE_PLANS, request)
 
 
+def test_a_run_that_is_resumed_is_not_held_against_itself(site: Site) -> None:
+    """Whatever of it stands in the site's own books: its fingerprint and style, which come before a round, and its rounds."""
+    strict = under(site, max_epsilon=4.0)
+    asked = {"dataset": "1", "check_data": False}
+    run_config = {"epsilon": 4.0, "delta": 1e-5}
+    for what in ("fingerprint summary", "style of A"):
+        Ledger(site.folder).record(Release(what=what, mechanism=GAUSSIAN, noise_multiplier=2.0, run_id=RUN))
+    check(strict, messages.PREFLIGHT, {"run_id": RUN, **asked}, run_config)
+    plans = plans_with(FedHarmSection(kind="none", privacy=PrivacyOptions(epsilon=4.0)))
+    write_json(site.folder / RUN / "federation.json", {"plans": plans})
+    check(strict, messages.TRAIN, train())
+    check(strict, messages.PREFLIGHT, {"run_id": RUN, **asked}, run_config)
+    with pytest.raises(FederationError, match=r"epsilon 4 with what earlier runs may cost is above 4"):
+        check(strict, messages.PREFLIGHT, {"run_id": OTHER, **asked}, run_config)
+
+
+def test_what_a_run_told_before_it_was_given_up_counts_against_max_epsilon(site: Site) -> None:
+    """A run that never came to a round is not among those that were trained, but its noisy style has left the site."""
+    strict = under(site, max_epsilon=4.0)
+    style = Release(what="style of A", mechanism=GAUSSIAN, noise_multiplier=2.0, run_id=RUN)
+    Ledger(site.folder).record(style)
+    request = {"run_id": OTHER, "dataset": "1", "check_data": False}
+    with pytest.raises(FederationError, match=r"patients.max_epsilon"):
+        check(strict, messages.PREFLIGHT, request, {"epsilon": 4.0, "delta": 1e-5})
+
+
 def test_a_site_report_can_be_refused_alone(site: Site) -> None:
     with pytest.raises(FederationError, match=r"work.site_report"):
         enforce(under(site, site_report=False), "report hello request", {"dataset": "1"}, {}, Path("none"))
@@ -221,6 +252,26 @@ def test_metrics_that_may_not_leave_are_dropped() -> None:
     measured = {"train_loss": 1.0, "dice": 0.5, "seconds": 3.0, "epsilon": 1.0, "invented": 2.0}
     assert set(Policy(metrics=("train_loss",)).allowed_metrics(measured)) == {"train_loss", "epsilon"}
     assert set(Policy(metrics=METRICS).allowed_metrics(measured)) == {"train_loss", "dice", "seconds", "epsilon"}
+
+
+@pytest.mark.parametrize("metrics", [METRICS, ()])
+def test_a_site_that_sends_no_seconds_says_in_no_reply_how_long_its_work_took(
+    site: Site, monkeypatch: pytest.MonkeyPatch, metrics: tuple[str, ...]
+) -> None:
+    weights = {"segmenter.w": np.zeros(2, np.float32)}
+    trained = Trained(weights, weights, Ownership(), 1, 1, {}, private=False)
+    style = Style(quantiles=np.zeros((1, len(QUANTILE_LEVELS))), offset=np.zeros(1), n_cases=2)
+    monkeypatch.setattr(answers, "_local_round", lambda site, request: (time.sleep(0.01) or trained, {}))
+    monkeypatch.setattr(answers, "_own_every_case", lambda site, name: None)
+    monkeypatch.setattr("nnunet_fedharm.planning.preprocess.preprocess_site", lambda *args, **options: time.sleep(0.01))
+    monkeypatch.setattr("nnunet_fedharm.planning.style.site_style", lambda *args, **options: style)
+    strict = under(site, metrics=metrics)
+    asked = train(
+        plans_hash="0" * 64, site_dp={}, fp16=False, noise=0.0, styled=True, plans={}, dataset_json={}, fingerprint={}
+    )
+    for work, schema in ((answers._train, messages.TRAIN_REPLY), (answers._prepare, messages.PREPARE_REPLY)):
+        seconds = messages.unpack_reply(schema, work(strict, messages.Unpacked(asked)), source="A").values["seconds"]
+        assert (seconds > 0) is bool(metrics)
 
 
 def test_a_policy_that_names_what_does_not_exist_is_found_by_the_site_itself(tmp_path: Path) -> None:
