@@ -37,7 +37,7 @@ def ask(
         roster.grid,
         requests,
         deadline_s=deadline_s,
-        accept=accept,
+        accept=roster.noting_lost_plans(accept),
         meanwhile=meanwhile,
         waiting=lambda left, seconds: log.write("waiting", what=what, sites=sorted(left), seconds=round(seconds)),
     )

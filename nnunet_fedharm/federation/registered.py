@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from nnunet_fedharm.federation.durable import read_json, write_json
@@ -31,6 +31,19 @@ def registered_site(folder: Path, node: int) -> str:
     """
     path = folder / NODES_FILE
     return str(read_json(path)["nodes"].get(str(node), "")) if path.is_file() else ""
+
+
+def still_registered(folder: Path, sites: Iterable[str]) -> list[str]:
+    """Those of the sites that are registered now; all of them where nobody keeps a register.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / NODES_FILE
+    if not path.is_file():
+        return list(sites)
+    known = set(read_json(path)["nodes"].values())
+    return [site for site in sites if site in known]
 
 
 def false_name(folder: Path, node: int, site: str) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -20,9 +20,12 @@ from flwr.serverapp import Grid
 from nnunet_fedharm.errors import FederationError, SiteMismatchError
 from nnunet_fedharm.federation.events import EventLog
 from nnunet_fedharm.federation.exchange import Answers, exchange
-from nnunet_fedharm.federation.messages import PREFLIGHT, PREFLIGHT_REPLY, pack, unpack_reply
-from nnunet_fedharm.federation.registered import false_name
+from nnunet_fedharm.federation.messages import PREFLIGHT, PREFLIGHT_REPLY, SiteFailure, pack, unpack_reply
+from nnunet_fedharm.federation.registered import false_name, still_registered
+from nnunet_fedharm.federation.stored_plans import OtherPlansError
 from nnunet_fedharm.planning.facts import SiteFacts, check_agreement
+
+T = TypeVar("T")
 
 REJOIN_DEADLINE_S = 120.0
 """How long the run waits for an unknown node to say who it is, once training has begun."""
@@ -67,6 +70,11 @@ class Roster:
         """Expected sites that are not there."""
         return [site for site in self.expected if site not in self.nodes]
 
+    @property
+    def awaited(self) -> list[str]:
+        """Missing sites that may still come: the coordinator has not removed them."""
+        return still_registered(self.log.path.parent, self.missing)
+
     def wait_for_all(self, *, seconds: float, check_data: bool, deadline_s: float, strict: bool = True) -> None:
         """Wait until every expected site has answered preflight, or the time is over (then `missing` is not empty).
 
@@ -79,16 +87,19 @@ class Roster:
         """
         start, announced = time.monotonic(), -1.0
         while True:
+            seen = set(self.grid.get_node_ids())
             failures = self.refresh(check_data=check_data, deadline_s=deadline_s, strict=strict)
             if strict and failures:
                 raise FederationError(failures[0])
             waited = time.monotonic() - start
-            if not self.missing or waited > seconds:
+            awaited = self.missing if strict else self.awaited
+            # Who connected while others were asked, which may take long, is asked too before anybody is given up.
+            if not awaited or (waited > seconds and not set(self.grid.get_node_ids()) - seen):
                 self.ask_again()  # who was busy with an earlier round has not used up its chances
                 return
             if announced < 0 or waited - announced > 15:
                 announced = waited
-                self.log.write("waiting", what="sites to connect", sites=self.missing, seconds=round(waited))
+                self.log.write("waiting", what="sites to connect", sites=awaited, seconds=round(waited))
             time.sleep(min(1.0, seconds))
 
     def refresh(
@@ -125,6 +136,33 @@ class Roster:
         """Ask nodes that said nothing so far once more: a site is missing, and one of them may be it."""
         self._attempts.clear()
 
+    def refuse_hopeless(self, wanted: Collection[str], quorum: int) -> None:
+        """Stop waiting where removed sites would be needed.
+
+        Raises:
+            FederationError: fewer than the quorum of these sites are there or may still come.
+        """
+        awaited = self.awaited
+        gone = sorted(site for site in wanted if site not in self.nodes and site not in awaited)
+        if gone and len(wanted) - len(gone) < quorum:
+            raise FederationError(
+                f"A round needs {quorum} of {', '.join(wanted)}; {', '.join(gone)} cannot come, not being registered any more. "
+                "Register a new key, or give a smaller --quorum, and run the same command again: it resumes at this round."
+            )
+
+    def noting_lost_plans(self, accept: Callable[[str, RecordDict], T]) -> Callable[[str, RecordDict], T]:
+        """`accept`, which also hears a site say that it has lost its plans: it gets them again before the next round."""
+
+        def noting(site: str, content: RecordDict) -> T:
+            try:
+                return accept(site, content)
+            except SiteFailure as failure:
+                if failure.kind == OtherPlansError.__name__:
+                    self.plans_hash[site] = ""
+                raise
+
+        return noting
+
     def _greet(self, nodes: list[int], check_data: bool, deadline_s: float) -> Answers[Hello]:
         values = {"run_id": self.run_id, "dataset": self.dataset, "check_data": check_data}
         requests = {
@@ -137,7 +175,7 @@ class Roster:
 
         def complete(answers: Answers[Hello]) -> bool:
             there = {hello.facts.site for hello in answers.accepted.values()} | set(self.nodes)
-            return set(self.expected) <= there
+            return not still_registered(self.log.path.parent, sorted(set(self.expected) - there))
 
         return exchange(
             self.grid,

@@ -207,6 +207,7 @@ class RoundLoop:
             there = [site for site in wanted if site in self.roster.nodes]
             if len(there) >= quorum:
                 return there
+            self.roster.refuse_hopeless(wanted, quorum)
             self.later.do()
             self.roster.ask_again()
             if time.monotonic() - start > self.config.deadline_s:

@@ -21,6 +21,7 @@ from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import read_events
 from nnunet_fedharm.federation.ownership import GATE
+from nnunet_fedharm.federation.registered import write_registered
 from nnunet_fedharm.federation.server_app import run_server
 from nnunet_fedharm.federation.state import find_run, load_state, save_state
 from tests.federation.local_grid import Client, LocalGrid, app_client
@@ -123,6 +124,22 @@ def test_a_stopped_run_resumes_at_that_round_and_ends_with_the_very_same_weights
     assert sorted(found) == sorted(expected)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_stopped_run_resumes_at_once_without_a_site_that_was_removed(consortium: Path) -> None:
+    config = tiny(consortium, quorum=1, join_wait_s=600.0)
+    sites = real_sites(config, 3)
+    with pytest.raises(PowerCut):
+        run_server(LocalGrid({**sites, 100: cut_at(sites[100], ("segmenter", 1))}), config)
+    fedharm = consortium / "server" / "fedharm"
+    write_registered(fedharm, {100: "A", 102: "C"})  # what `server remove` leaves
+    del sites[101]
+    run_server(LocalGrid(sites), config)
+    events, _ = read_events(fedharm / "events.jsonl")
+    assert [event["sites"] for event in events if event["event"] == "round_end"] == [["A", "B"], ["A"]]
+    assert [event["rounds_done"]["segmenter"] for event in events if event["event"] == "started"] == [0, 1]
+    assert not [event for event in events if event["event"] == "waiting"]
+    assert events[-1]["sites_without_model"] == ["B"]
 
 
 def test_a_finished_run_is_not_trained_again_and_a_late_site_gets_the_model(consortium: Path) -> None:

@@ -23,6 +23,7 @@ from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.rounds import RoundLoop
 from nnunet_fedharm.federation.state import ServerState, new_state
+from nnunet_fedharm.federation.stored_plans import OtherPlansError
 from nnunet_fedharm.federation.updates import quorum_of
 from tests.federation.local_grid import LocalGrid
 
@@ -350,6 +351,45 @@ def test_a_site_that_left_comes_back_under_another_node_id(tmp_path: Path) -> No
     assert bench.state.history[2]["sites"] == ["A", "B", "C"]
     assert sites[2].held == json_hash(bench.state.plans)
     assert [event["site"] for event in bench.events("site_lost")] == ["C"]
+
+
+def test_a_site_that_has_lost_its_plans_gets_them_again_before_the_next_round(tmp_path: Path) -> None:
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3), ScriptedSite("C", step=8)]
+    bench = Bench(tmp_path, sites)
+    lost = OtherPlansError("Site C holds no plans of this run.")
+
+    def as_it_holds_plans(message: Message) -> Message | None:
+        if not sites[2].held:
+            return Message(error_reply(type(lost).__name__, str(lost)), reply_to=message)
+        sites[2].behave = None
+        return sites[2](message)
+
+    mean = bench.run(1)
+    sites[2].held, sites[2].behave = "", as_it_holds_plans  # restored from a backup, and never seen offline
+    mean = bench.run(2, weights=mean)
+    bench.run(3, weights=mean)
+    assert [entry["sites"] for entry in bench.state.history[1:]] == [["A", "B"], ["A", "B", "C"]]
+    assert len(bench.events("site_set_aside")) == 1
+
+
+def test_who_connects_while_another_site_is_asked_is_asked_too_before_the_run_gives_up(tmp_path: Path) -> None:
+    """The check of a site's data may take longer than the whole time that a run waits."""
+    sites = [ScriptedSite("A", step=1), ScriptedSite("B", step=3)]
+    late: dict[int, ScriptedSite] = {}
+
+    class Checking(ScriptedSite):
+        def __call__(self, message: Message) -> Message | None:
+            if late:
+                time.sleep(0.2)
+                bench.grid.clients.update(late)
+            return super().__call__(message)
+
+    bench = Bench(tmp_path, [Checking("A", step=1), sites[1]])
+    del bench.grid.clients[2]
+    bench.roster.nodes.clear()
+    late[2] = sites[1]
+    bench.roster.wait_for_all(seconds=0.1, check_data=True, deadline_s=5.0)
+    assert bench.roster.missing == []
 
 
 def test_a_dead_node_that_flower_still_lists_is_not_asked_again(tmp_path: Path) -> None:
