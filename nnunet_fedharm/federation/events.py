@@ -18,6 +18,8 @@ _logger = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
 GOOD_ENDS = ("finished", "reported")
+_TO_SECONDS = len("2026-01-31T23:59:59")
+_STARTS = ("started", "report_started")
 _ENDS = (*GOOD_ENDS, "failed")
 
 
@@ -68,6 +70,22 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]
         data = stream.read()
     complete = data[: data.rfind(b"\n") + 1]
     return list(_parse(complete)), offset + len(complete)
+
+
+def last_start(path: Path, *, since: str) -> int:
+    """Byte offset of the last run's or report's beginning; the file's end where nothing has begun yet.
+
+    Args:
+        since: when the run was submitted, UTC, ISO 8601; what began before is another run's.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    place, position = len(data), 0
+    for line in data.splitlines(keepends=True):
+        begun = [event for event in _parse(line) if event["event"] in _STARTS]
+        if begun and str(begun[0].get("time"))[:_TO_SECONDS] >= since[:_TO_SECONDS]:
+            place = position
+        position += len(line)
+    return place
 
 
 def _parse(data: bytes) -> Iterator[dict[str, Any]]:

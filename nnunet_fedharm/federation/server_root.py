@@ -20,6 +20,8 @@ from nnunet_fedharm.nnunet_root import NnunetRoot
 LOCK_WAIT_S = 30.0
 """The process of a killed SuperLink ends a few seconds later."""
 
+_LOCK = "server.lock"
+
 LOCAL_GROUPS_FILE = "local_groups.json"
 """In the fold's folder of a model that stays untrained in the groups that each site keeps for itself."""
 
@@ -54,6 +56,12 @@ def resolve_sites(config: Config) -> Config:
     return replace(config, sites=",".join(site_folders(Path(config.root).expanduser())))
 
 
+def is_at_work(fedharm: Path) -> bool:
+    """Whether the process of a run's server is there: it holds the lock of this folder as long as it lives."""
+    with file_lock(fedharm / _LOCK, wait_s=0.0) as free:
+        return not free
+
+
 @contextmanager
 def locked_server(config: FederateConfig | SiteReportConfig) -> Iterator[tuple[NnunetRoot, EventLog]]:
     """The server's root for one run alone, and its event log, where the reason of a failure is written too.
@@ -66,7 +74,7 @@ def locked_server(config: FederateConfig | SiteReportConfig) -> Iterator[tuple[N
     log = EventLog(root.path / "fedharm" / EVENTS_FILE)
     turned_away: dict[str, bool] = {"other_run": True}
     try:
-        with file_lock(root.path / "fedharm" / "server.lock", wait_s=LOCK_WAIT_S) as held:
+        with file_lock(root.path / "fedharm" / _LOCK, wait_s=LOCK_WAIT_S) as held:
             if not held:
                 raise FederationError(
                     f"Another run is using {root.path}. Wait for its end, or give this one a server-root."

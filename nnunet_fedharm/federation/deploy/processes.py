@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from nnunet_fedharm.errors import FederationError, SetupError
 from nnunet_fedharm.federation.daemon import stop_process
@@ -21,6 +22,7 @@ from nnunet_fedharm.federation.durable import file_lock
 _POLL_S = 0.5
 _PR_SET_PDEATHSIG = 1
 _LOG_BYTES = 20 * 2**20
+_LAST_BYTES = 4096
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Children:
         if path.exists() and path.stat().st_size > _LOG_BYTES:
             path.replace(path.with_suffix(".log.1"))
         self._log_starts[name] = path.stat().st_size if path.exists() else 0
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as stream:
+        with _appending(path) as stream:
             self.running[name] = subprocess.Popen(
                 list(command),
                 env=dict(self.environment),
@@ -70,17 +72,37 @@ class Children:
             FederationError: one has ended; the sentence has the end of its log.
         """
         for name, process in self.running.items():
+            self._keep_small(name)
             code = process.poll()
             if code is not None:
                 raise FederationError(
                     f"The {name} ended with status {code}; {self.log(name)} says why: {last_words(self.log(name))}"
                 )
 
+    def _keep_small(self, name: str) -> None:
+        """Move a long log's content to its one older file while its child writes: that goes on at the new end (O_APPEND)."""
+        path = self.log(name)
+        with suppress(OSError):  # a full disk, or somebody has moved the log away: no reason to end the child
+            if path.stat().st_size <= _LOG_BYTES:
+                return
+            content = path.read_bytes()
+            os.truncate(path, 0)
+            kept = content[-_LAST_BYTES:]  # for `said`
+            self._log_starts[name] = max(0, self._log_starts[name] - (len(content) - len(kept)))
+            for where, data, flags in ((path, kept, 0), (path.with_suffix(".log.1"), content, os.O_TRUNC)):
+                with _appending(where, flags) as stream:
+                    stream.write(data)
+
     def stop(self) -> None:
         """End all, the last one first."""
         for process in reversed(list(self.running.values())):
             stop_process(process)
         self.running.clear()
+
+
+def _appending(path: Path, flags: int = 0) -> BinaryIO:
+    """A file for this user only, at whose end everything is written."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | flags, 0o600), "ab")
 
 
 def _end_with_parent() -> None:
@@ -147,7 +169,7 @@ def last_words(log: Path, *, lines: int = 3, most: int = 400, since: int = 0) ->
     if not log.is_file():
         return "(no output)"
     with log.open("rb") as stream:
-        stream.seek(max(since, log.stat().st_size - 4096))
+        stream.seek(max(since, log.stat().st_size - _LAST_BYTES))
         text = stream.read().decode(errors="replace")
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     return " | ".join([line.strip() for line in plain.splitlines() if line.strip()][-lines:])[-most:]

@@ -21,15 +21,18 @@ from nnunet_fedharm.federation.deploy.consortium import version_differences
 from nnunet_fedharm.federation.deploy.control import Operator, ServerOffError, local_address, operator
 from nnunet_fedharm.federation.deploy.keys import parse_node_key
 from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals, watch
+from nnunet_fedharm.federation.deploy.resuming import choose_sites
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
-from nnunet_fedharm.federation.events import EVENTS_FILE, ends_run, is_turned_away, read_events
+from nnunet_fedharm.federation.events import EVENTS_FILE, ends_run, is_turned_away, last_start, read_events
 from nnunet_fedharm.federation.progress import describe
 from nnunet_fedharm.federation.registered import write_registered
 from nnunet_fedharm.federation.report.config import SiteReportConfig
+from nnunet_fedharm.federation.server_root import is_at_work
 from nnunet_fedharm.federation.site_names import check_site_names
 
 RunConfig = FederateConfig | SiteReportConfig
 _START_S = 90.0
+_FORMER_S = 90.0
 _GRACE_S = 10.0
 _POLL_S = 0.5
 _ASK_S = 5.0
@@ -148,38 +151,32 @@ def run(folder: ServerFolder, config: RunConfig, *, detach: bool = False, show: 
         The last event; an empty one where nobody waited for it.
 
     Raises:
-        SetupError: the server does not run.
-        FederationError: the run stopped; its sentence.
+        SetupError: the server does not run, or a site is not registered.
+        FederationError: another run goes on, or this one stopped; its sentence.
     """
     consortium = folder.consortium()
-    sites = config.sites or ",".join(folder.registered())
+    fedharm = folder.results / "fedharm"
+    mend = f"`nnunet-fedharm server register {folder.path} SITE KEYFILE`."
+    sites = choose_sites(config, fedharm, folder.registered(), mend, show)
     config = replace(config, root="", server_root=str(folder.results), sites=sites)
-    unknown = sorted(set(config.site_names) - set(folder.registered()))
-    if unknown or not config.site_names:
-        raise SetupError(
-            f"{', '.join(unknown) or 'No site'} is not registered. `nnunet-fedharm server register {folder.path} SITE KEYFILE`."
-        )
-    events = folder.results / "fedharm" / EVENTS_FILE
-    offset = events.stat().st_size if events.exists() else 0
+    events = fedharm / EVENTS_FILE
     with operator(folder) as connection:
-        busy = connection.active_runs()
-        if busy:
-            raise FederationError(
-                f"A run is going on here. `nnunet-fedharm server watch {folder.path}` shows it, `server stop` ends it."
-            )
+        _wait_for_former_run(folder, connection, show)
+        offset = events.stat().st_size if events.exists() else 0
         missing = sorted(set(consortium.sites) - set(folder.registered()))
         if missing:
             show(f"expected but not registered: {', '.join(missing)}")
+        still_there = [site for site in config.site_names if site in folder.registered()]
         run_id = connection.start_run(consortium.app_sha256, config.to_run_config())
         if detach:
             show(f"Submitted. `nnunet-fedharm server watch {folder.path}` shows it.")
             return {}
-        show(f"Submitted for {', '.join(config.site_names)}; Flower starts its server app.")
+        show(f"Submitted for {', '.join(still_there)}; Flower starts its server app.")
         return follow(folder, connection, run_id, events, offset, show)
 
 
 def watch_run(folder: ServerFolder, *, show: Show = print) -> Mapping[str, Any]:
-    """Follow the run that is going on; events of its last hour first.
+    """Follow the run that is going on, from its start.
 
     Raises:
         FederationError: there is none, or it stopped.
@@ -189,7 +186,8 @@ def watch_run(folder: ServerFolder, *, show: Show = print) -> Mapping[str, Any]:
         active = connection.active_runs()
         if not active:
             raise FederationError("No run is going on. `nnunet-fedharm server run` starts one.")
-        return follow(folder, connection, next(iter(active)), events, _last_start(events), show)
+        run_id, submitted = next(iter(active.items()))
+        return follow(folder, connection, run_id, events, last_start(events, since=submitted), show)
 
 
 def stop_runs(folder: ServerFolder) -> int:
@@ -241,16 +239,24 @@ def follow(
     return {}
 
 
-def _last_start(events: Path) -> int:
-    """Where in the file the last run began."""
-    place = 0
-    if events.exists():
-        position = 0
-        for line in events.read_bytes().splitlines(keepends=True):
-            if b'"started"' in line:
-                place = position
-            position += len(line)
-    return place
+def _wait_for_former_run(folder: ServerFolder, connection: Operator, show: Show) -> None:
+    """Wait while Flower lists a run whose process is gone: after a crash it takes about a minute to notice.
+
+    Raises:
+        FederationError: a run is going on.
+    """
+    end, told = time.monotonic() + _FORMER_S, False
+    while connection.active_runs():
+        if is_at_work(folder.results / "fedharm") or time.monotonic() > end:
+            raise FederationError(
+                f"A run is going on here. `nnunet-fedharm server watch {folder.path}` shows it, `server stop` ends it."
+            )
+        if not told:
+            told = True
+            show(
+                f"Flower lists a run that has no process, as after a crash; waiting up to {_FORMER_S:.0f} s for its end."
+            )
+        time.sleep(_POLL_S)
 
 
 def _show_sync(connection: Operator, folder: ServerFolder, show: Show) -> None:

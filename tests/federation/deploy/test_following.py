@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from nnunet_fedharm.federation.deploy.control import Operator, operator
 from nnunet_fedharm.federation.deploy.server import follow
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
 from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
+from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.federation.events import EventLog
 from tests.federation.deploy.conftest import SITES
 
@@ -61,6 +63,63 @@ def test_a_run_that_ended_without_a_word_points_to_flowers_log(server: ServerFol
     log.write("started", run_id="a", resumed=False, rounds_done={})
     with pytest.raises(FederationError, match=r"superexec\.log says why"):
         follow(server, Door(), 7, log.path, 0, lambda line: None)
+
+
+def test_watching_begins_with_the_run_that_goes_on_not_with_the_former_ones_end(
+    server: ServerFolder, log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.write("started", run_id="former", resumed=False, rounds_done={})
+    log.write("failed", error="The former run's reason.")
+    hour = timedelta(hours=1)
+    now, lines = datetime.now(UTC), []
+
+    def show(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 1:
+            log.write("report_started", run_id="now", sites=["A", "B"])
+            log.write("reported", results="report.json", sites=["A", "B"])
+
+    monkeypatch.setattr(module, "_TELL_S", 0.02)
+    monkeypatch.setattr(module, "operator", lambda folder: nullcontext(Door(runs={7: _stamp(now + hour)})))
+    assert module.watch_run(server, show=show)["event"] == "reported"
+    assert not [line for line in lines if "former" in line]
+
+    # Its server app has begun: all from there on, whatever it was.
+    monkeypatch.setattr(module, "operator", lambda folder: nullcontext(Door(runs={7: _stamp(now - hour)})))
+    lines = [""]
+    assert module.watch_run(server, show=lines.append)["event"] == "reported"
+    assert lines[1] == "site report now on A, B"
+
+
+def _stamp(time: datetime) -> str:
+    """As Flower writes it."""
+    return time.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def test_after_a_crash_a_run_waits_until_flower_knows_that_the_former_one_is_over(
+    server: ServerFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_POLL_S", 0.01)
+    listed, said = [7, 7, 7], []
+
+    class Recovering(Door):
+        def active_runs(self) -> dict[int, str]:
+            return {listed.pop(): ""} if listed else {}
+
+    module._wait_for_former_run(server, Recovering(), said.append)
+    assert listed == []
+    assert [line.split(",")[0] for line in said] == ["Flower lists a run that has no process"]
+
+    # A run with a process is not waited for, nor one that stays.
+    with (
+        file_lock(server.results / "fedharm" / "server.lock"),
+        pytest.raises(FederationError, match="A run is going on here"),
+    ):
+        module._wait_for_former_run(server, Door(runs={7: ""}), said.append)
+    assert len(said) == 1
+    monkeypatch.setattr(module, "_FORMER_S", 0.05)
+    with pytest.raises(FederationError, match="A run is going on here"):
+        module._wait_for_former_run(server, Door(runs={7: ""}), said.append)
 
 
 def test_expected_sites_that_are_not_registered_are_named_before_a_run(
