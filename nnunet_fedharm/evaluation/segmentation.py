@@ -22,6 +22,7 @@ from nnunet_fedharm.evaluation.distances import CONVENTIONS, dice, hausdorff_dis
 from nnunet_fedharm.evaluation.labels import LabelMap, Targets
 from nnunet_fedharm.evaluation.statistics import RESAMPLES, bootstrap_mean
 from nnunet_fedharm.evaluation.volumes import check_same_geometry, read_segmentation, reader_for
+from nnunet_fedharm.sites.files import write_text
 
 METRICS = ("dice", "hd95_mm")
 MEAN = "mean"
@@ -173,16 +174,12 @@ def summarize_scores(
 
 
 def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
-    """Write metrics as strict JSON (no NaN).
+    """Write metrics as strict JSON (no NaN), at once: a cell of a study whose metrics are there counts as finished.
 
     Raises:
-        DataError: the file cannot be written.
+        SetupError: the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise DataError(f"Cannot write {path}: {error.strerror}. Choose another file with -o.") from error
+    write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", path)
 
 
 def format_table(metrics: Mapping[str, Any]) -> str:

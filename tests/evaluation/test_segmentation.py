@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -15,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_fedharm.commands import evaluate
-from nnunet_fedharm.errors import DataError, ShapeError
+from nnunet_fedharm.errors import DataError, SetupError, ShapeError
 from nnunet_fedharm.evaluation.distances import dice, hausdorff_distance_95, image_diagonal
 from nnunet_fedharm.evaluation.labels import Targets
-from nnunet_fedharm.evaluation.segmentation import format_table, score_case, score_folder
+from nnunet_fedharm.evaluation.segmentation import format_table, score_case, score_folder, write_metrics
 from nnunet_fedharm.evaluation.statistics import bootstrap_mean
 
 LABELS = {"background": 0, "a": 1, "b": 2}
@@ -222,3 +223,19 @@ def test_the_command_writes_json_and_prints_the_table(
     assert evaluate.run(parser.parse_args(arguments)) == 0
     assert json.loads(output.read_text())["sites"]["B"]["n_cases"] == 1
     assert "HD95 mm" in capsys.readouterr().out
+
+
+def test_metrics_are_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """metrics.json marks a finished cell of a study."""
+    file = tmp_path / "metrics.json"
+    write_metrics({"cases": {}}, file)
+    before = file.read_text()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(SetupError, match=r"Cannot write .*metrics\.json: No space left on device"):
+        write_metrics({"cases": {"more": 1}}, file)
+    assert file.read_text() == before
+    assert list(tmp_path.iterdir()) == [file]
