@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_.add_argument("--dry-run", action="store_true", help="only list the cells and what they will cost")
     run_.add_argument("--cell", metavar="NAME", help="this one, in this process")
     run_.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cells whose names begin so")
-    run_.add_argument("--parallel", type=int, default=1, metavar="N", help="cells at once (default: 1)")
+    run_.add_argument(
+        "--parallel", type=int, metavar="N", help="cells at once (default: one for each of --gpus, else 1)"
+    )
     run_.add_argument("--gpus", nargs="+", default=[], metavar="ID", help="GPUs that the parallel cells share out")
     run_.add_argument("--device", help="cpu or cuda (default: the study's)")
     run_.add_argument("--hours", type=float, metavar="H", help="start no cell that would end later, by the estimate")
@@ -91,6 +93,7 @@ def _init(args: argparse.Namespace) -> int:
         quick=args.quick,
     )
     print(f"Written: {path}. Read it, change what you like, then:")
+    print(f"  nnunet-fedharm study prepare {args.folder}")
     print(f"  nnunet-fedharm study run {args.folder} --dry-run")
     return 0
 
@@ -105,42 +108,51 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from nnunet_fedharm.federation.daemon import terminate_as_interrupt
     from nnunet_fedharm.study.matrix import cells_of
-    from nnunet_fedharm.study.runner import find_cell, missing_cells, run_here, run_missing
+    from nnunet_fedharm.study.runner import count_waiting_lesions, missing_cells, run_missing
     from nnunet_fedharm.study.settings import check_settings
 
     study = _study(args.folder)
     device = _device(args.device or study.subject.device)
     if args.cell:
-        with terminate_as_interrupt():  # a cluster that needs the node back lets the cell write down how long it ran
-            mine = run_here(
-                study, find_cell(study, args.cell), device=device, show=lambda step: print(f"step: {step}", flush=True)
-            )
-        print("finished" if mine else "another process runs this cell")
-        return 0
+        return _run_cell(study, args.cell, device)
     for cell in cells_of(study):
         check_settings(study, cell)
     cells = missing_cells(study, args.only)
+    parallel = max(1, args.parallel or len(args.gpus))
     if args.dry_run:
-        _print_estimate(study, cells, device, args.parallel)
+        _print_estimate(study, cells, device, parallel)
         return 0
     if not cells:
+        count_waiting_lesions(study, device=device, show=_say)
         print("Every cell has its result. Next: nnunet-fedharm study report " + str(args.folder))
         return 0
     if args.hours is not None:
-        cells = _within(study, cells, device, args.hours * args.parallel)
-    failed = run_missing(
-        study,
-        cells,
-        device=device,
-        devices=args.gpus,
-        parallel=max(1, args.parallel),
-        show=lambda line: print(line, flush=True),
-    )
+        cells = _within(study, cells, device, args.hours * parallel)
+    failed = run_missing(study, cells, device=device, devices=args.gpus, parallel=parallel, show=_say)
+    count_waiting_lesions(study, device=device, show=_say)
     for item in failed:
         print(f"\n{item.cell.name} failed; the end of its log.txt:\n{item.reason}")
     return 1 if failed else 0
+
+
+def _run_cell(study: StudyFile, name: str, device: str) -> int:
+    from nnunet_fedharm.federation.daemon import terminate_as_interrupt
+    from nnunet_fedharm.study.runner import LOCKED, count_waiting_lesions, find_cell, run_here
+
+    cell = find_cell(study, name)
+    with terminate_as_interrupt():  # a cluster that needs the node back lets the cell write down how long it ran
+        if not run_here(study, cell, device=device, show=lambda step: _say(f"step: {step}")):
+            print(f"Another process runs the cell {name}. Run it again if that one is stopped.", file=sys.stderr)
+            return LOCKED
+        count_waiting_lesions(study, device=device, show=_say)
+    print("finished")
+    return 0
+
+
+def _say(line: str) -> None:
+    """At once, also into a file."""
+    print(line, flush=True)
 
 
 def _slurm(args: argparse.Namespace) -> int:
@@ -202,8 +214,11 @@ def _report(args: argparse.Namespace) -> int:
     from nnunet_fedharm.errors import DataError
     from nnunet_fedharm.study.report.build import write_report
     from nnunet_fedharm.study.results import read_results
+    from nnunet_fedharm.study.runner import count_waiting_lesions
 
     study = _study(args.folder)
+    device = _device("cpu" if study.subject.device == "cpu" else "auto")  # a report may be made where no GPU is
+    count_waiting_lesions(study, device=device, show=_say)
     results = read_results(study)
     if not results.finished:
         raise DataError(
@@ -239,18 +254,24 @@ def _print_estimate(study: StudyFile, cells: Sequence[Cell], device: str, parall
     from nnunet_fedharm.study.estimate import Estimator
     from nnunet_fedharm.study.results import read_results
 
-    estimator, known = Estimator(study, read_results(study), device), 0.0
+    estimator = Estimator(study, read_results(study), device)
+    estimates = [estimator.of(cell) for cell in cells]
     table = Table(title=f"{len(cells)} cells without a result, on {device}", title_justify="left")
     for name in ("cell", "minutes", "from"):
         table.add_column(name)
-    for cell in cells:
-        estimate = estimator.of(cell)
-        known += estimate.seconds or 0.0
-        table.add_row(cell.name, "?" if estimate.seconds is None else f"{estimate.seconds / 60:.1f}", estimate.basis)
+    for cell, item in zip(cells, estimates, strict=True):
+        table.add_row(cell.name, "?" if item.seconds is None else f"{item.seconds / 60:.1f}", item.basis)
     _console().print(table)
-    print(
-        f"About {known / 3600 / max(1, parallel):.1f} hours with {max(1, parallel)} at once; prediction is not counted."
-    )
+    known = [item.seconds for item in estimates if item.seconds is not None]
+    unknown = len(cells) - len(known)
+    if known or not cells:
+        which = f" for the {len(known)} whose time is known" if unknown else ""
+        print(
+            f"About {sum(known) / 3600 / parallel:.1f} hours{which}, with {parallel} at once; prediction is not counted."
+        )
+    if unknown:
+        which = f"How long {unknown} of them take" if known else "How long they take"
+        print(f"{which} is not known before the data are prepared: nnunet-fedharm study prepare {study.folder}")
 
 
 def _within(study: StudyFile, cells: Sequence[Cell], device: str, hours: float) -> list[Cell]:

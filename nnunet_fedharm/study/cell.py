@@ -22,13 +22,15 @@ from nnunet_fedharm.study.data import StudyData
 from nnunet_fedharm.study.energy import Energy, measured
 from nnunet_fedharm.study.matrix import Cell
 from nnunet_fedharm.study.new_site import ADAPTED, adapt_to_held_out, adapted_sites
-from nnunet_fedharm.study.quality import TRAINED_FILE, measure_quality, predict
+from nnunet_fedharm.study.quality import keeps_harmonized, measure_quality, predict
 from nnunet_fedharm.study.settings import check_settings, settings_of
-from nnunet_fedharm.study.study_file import StudyFile
-from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
-from nnunet_fedharm.study.training import Trained, train
+from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile
+from nnunet_fedharm.study.trained import TRAINED_FILE, Trained, read_trained, write_trained
+from nnunet_fedharm.study.training import train
 
 CLOCK_FILE = "clock.json"
+TOOLS = ("versions", "git", "python", "machine", "device")
+"""Keys of environment.json that tell with what a cell was computed."""
 PACKAGES = ("nnunet_fedharm", "nnunetv2", "torch", "flwr", "opacus", "diffusers", "numpy")
 
 
@@ -50,6 +52,8 @@ def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
     data.prepare()
     check_settings(study, cell)
     write_json(_environment(study, cell, device), folder / ENVIRONMENT_FILE)
+    if not (folder / STUDY_FILE).is_file():  # as the cell was begun
+        shutil.copyfile(study.folder / STUDY_FILE, folder / STUDY_FILE)
     show("train")
     trained, spent = _trained(data, cell, folder, device)
     if adapted_sites(study, cell.arm):
@@ -57,8 +61,7 @@ def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
         trained = adapt_to_held_out(data, cell, folder, trained, device=device)
     show("predict")
     per_volume = _predict(data, trained, folder, device)
-    harmonizes = cell.arm.harmonizer not in (CONTROL, *BASELINES[:2])
-    if harmonizes and cell.seed == study.subject.seeds[0]:
+    if keeps_harmonized(study, cell):
         show("harmonize")
         _harmonize(data, trained, folder, device)
         measure_quality(data, cell, device=device)
@@ -81,14 +84,11 @@ def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
 
 def _trained(data: StudyData, cell: Cell, folder: Path, device: str) -> tuple[Trained, dict[str, Any]]:
     """The models, and the seconds and joules that they took; over several starts if it was stopped."""
-    record = folder / TRAINED_FILE
-    if not record.is_file():
+    if not (folder / TRAINED_FILE).is_file():
         shutil.rmtree(folder / ADAPTED, ignore_errors=True)  # of a former model
         trained = _train_on_the_clock(data, cell, folder, device)
-        write_json({**read_json(folder / CLOCK_FILE, what="The cell's clock"), **asdict(trained)}, record)
-    content = read_json(record, what="The record of a trained cell")
-    spent = {name: content.pop(name) for name in ("train_s", "energy_j", "counters")}
-    return Trained(**{**content, "without_noise": tuple(content["without_noise"])}), spent
+        write_trained(folder, trained, read_json(folder / CLOCK_FILE, what="The cell's clock"))
+    return read_trained(folder)
 
 
 def _train_on_the_clock(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
@@ -151,16 +151,32 @@ def _score(data: StudyData, trained: Trained, folder: Path, seed: int) -> dict[s
 
 
 def _environment(study: StudyFile, cell: Cell, device: str) -> Mapping[str, Any]:
-    """What a reader needs to repeat the cell; [report] and the settings as they stood when the cell was first begun."""
-    file = cell_folder(study, cell) / ENVIRONMENT_FILE
+    """What a reader needs to repeat the cell; [report] and the settings as they stood when the cell was first begun.
+
+    Versions, commit and machine are those of the training. Where it went on, or was predicted and scored, in another
+    environment, that one is in `earlier` or `scored`.
+    """
+    folder = cell_folder(study, cell)
+    file = folder / ENVIRONMENT_FILE
     before = read_json(file, what="The environment of a cell") if file.is_file() else {}
-    return {
+    former, now = {name: before[name] for name in TOOLS if name in before}, _tools(device)
+    known: dict[str, Any] = {
         "cell": cell.name,
         "arm": asdict(cell.arm),
         "seed": cell.seed,
         "report": before.get("report", asdict(study.report)),
         "settings": before.get("settings", settings_of(study, cell.arm)),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": before.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
+    }
+    earlier = list(before.get("earlier", []))
+    if former and (folder / TRAINED_FILE).is_file():
+        return {**known, **former, "earlier": earlier, **({"scored": now} if now != former else {})}
+    return {**known, **now, "earlier": [*earlier, former] if former and now != former else earlier}
+
+
+def _tools(device: str) -> dict[str, Any]:
+    """What this process computes with."""
+    return {
         "versions": {name: version(name) for name in PACKAGES},
         "git": _git_hash(),
         "python": platform.python_version(),

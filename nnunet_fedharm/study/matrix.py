@@ -63,6 +63,11 @@ def control_arm(study: StudyFile) -> Arm:
     return Arm("central" if "central" in study.arms.modes else "federated", CONTROL)
 
 
+def control_cell(study: StudyFile) -> Cell:
+    """The control's first training: it judges the lesions in harmonized volumes, which are kept of the first seed."""
+    return Cell(control_arm(study), study.subject.seeds[0])
+
+
 def arms_of(study: StudyFile) -> list[Arm]:
     """Every arm, the control first."""
     return list(dict.fromkeys(_arms(study)))

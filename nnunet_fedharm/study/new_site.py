@@ -17,7 +17,7 @@ from nnunet_fedharm.harmonizers.adaptation import FIXED_KINDS
 from nnunet_fedharm.study.data import StudyData
 from nnunet_fedharm.study.matrix import Arm, Cell
 from nnunet_fedharm.study.study_file import StudyFile
-from nnunet_fedharm.study.training import Trained
+from nnunet_fedharm.study.trained import Trained
 from nnunet_fedharm.trainers.adapted_folder import EVIDENCE
 
 ADAPTED = "adapted"

@@ -7,16 +7,60 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.segmentation import write_metrics
 from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_json
-from nnunet_fedharm.study.cell_files import METRICS_FILE, QUALITY_FILE, cell_folder
+from nnunet_fedharm.study.cell_files import QUALITY_FILE, cell_folder, is_finished
 from nnunet_fedharm.study.data import TRAVELLING, StudyData
-from nnunet_fedharm.study.matrix import Cell, control_arm
+from nnunet_fedharm.study.matrix import Cell, cells_of, control_cell
+from nnunet_fedharm.study.study_file import StudyFile
+from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
+from nnunet_fedharm.study.trained import read_trained
 from nnunet_fedharm.study.training import link
 
-TRAINED_FILE = "trained.json"
+ENDINGS = (".nii.gz", ".nii")
+"""Of the files that harmonization quality is measured on."""
 PERMUTATIONS = 100
 """Of the site classifier's null in a cell's quality report."""
+
+
+def keeps_harmonized(study: StudyFile, cell: Cell) -> bool:
+    """Whether a cell keeps its harmonized volumes: of the first seed, with a harmonizer or Nyul's in front."""
+    return cell.arm.harmonizer not in (CONTROL, *BASELINES[:2]) and cell.seed == study.subject.seeds[0]
+
+
+def lesions_wait(study: StudyFile, cell: Cell) -> bool:
+    """Whether a finished cell's quality lacks the lesions that [report] names: the control, which judges them, was not finished.
+
+    Cells run side by side and in any order, so that the control may be the last one.
+    """
+    labels, file = list(study.report.lesion_labels), cell_folder(study, cell) / QUALITY_FILE
+    if not (labels and keeps_harmonized(study, cell) and is_finished(study, cell) and file.is_file()):
+        return False
+    found = read_json(file, what="The harmonization quality")
+    return not found.get("lesions") or found.get("conventions", {}).get("region_values", labels) != labels
+
+
+def quality_notes(study: StudyFile) -> list[str]:
+    """Sentences on what was not measured though the dataset or [report] asks for it."""
+    said, control = [], control_cell(study)
+    ending = file_ending(study)
+    if ending not in ENDINGS and any((study.raw_dataset / TRAVELLING[0]).glob(f"*{ending}")):
+        said.append(
+            f"Travelling subjects are in {ending} files, so harmonization quality was not measured: it reads {joined(ENDINGS)}."
+        )
+    waiting = [cell.arm.title for cell in cells_of(study) if lesions_wait(study, cell)]
+    if waiting:
+        why = f"the control's first training ({control.name}), which judges them, has no result"
+        if is_finished(study, control):
+            why = "`nnunet-fedharm study run` counts them, or says what is in the way"
+        said.append(f"Lesions were not counted in the harmonized volumes of {joined(waiting)}: {why}.")
+    return said
+
+
+def file_ending(study: StudyFile) -> str:
+    """Of the dataset's images and labels."""
+    return str(read_dataset_json(study.raw_dataset, site="study")["file_ending"])
 
 
 def predict(data: StudyData, model: str, style: str, images: Path, output: Path, *, device: str) -> float:
@@ -82,39 +126,40 @@ def travelling_pairs(data: StudyData) -> dict[str, dict[str, str]]:
     """Case at another site -> the test case that shows the same subject at the reference, and the case's site.
 
     One of the two is in imagesTravelling, wherever the subject is at home: two visits of a patient to two hospitals, both in
-    imagesTr, may lie years apart.
+    imagesTr, may lie years apart. Of several visits at one of the two sites nobody knows which one belongs to the other site's
+    scan, so such subjects are left out.
     """
-    registry, reference = data.study.registry, data.study.subject.reference
-    away = {
-        path.name.removesuffix("_0000.nii.gz")
-        for path in (data.study.raw_dataset / TRAVELLING[0]).glob("*_0000.nii.gz")
-    }
-    tested = {site: _cases(data.test(site) / "labels") for site in data.study.sites}
+    registry, reference, ending = data.study.registry, data.study.subject.reference, file_ending(data.study)
+    if ending not in ENDINGS:
+        return {}
+    first = f"_0000{ending}"
+    away = {path.name.removesuffix(first) for path in (data.study.raw_dataset / TRAVELLING[0]).glob(f"*{first}")}
+    tested = {site: _cases(data.test(site) / "labels", ending) for site in data.study.sites}
     truths: dict[str, list[str]] = {}
     for case in tested[reference]:
         truths.setdefault(registry.patient_of(case), []).append(case)
-    pairs = {}
+    seen: dict[tuple[str, str], list[str]] = {}
     for site in data.study.sites:
         for case in tested[site] if site != reference else ():
             known = [truth for truth in truths.get(registry.patient_of(case), []) if case in away or truth in away]
-            if len(known) == 1:  # of several visits nobody knows which one belongs to the scan
-                pairs[case] = {"reference": known[0], "site": site}
-    return pairs
+            if len(known) == 1:
+                seen.setdefault((known[0], site), []).append(case)
+    return {cases[0]: {"reference": truth, "site": site} for (truth, site), cases in seen.items() if len(cases) == 1}
 
 
-def _cases(labels: Path) -> list[str]:
-    return sorted(path.name.removesuffix(".nii.gz") for path in labels.glob("*.nii.gz"))
+def _cases(labels: Path, ending: str) -> list[str]:
+    return sorted(path.name.removesuffix(ending) for path in labels.glob(f"*{ending}"))
 
 
 def _gather(data: StudyData, folder: Path, pairs: Mapping[str, Mapping[str, str]], work: Path) -> None:
     """Links to scans, harmonized volumes and truths, every channel of them, and to the truths' labels."""
-    reference = data.study.subject.reference
+    reference, ending = data.study.subject.reference, file_ending(data.study)
     channels = len(read_dataset_json(data.study.raw_dataset, site="study")["channel_names"])
     for case, pair in pairs.items():
         site, truth = pair["site"], pair["reference"]
-        links = {f"labels/{truth}.nii.gz": data.test(reference) / "labels" / f"{truth}.nii.gz"}
+        links = {f"labels/{truth}{ending}": data.test(reference) / "labels" / f"{truth}{ending}"}
         for channel in range(channels):
-            scan, known = (f"{name}_{channel:04d}.nii.gz" for name in (case, truth))
+            scan, known = (f"{name}_{channel:04d}{ending}" for name in (case, truth))
             links |= {
                 f"truth/{known}": data.test(reference) / "images" / known,
                 f"scans/{scan}": data.test(site) / "images" / scan,
@@ -127,16 +172,15 @@ def _gather(data: StudyData, folder: Path, pairs: Mapping[str, Mapping[str, str]
 
 def _judge(data: StudyData, cell: Cell, pairs: Mapping[str, Mapping[str, str]], work: Path, *, device: str) -> bool:
     """What the control, which saw no harmonized image, finds in scans and harmonized volumes; False if it is not finished."""
-    control = cell_folder(data.study, Cell(control_arm(data.study), cell.seed))
-    if not (control / METRICS_FILE).is_file():
+    if not is_finished(data.study, control_cell(data.study)):
         return False
-    trained = read_json(control / TRAINED_FILE, what="The record of a trained cell")
+    control = cell_folder(data.study, control_cell(data.study))
+    trained, _ = read_trained(control)
     for site in sorted({pair["site"] for pair in pairs.values()}):
         own = cell_folder(data.study, cell) / "harmonized" / site
-        model, style = trained["models"][site], trained["styles"][site]
-        predict(data, model, style, own, work / "judged" / site, device=device)
+        predict(data, trained.models[site], trained.styles[site], own, work / "judged" / site, device=device)
     for case, pair in pairs.items():
-        name = f"{case}.nii.gz"
+        name = f"{case}{file_ending(data.study)}"
         for target, source in (("predicted-scans", control / "predictions"), ("predicted-harmonized", work / "judged")):
             (work / target).mkdir(exist_ok=True)
             link(source / pair["site"] / name, work / target / name)

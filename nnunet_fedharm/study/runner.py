@@ -10,15 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.errors import DataError, FedHarmError
 from nnunet_fedharm.federation.daemon import program, stop_process, terminate_as_interrupt
 from nnunet_fedharm.federation.durable import file_lock
 from nnunet_fedharm.study.cell import run_cell
 from nnunet_fedharm.study.cell_files import cell_folder, is_finished
-from nnunet_fedharm.study.matrix import Cell, cells_of
+from nnunet_fedharm.study.data import StudyData
+from nnunet_fedharm.study.matrix import Cell, cells_of, control_cell
+from nnunet_fedharm.study.quality import lesions_wait, measure_quality
 from nnunet_fedharm.study.study_file import StudyFile
 
 LOG, LOCK, STEP = "log.txt", "cell.lock", "step.txt"
+LOCKED = 75
+"""Exit status of `study run --cell` where another process runs the cell: try again later (EX_TEMPFAIL of sysexits.h)."""
 _POLL_S = 0.5
 
 
@@ -78,6 +82,31 @@ def run_here(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
     return True
 
 
+def count_waiting_lesions(study: StudyFile, *, device: str, show: Callable[[str], None]) -> None:
+    """Measure the cells again that were finished before the control, which judges the lesions in their harmonized volumes.
+
+    Every cell calls this after its own result is written, so whichever of the two comes last finds the other one finished.
+
+    Args:
+        show: receives a line for each cell that is measured, waits for the control, or cannot be measured.
+    """
+    control = control_cell(study)
+    for cell in cells_of(study):
+        if not lesions_wait(study, cell):
+            continue
+        if not is_finished(study, control):
+            show(f"The lesions of {cell.name} are counted when {control.name}, which judges them, has its result.")
+            continue
+        with file_lock(cell_folder(study, cell) / LOCK, wait_s=0.0) as mine:
+            if not mine or not lesions_wait(study, cell):  # another process counts them, or has just done so
+                continue
+            show(f"Lesions in the harmonized volumes of {cell.name} are counted.")
+            try:
+                measure_quality(StudyData(study), cell, device=device)
+            except FedHarmError as error:
+                show(f"The lesions of {cell.name} were not counted: {error}")
+
+
 def run_missing(
     study: StudyFile,
     cells: Sequence[Cell],
@@ -111,7 +140,9 @@ def run_missing(
             for item in [item for item in running if item.process.poll() is not None]:
                 running.remove(item)
                 minutes = (time.monotonic() - item.began) / 60
-                if item.process.returncode == 0:
+                if item.process.returncode == LOCKED:
+                    show(f"{item.cell.name} is left to the other process that runs it; {len(waiting)} waiting")
+                elif item.process.returncode == 0:
                     show(f"{item.cell.name} finished after {minutes:.1f} min; {len(waiting)} waiting")
                 else:
                     reason = _last_lines(cell_folder(study, item.cell) / LOG)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +25,10 @@ from nnunet_fedharm.study.matrix import Cell
 from nnunet_fedharm.study.shared_cases import keep_cases, take_cases
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import CONTROL
+from nnunet_fedharm.study.trained import Trained
 from nnunet_fedharm.trainers.names import trainer_name_for
 
 WEEK_S = 7 * 86400.0
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training left.
-
-    Attributes:
-        models: test site -> results folder TRAINER__PLANS__CONFIGURATION that serves it; a held-out site's is the one that a
-            new hospital would be given, before `new_site` adapts it.
-        styles: test site -> style for the prediction, "stored" or a site's; see `trainers.predictor`.
-        bytes_up, bytes_down: of weights.
-        epsilon: spent by each patient of the site that spent most; None without differential privacy.
-        without_noise: releases about patients that have no epsilon.
-    """
-
-    models: Mapping[str, str]
-    styles: Mapping[str, str]
-    bytes_up: int = 0
-    bytes_down: int = 0
-    epsilon: float | None = None
-    without_noise: tuple[str, ...] = ()
 
 
 def train(data: StudyData, cell: Cell, folder: Path, *, device: str) -> Trained:

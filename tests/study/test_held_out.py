@@ -20,7 +20,8 @@ from nnunet_fedharm.study.matrix import Arm, Cell, arms_of
 from nnunet_fedharm.study.new_site import adapt_to_held_out
 from nnunet_fedharm.study.quality import travelling_pairs
 from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile, read_study
-from nnunet_fedharm.study.training import Trained, check_whole
+from nnunet_fedharm.study.trained import Trained
+from nnunet_fedharm.study.training import check_whole
 
 STUDY = """
 [study]
