@@ -2,7 +2,7 @@
 
 | control | must |
 |---|---|
-| no shift | Dice at the reference site is that of the control within the margin: its images are not to be changed |
+| no shift | Dice at the reference site, whose images must not change, is that of plain nnU-Net of the mode within the margin |
 | known inverse | volumes of simulated sites come nearer to the same subject at the reference |
 | travelling subjects | the same, where the sites are real |
 """
@@ -30,17 +30,17 @@ def check_controls(
 
     Args:
         study: whose sites may be simulated.
-        at_reference: harmonizers against the control at the reference site, with equivalence.
+        at_reference: harmonizers against plain nnU-Net at the reference site, with equivalence.
         quality: arm -> quality report on travelling subjects.
         titles: arm -> its name for readers.
     """
     simulated = [site for site, info in study.registry.sites.items() if info.simulation is not None]
     name = KNOWN_INVERSE if simulated else TRAVELLING
-    found = [_no_shift(item, study.subject.reference, titles[item.first]) for item in at_reference]
+    found = [_no_shift(item, study.subject.reference, titles) for item in at_reference]
     return found + [item for arm, report in quality.items() for item in _nearer(titles[arm], report, name)]
 
 
-def _no_shift(item: Comparison, reference: str, title: str) -> ControlFinding:
+def _no_shift(item: Comparison, reference: str, titles: Mapping[str, str]) -> ControlFinding:
     change = item.difference
     shown = f"{_signed(change.value)} ({_signed(change.low)} to {_signed(change.high)})"
     equal = item.equivalence
@@ -51,7 +51,9 @@ def _no_shift(item: Comparison, reference: str, title: str) -> ControlFinding:
     else:
         words, passed = "not shown to be unchanged", None
     return ControlFinding(
-        NO_SHIFT, passed, f"{title}, at the reference {reference}: {words}; difference to the control {shown}."
+        NO_SHIFT,
+        passed,
+        f"{titles[item.first]}, at the reference {reference}: {words}; difference to {titles[item.second]} {shown}.",
     )
 
 

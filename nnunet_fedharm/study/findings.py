@@ -5,7 +5,7 @@ Everything here becomes JSON with `differences.findings.to_json`. Arms are named
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,12 @@ class ArmFinding:
     target: Estimate | None
     gap: GapFinding | None
     seed_means: list[float] = field(default_factory=list)
+
+
+def failed_at(arm: ArmFinding, sites: Sequence[str], least_dice: float) -> tuple[str, ...]:
+    """Sites where an arm's mean Dice is unknown or below `least_dice`: a mean over sites would hide one that failed."""
+    dice = {site: estimate.value for site, estimate in arm.dice.items()}
+    return tuple(site for site in sites if (value := dice.get(site)) is None or value < least_dice)
 
 
 @dataclass(frozen=True)
@@ -188,14 +194,17 @@ class StudyFindings:
         against_control: every arm that is no oracle and not private, over the targets together.
         at_each_site: the same at each target.
         against_augment: central harmonizers against strong random augmentation, over the targets.
-        federated: federated against central of the same kind, over the targets, with equivalence.
+        federated: federated against central of the same kind, with equivalence, over the targets where central has learned to
+            segment (`failed_at`); over all of them where it has at none.
         gap_tests: own labels against the control at each site that has an oracle.
-        private: each private arm against the same without privacy, over the targets.
+        private: each private arm against the same without privacy, over the targets where that one has learned; else over all.
         private_at_labels: the same over the sites whose labels were used, where these are others.
         points: federated arm -> (site, central, federated) Dice of each case at the targets, means over common trainings.
-        at_reference: harmonizers against the control at the reference site, with equivalence.
+        at_reference: harmonizers against plain nnU-Net of their mode at the reference site, with equivalence; against the
+            control where plain nnU-Net of their mode has no result.
         quality: arm -> as `nnunet-fedharm quality` writes it, of the first seed.
         missing: cells of the study file that have no result.
+        notes: sentences on what was not measured though the dataset or [report] asks for it.
     """
 
     name: str
@@ -229,15 +238,19 @@ class StudyFindings:
     held_out: tuple[str, ...] = ()
     gap_tests: list[Comparison] = field(default_factory=list)
     private_at_labels: list[Comparison] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def arm(self, name: str) -> ArmFinding:
         """An arm by name."""
         return next(item for item in self.arms if item.arm == name)
 
+    def failed_at(self, name: str) -> tuple[str, ...]:
+        """Target sites that an arm segments too badly to be a measure for another one there."""
+        return failed_at(self.arm(name), self.targets, self.least_dice)
+
     def failed(self, name: str) -> bool:
-        """Whether an arm segments the target sites too badly to be a measure for another one."""
-        target = self.arm(name).target
-        return target is None or target.value is None or target.value < self.least_dice
+        """Whether it does so at all of them."""
+        return self.failed_at(name) == self.targets
 
     @property
     def least_dice(self) -> float:

@@ -12,7 +12,7 @@ The oracle of a site is plain nnU-Net on the site's own labels; where the gap's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -22,9 +22,17 @@ from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.study.cell_files import is_finished
 from nnunet_fedharm.study.controls import check_controls
 from nnunet_fedharm.study.draws import RESAMPLES, Drawn, Draws, Vector, combined
-from nnunet_fedharm.study.findings import ArmFinding, Comparison, CostFinding, GapFinding, StudyFindings
+from nnunet_fedharm.study.findings import (
+    ArmFinding,
+    Comparison,
+    CostFinding,
+    GapFinding,
+    StudyFindings,
+    failed_at,
+)
 from nnunet_fedharm.study.matrix import Arm, cells_of
 from nnunet_fedharm.study.paired import Question, compare_family
+from nnunet_fedharm.study.quality import quality_notes
 from nnunet_fedharm.study.results import DICE, HD95, StudyResults, fixed_beforehand
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
@@ -47,12 +55,13 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
     tested = [arm for arm in plain if arm != results.control]
     harmonized = [arm for arm in plain if is_harmonizer(arm)]
     central = [arm for arm in harmonized if arm.mode == "central"]
-
+    arms = [_arm(results, draws, arm, targets) for arm in results.by_arm]
+    learned = _learned(arms, targets, study.report.least_dice)
     at_reference = compare_family(
         results,
         draws,
-        "harmonizers against the control at the reference",
-        [Question(arm, results.control, (study.subject.reference,)) for arm in harmonized],
+        "harmonizers against plain nnU-Net of their mode at the reference",
+        [Question(arm, _plain_of_mode(results, arm), (study.subject.reference,)) for arm in harmonized],
         margin=margin,
     )
     quality = {
@@ -74,7 +83,7 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
         patients_total=len(draws.names),
         control=results.control.name,
         oracles={site: arm.name for site in study.sites if (arm := results.oracle(site)) in results.by_arm},
-        arms=[_arm(results, draws, arm, targets) for arm in results.by_arm],
+        arms=arms,
         gaps=_gaps(results, draws),
         gap_tests=_gap_tests(results, draws),
         against_control=compare_family(
@@ -93,17 +102,19 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
             [Question(arm, AUGMENT, targets) for arm in central],
         ),
         federated=compare_family(
-            results, draws, "federated against central", list(_federated(plain, targets)), margin=margin
+            results, draws, "federated against central", list(_federated(plain, learned)), margin=margin
         ),
-        points={item.first.name: _points(results, item) for item in _federated(plain, targets)},
+        points={item.first.name: _points(results, item) for item in _federated(plain, dict.fromkeys(learned, targets))},
         private=compare_family(
-            results, draws, "private against the same without privacy", list(_private(results, targets)), margin=margin
+            results, draws, "private against the same without privacy", list(_private(results, learned)), margin=margin
         ),
         private_at_labels=compare_family(
             results,
             draws,
             "private against the same without privacy, where labels were used",
-            [] if set(study.labelled_sites) <= set(targets) else list(_private(results, study.labelled_sites)),
+            []
+            if set(study.labelled_sites) <= set(targets)
+            else list(_private(results, dict.fromkeys(learned, study.labelled_sites))),
         ),
         at_reference=at_reference,
         controls=check_controls(study, at_reference, quality, {arm.name: arm.title for arm in results.by_arm}),
@@ -112,6 +123,7 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
         epsilons=study.arms.epsilons,
         modes=study.arms.modes,
         missing=[cell.name for cell in cells_of(study) if not is_finished(study, cell)],
+        notes=quality_notes(study),
         settings={
             **asdict(study.report),
             "fixed_beforehand": fixed_beforehand(results),
@@ -219,11 +231,27 @@ def _gap_tests(results: StudyResults, draws: Draws) -> list[Comparison]:
     return compare_family(results, draws, "own labels against the control, site by site", asked)
 
 
-def _federated(arms: Sequence[Arm], sites: tuple[str, ...]) -> Iterator[Question]:
+def _learned(arms: Sequence[ArmFinding], targets: tuple[str, ...], least_dice: float) -> dict[str, tuple[str, ...]]:
+    """Arm -> targets where it segments well enough to be a measure for another arm; all of them where it does at none.
+
+    Where both of two arms failed, their difference is nothing, and would make the others look alike (ICH E10).
+    """
+    failed = {arm.arm: failed_at(arm, targets, least_dice) for arm in arms}
+    return {name: tuple(site for site in targets if site not in sites) or targets for name, sites in failed.items()}
+
+
+def _plain_of_mode(results: StudyResults, arm: Arm) -> Arm:
+    """Plain nnU-Net trained as the arm was, if they share a seed; else the control."""
+    plain = Arm(arm.mode, CONTROL)
+    return plain if set(results.seeds(plain)) & set(results.seeds(arm)) else results.control
+
+
+def _federated(arms: Sequence[Arm], sites: Mapping[str, tuple[str, ...]]) -> Iterator[Question]:
+    """Args: sites: those of each central arm."""
     for arm in arms:
         central = Arm("central", arm.harmonizer, arm.augmentation)
         if arm.mode == "federated" and central in arms:
-            yield Question(arm, central, sites)
+            yield Question(arm, central, sites[central.name])
 
 
 def _points(results: StudyResults, question: Question) -> list[tuple[str, float, float]]:
@@ -238,10 +266,12 @@ def _points(results: StudyResults, question: Question) -> list[tuple[str, float,
     return found
 
 
-def _private(results: StudyResults, sites: tuple[str, ...]) -> Iterator[Question]:
+def _private(results: StudyResults, sites: Mapping[str, tuple[str, ...]]) -> Iterator[Question]:
+    """Args: sites: those of each arm without privacy."""
     for arm in results.by_arm:
-        if arm.epsilon is not None:
-            yield Question(arm, Arm(arm.mode, arm.harmonizer, arm.augmentation), sites)
+        same = Arm(arm.mode, arm.harmonizer, arm.augmentation)
+        if arm.epsilon is not None and same in results.by_arm:
+            yield Question(arm, same, sites[same.name])
 
 
 def _cost(results: StudyResults, arm: Arm) -> CostFinding:

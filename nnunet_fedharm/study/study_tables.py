@@ -122,7 +122,7 @@ class Report:
     """Difference in mean Dice within which federated counts as good as central. Experts differ by more among themselves in most
     structures and tumours (0.05 to 0.1)."""
     least_dice: float = 0.3
-    """Mean Dice below which an arm has not learned to segment: two that failed alike are not equally good (no assay sensitivity,
-    ICH E10)."""
+    """Mean Dice at a site below which an arm has not learned to segment there: two that failed alike are not equally good (no
+    assay sensitivity, ICH E10)."""
     lesion_labels: tuple[int, ...] = ()
     """Label values that are lesions; with travelling subjects the control then counts them before and after harmonization."""

@@ -192,6 +192,38 @@ def test_two_arms_that_failed_alike_are_not_as_good_as_each_other(bare: StudyFin
     assert "is as good" not in answer.headline
 
 
+def test_a_site_where_central_failed_is_named_and_proves_no_equality(bare: StudyFindings) -> None:
+    """Plain nnU-Net at .05 at D in both modes: their mean over B and D is no equality at D, whatever it is."""
+    dice = {"A": Estimate(0.8), "B": Estimate(0.7), "D": Estimate(0.05)}
+    both = [replace(arm("central_none"), dice=dice), replace(arm("federated_none", mode="federated"), dice=dice)]
+    good = [replace(item, dice={**dice, "D": Estimate(0.7)}) for item in bare.arms if item.kind == "polarity"]
+    found = replace(bare, sites=("A", "B", "D"), targets=("B", "D"), arms=[*both, *good])
+    plain = change("federated_none", "central_none", 0.0, p=1.0, equal=equivalent(0.001, 0.0, 0.005))
+    polarity = replace(
+        change("federated_polarity", "central_polarity", 0.0, p=1.0, equal=plain.equivalence), sites=("B", "D")
+    )
+    answer = how_close(replace(found, federated=[plain]))
+    assert answer.headline == (
+        "Federated plain nnU-Net is as good as central within 0.02 Dice at B alone. At D central plain nnU-Net segments too "
+        "badly (mean Dice below 0.3) to call federated as good."
+    )
+    assert "+0.000 (-0.005 to +0.005) plain nnU-Net at B alone" in answer.support[0]
+    said = how_close(replace(found, federated=[plain, polarity]))
+    assert said.headline == "Federated polarity is as good as central within 0.02 Dice."
+
+
+def test_a_price_is_told_at_the_sites_that_were_learned_without_privacy(bare: StudyFindings) -> None:
+    dice = {"A": Estimate(0.8), "B": Estimate(0.7), "D": Estimate(0.05)}
+    arms = [replace(item, dice=dice) for item in bare.arms]
+    item = change("central_none_epsilon-8", "central_none", -0.3)
+    answer = what_privacy_costs(replace(bare, sites=("A", "B", "D"), targets=("B", "D"), arms=arms, private=[item]))
+    assert answer.headline == "Epsilon 8 costs 0.300 Dice (central plain nnU-Net at B alone)."
+    assert (
+        "At D central plain nnU-Net segments too badly without privacy too (mean Dice below 0.3) to tell what privacy costs."
+        in answer.support
+    )
+
+
 def test_privacy_has_a_price_at_each_epsilon_and_what_has_none_is_named(bare: StudyFindings) -> None:
     answer = what_privacy_costs(replace(bare, private=[change("central_none_epsilon-8", "central_none", -0.04)]))
     assert answer.headline == "Epsilon 8 costs 0.040 Dice."
@@ -211,7 +243,7 @@ def test_a_loss_that_was_not_shown_is_no_proof_of_no_loss(bare: StudyFindings) -
 
 def test_privacy_is_not_free_where_nothing_was_learned_without_it(bare: StudyFindings) -> None:
     """Labels at A alone: at B the control fails, with noise and without; at A noise costs what it costs."""
-    arms = [replace(item, target=Estimate(0.05)) for item in bare.arms]
+    arms = [replace(item, dice={"A": Estimate(0.8), "B": Estimate(0.05)}) for item in bare.arms]
     there = change("central_none_epsilon-8", "central_none", 0.0, p=0.9, half=0.001)
     home = replace(change("central_none_epsilon-8", "central_none", -0.55), sites=("A",))
     answer = what_privacy_costs(replace(bare, arms=arms, private=[there], private_at_labels=[home]))

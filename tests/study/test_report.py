@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.study.report import build
 from nnunet_fedharm.study.report.build import write_report
 from nnunet_fedharm.study.report.charts import band_chart, epsilon_chart, paired_chart
 from nnunet_fedharm.study.report.dot_plot import Column, Row, dot_plot
 from nnunet_fedharm.study.report.page import limits
 from nnunet_fedharm.study.report.pdf import BROWSERS, print_pdf
+from nnunet_fedharm.study.report.pictures import label_names
 from nnunet_fedharm.study.report.references import ENTRIES
 from nnunet_fedharm.study.statistics import analyse
 from tests.evaluation.test_site_report_page import Checked
@@ -139,7 +141,15 @@ def test_all_numbers_are_in_json_and_tables(report: Path) -> None:
     rows = list(csv.DictReader((report / "tables" / "cases.csv").open()))
     assert len(rows) == 3 * (6 * 2 * CASES + CASES)
     comparisons = list(csv.DictReader((report / "tables" / "comparisons.csv").open()))
-    assert {row["family"] for row in comparisons} >= {"arms against the control", "federated against central"}
+    assert {row["family"] for row in comparisons} >= {
+        "arms against the control",
+        "federated against central",
+        "own labels against the control, site by site",
+        "private against the same without privacy, where labels were used",
+    }
+    page = (report / "report.html").read_text()
+    assert "<summary>Own labels against the control, site by site</summary>" in page
+    assert "<summary>With differential privacy against without, where labels were used</summary>" in page
     costs = {row["arm"]: row for row in csv.DictReader((report / "tables" / "costs.csv").open())}
     assert costs["central_none_epsilon-8"]["epsilon"] == "7.9"
     controls = list(csv.DictReader((report / "tables" / "controls.csv").open()))
@@ -153,10 +163,71 @@ def test_every_citation_of_the_methods_has_its_entry(report: Path) -> None:
     assert cited
     assert cited <= set(re.findall(r"@\w+\{(\w+),", references)) & {*ENTRIES}
     assert "nnunetv2 2.8.1" in written
+    assert cited == set(re.findall(r"@(?!software)\w+\{(\w+),", references))
     assert "DP-SGD" in written
     assert "simulated" in written
     for entry in ENTRIES.values():
         assert entry.count("{") == entry.count("}")
+
+
+def test_methods_tell_how_the_shown_quality_and_energy_were_measured_and_what_was_trained(
+    report: Path, tmp_path: Path
+) -> None:
+    written = (report / "methods.md").read_text()
+    for key in ("wang2004ssim", "vangriethuysen2017radiomics", "lin1989ccc", "shrout1979icc", "breiman2001forests"):
+        assert f"[@{key}]" in written
+    assert "a lesion is found where it covers 10% or more of it" in written
+    study = whole_study(tmp_path / "counted")
+    for cell in study.folder.glob("cells/*polarity*/cost.json"):
+        cell.write_text(json.dumps({**json.loads(cell.read_text()), "energy_j": 7200.0, "counters": ["RAPL"]}))
+    write_report(study.results(), tmp_path / "counted" / "report", pdf=False)
+    assert "Energy of the trainings was read from RAPL" in (tmp_path / "counted" / "report" / "methods.md").read_text()
+    few = Study(tmp_path / "few")
+    few.arm("central_none", {"A": 0.85, "B": 0.5})
+    few.arm("central_polarity", {"A": 0.85, "B": 0.7}, seeds=[0])
+    write_report(few.results(), tmp_path / "few" / "report", pdf=False)
+    written = (tmp_path / "few" / "report" / "methods.md").read_text()
+    assert "Each arm was to be trained 3 times, with seeds 0, 1 and 2; 4 of 42 trainings were finished" in written
+    assert "Fewer than planned: polarity, central (1)." in written
+    assert "None: plain nnU-Net, federated;" in written
+    assert "Harmonization quality" not in written
+    assert "Energy" not in written
+
+
+def test_methods_name_the_commits_of_training_and_of_scoring(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    file = study.folder / "cells" / "central_none_seed-0" / "environment.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "scored": {"git": "def"}, "earlier": [{"git": "000"}]}))
+    write_report(study.results(), tmp_path / "report", pdf=False)
+    assert "Commit `abc`, `000` and `def`." in (tmp_path / "report" / "methods.md").read_text()
+
+
+def test_no_pdf_of_a_former_report_stands_beside_a_new_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(tmp_path)
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "report.pdf").write_bytes(b"%PDF of old numbers")
+    monkeypatch.setattr(build, "print_pdf", lambda *_: "No browser.")
+    said: list[str] = []
+    write_report(study.results(), folder, show=said.append)
+    assert said == ["No browser."]
+    assert not (folder / "report.pdf").exists()
+
+
+def test_the_colour_key_names_regions_by_the_smallest_that_holds_a_value(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    description = tmp_path / "Dataset001_Blobs" / "dataset.json"
+    for labels, names in (
+        ({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3], "ignore": 4}, ["whole", "core", "enhancing"]),
+        ({"background": 0, "b": 2, "a": 1}, ["a", "b"]),
+        ({"background": 0, "a": 1, "c": 3}, ["a", "2", "c"]),
+        ({"background": 0, **{f"l{value}": value for value in range(1, 8)}}, ["l1", "l2", "l3", "l4"]),
+    ):  # fmt: skip
+        description.write_text(json.dumps({**json.loads(description.read_text()), "labels": labels}))
+        assert label_names(study.results()) == names
 
 
 def test_the_report_is_refused_without_the_control_and_made_of_it_alone(tmp_path: Path) -> None:

@@ -177,6 +177,42 @@ def test_federated_is_as_good_only_within_the_margin(found: StudyFindings) -> No
     assert len(found.points["federated_polarity"]) == 12
 
 
+def test_sites_where_the_arm_to_compare_with_failed_are_in_no_equivalence_and_no_price(tmp_path: Path) -> None:
+    study = Study(tmp_path, held_out=["C"])
+    study.arm("central_none", {"A": 0.85, "B": 0.7, "C": 0.05})
+    study.arm("federated_none", {"A": 0.85, "B": 0.7, "C": 0.05})
+    study.arm("central_polarity", {"A": 0.85, "B": 0.7, "C": 0.7})
+    study.arm("federated_polarity", {"A": 0.85, "B": 0.7, "C": 0.05})
+    study.arm("central_none_epsilon-8", {"A": 0.8, "B": 0.42, "C": 0.05})
+    found = analyse(study.results(), resamples=100)
+    assert {item.first: item.sites for item in found.federated} == {
+        "federated_none": ("B",),
+        "federated_polarity": ("B", "C"),
+    }
+    assert [item.sites for item in found.private] == [("B",)]
+    assert {site for site, _, _ in found.points["federated_none"]} == {"B", "C"}
+    assert (found.failed_at("central_none"), found.failed("central_none")) == (("C",), False)
+
+
+def test_a_harmonizer_is_held_against_plain_nnunet_of_its_mode_at_the_reference(tmp_path: Path) -> None:
+    """Federated plain nnU-Net is below central here; the harmonizer changes nothing at A."""
+    study = Study(tmp_path)
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    study.arm("central_polarity", {"A": 0.85, "B": 0.7})
+    study.arm("federated_polarity", {"A": 0.75, "B": 0.7})
+    alone = analyse(study.results(), resamples=100)
+    assert [(item.first, item.second) for item in alone.at_reference] == [
+        ("central_polarity", "central_none"),
+        ("federated_polarity", "central_none"),
+    ]
+    assert any("difference to plain nnU-Net, central -0." in item.words for item in alone.controls)
+    study.arm("federated_none", {"A": 0.75, "B": 0.5})
+    both = analyse(study.results(), resamples=100)
+    assert {item.first: item.second for item in both.at_reference}["federated_polarity"] == "federated_none"
+    results = {item.words.split(", at the")[0]: item.passed for item in both.controls}
+    assert results["polarity, federated"] is True
+
+
 def test_the_control_without_shift_fails_where_the_reference_changed(found: StudyFindings) -> None:
     results = {item.words.split(",")[0] + item.words.split(",")[1]: item.passed for item in found.controls}
     assert results["polarity central"] is True

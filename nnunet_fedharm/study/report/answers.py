@@ -7,7 +7,8 @@
 | as good as | TOST p < .05 (Holm), and the 90% interval lies within the margin on both sides |
 | not worse | the lower half of that only |
 | not shown to be as good | neither |
-| too badly to call federated as good | the central arm's mean Dice is below least_dice of [report]: both may have failed alike |
+| too badly to call federated as good | central's mean Dice at that site is below least_dice of [report]: both may have failed |
+| at B alone | the arm to compare with segments the other target sites too badly, so that no test is over them |
 | did not learn | the control's mean Dice on its own labels' sites is below least_dice of [report] |
 | Exploratory, N trainings | a compared arm has fewer than three trainings; it stands before the sentence |
 | not measured in this study | an arm of the question has no result |
@@ -21,9 +22,9 @@ from dataclasses import dataclass, replace
 from nnunet_fedharm.differences.findings import Findings
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.differences.summary import describe
-from nnunet_fedharm.evaluation.words import number, percent, scientific
+from nnunet_fedharm.evaluation.words import number, percent
 from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, Comparison, StudyFindings
-from nnunet_fedharm.study.report.names import held_out_words, kind_name, place
+from nnunet_fedharm.study.report.names import held_out_words, place
 from nnunet_fedharm.study.report.phrases import (
     amount,
     amounts,
@@ -35,6 +36,14 @@ from nnunet_fedharm.study.report.phrases import (
     exploratory,
     is_harmonizer,
     signed,
+)
+from nnunet_fedharm.study.report.prices import (
+    arm_and_mode,
+    compared,
+    price,
+    price_at_labels,
+    price_untold,
+    spent,
 )
 
 QUESTIONS = (
@@ -152,38 +161,21 @@ def what_privacy_costs(found: StudyFindings) -> Answer:
     for item in found.private:
         by_epsilon.setdefault(found.arm(item.first).epsilon or 0.0, []).append(item)
     order = sorted(by_epsilon, reverse=True)
-    said = [_price(found, epsilon, by_epsilon[epsilon]) for epsilon in order]
+    said = [price(found, epsilon, by_epsilon[epsilon]) for epsilon in order]
     if not any(said):
-        arms = joined(list(dict.fromkeys(_arm_and_mode(found, item) for item in found.private)))
+        arms = joined(list(dict.fromkeys(arm_and_mode(found, item) for item in found.private)))
         words = f"{arms[0].upper()}{arms[1:]} segments too badly {place(found)}, without privacy too, to tell what it costs."
         said = [words]
     each = [
         f"Epsilon {epsilon:g}, change of mean Dice {place(found)} with 95% interval: "
-        f"{joined([f'{signed(item.difference)} {_arm_and_mode(found, item)}' for item in by_epsilon[epsilon]])}."
+        f"{joined([f'{signed(item.difference)} {compared(found, item)}' for item in by_epsilon[epsilon]])}."
         for epsilon in order
     ]
     return Answer(
         QUESTIONS[3],
         exploratory(found.private) + " ".join(filter(None, said)),
-        (*_price_at_labels(found), *_spent(found), *each),
+        (*price_at_labels(found), *price_untold(found), *spent(found), *each),
     )
-
-
-def _price_at_labels(found: StudyFindings) -> list[str]:
-    """The price where the arms learned: at the sites whose labels were used."""
-    lost = [item for item in found.private_at_labels if item.verdict == WORSE]
-    unclear = [item for item in found.private_at_labels if item.verdict == UNCLEAR]
-    where, said = joined(found.labelled), []
-    if lost:
-        shown = [
-            f"{_range([item.difference.value])} Dice (epsilon {found.arm(item.first).epsilon:g}, {_arm_and_mode(found, item)})"
-            for item in lost
-        ]
-        said.append(f"{exploratory(lost)}At {where}, whose labels were used, privacy costs {joined(shown)}.")
-    if unclear:
-        shown = [f"epsilon {found.arm(item.first).epsilon:g}, {_arm_and_mode(found, item)}" for item in unclear]
-        said.append(f"At {where} no change was shown ({'; '.join(shown)}).")
-    return said
 
 
 def _plain(found: StudyFindings) -> str:
@@ -275,55 +267,3 @@ def _baselines(found: StudyFindings) -> list[str]:
     ]
     return [f"Without any network in front, {arm_names(found, items)} raise{'s' if len(items) == 1 else ''} mean Dice too, by "
             f"{amounts(found, items)}."] if items else []  # fmt: skip
-
-
-def _price(found: StudyFindings, epsilon: float, items: Sequence[Comparison]) -> str:
-    """One epsilon, every arm that was trained with it; empty where none of them learned without privacy either."""
-    items = [item for item in items if not found.failed(item.second)]
-    if not items:
-        return ""
-    lost = [item for item in items if item.verdict == WORSE]
-    gained = [item for item in items if item.verdict == BETTER]
-    unclear = [item for item in items if item.verdict == UNCLEAR]
-    said = []
-    if lost:
-        whose = "" if len(lost) == len(items) else f" ({joined([_arm_and_mode(found, item) for item in lost])})"
-        said.append(f"costs {_range([item.difference.value for item in lost])} Dice{whose}")
-    if unclear:
-        ends = [item.difference.low for item in unclear]
-        known = [low for low in ends if low is not None]
-        bound = f", where a loss of up to {-min(known):.3f} remains possible" if known and min(known) < 0 else ""
-        said.append(f"no change was shown for {joined([_arm_and_mode(found, item) for item in unclear])}{bound}")
-    if gained:
-        named = joined([_arm_and_mode(found, item) for item in gained])
-        said.append(f"Dice is higher, which noise does not explain, for {named}")
-    return f"Epsilon {epsilon:g}{' ' if lost else ': '}{'; '.join(said)}."
-
-
-def _arm_and_mode(found: StudyFindings, item: Comparison) -> str:
-    arm = found.arm(item.first)
-    return f"{arm.mode} {kind_name(arm.kind)}"
-
-
-def _range(values: Sequence[float | None]) -> str:
-    """ "0.018", "0.018 to 0.020", without signs."""
-    shown = sorted({number(abs(value), 3) for value in values if value is not None})
-    return shown[0] if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
-
-
-def _spent(found: StudyFindings) -> list[str]:
-    """What was spent, per patient, and what left without noise."""
-    private = [cost for cost in found.costs if found.arm(cost.arm).epsilon is not None]
-    spent = [cost for cost in private if cost.epsilon is not None]
-    said = []
-    if spent:
-        shown = dict.fromkeys(
-            f"{found.arm(cost.arm).epsilon:g} asked, {cost.epsilon:.2f} spent" for cost in spent if cost.epsilon
-        )
-        deltas = sorted({cost.delta for cost in spent if cost.delta is not None})
-        words = f" at delta {' and '.join(scientific(delta) for delta in deltas)}" if deltas else ""
-        said.append(f"Epsilon holds for each patient, at the site that spent most{words}: {'; '.join(shown)}.")
-    bare = list(dict.fromkeys(name for cost in private for name in cost.without_noise))
-    if bare:
-        said.append(f"Without noise, so without any epsilon, left: {joined(bare)}.")
-    return said

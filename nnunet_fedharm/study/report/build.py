@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nnunet_fedharm.differences.findings import Findings, to_json
 from nnunet_fedharm.differences.findings_file import from_json
-from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.errors import DataError, SetupError
 from nnunet_fedharm.sites.files import read_json, write_text
 from nnunet_fedharm.study.cell_card import write_cell_card
 from nnunet_fedharm.study.report.answers import answer_all
@@ -60,11 +60,12 @@ def write_report(
     sites = read_site_report(results.study.folder)
     strips, notes = before_and_after(results)
     written = methods(results, found)
-    extras = Extras(sites, strips, notes, label_names(results), written, bibtex(results.study))
+    extras = Extras(sites, strips, notes, label_names(results), written, bibtex(written))
     content = {**to_json(found), "answers": to_json(answer_all(found, sites))}
     for cell in results.finished:
         write_cell_card(results.study, cell)
     page = folder / PAGE
+    _remove(folder / PDF)  # of a former report: where no new one is printed, it would stand beside other numbers
     write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", folder / JSON)
     write_tables(results, found, folder / "tables")
     write_text(written, folder / METHODS)
@@ -74,6 +75,15 @@ def write_report(
     if reason is not None:
         show(reason)
     return page
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SetupError(
+            f"Cannot replace {path}: {error.strerror}. Close or remove it, or choose another folder."
+        ) from error
 
 
 def read_site_report(study: Path) -> Findings | None:

@@ -15,7 +15,7 @@ from nnunet_fedharm.evaluation.words import count, number
 from nnunet_fedharm.study.findings import ArmFinding, StudyFindings
 from nnunet_fedharm.study.report.charts import band_chart, epsilon_chart, paired_chart
 from nnunet_fedharm.study.report.dot_plot import Column, Row, dot_plot
-from nnunet_fedharm.study.report.names import group_of, kind_name, row_name, shown_arms, style_of
+from nnunet_fedharm.study.report.names import group_of, kind_name, only_at, row_name, shown_arms, style_of
 from nnunet_fedharm.study.study_tables import CONTROL
 
 WORST = " worst"
@@ -88,7 +88,11 @@ def federated_figure(found: StudyFindings) -> Html:
 def _bands(found: StudyFindings, width: int = 560) -> Html:
     """Differences between federated and central, and the margin."""
     rows = [
-        (_name(found.arm(item.first)), "series-3", item.equivalence.interval if item.equivalence else item.difference)
+        (
+            _name(found.arm(item.first)) + only_at(found, item),
+            "series-3",
+            item.equivalence.interval if item.equivalence else item.difference,
+        )
         for item in found.federated
     ]
     return Html(

@@ -50,7 +50,8 @@ def write_tables(results: StudyResults, found: StudyFindings, folder: Path) -> N
 def comparisons(found: StudyFindings) -> list[Comparison]:
     """Of all families."""
     return [
-        *found.against_control, *found.at_each_site, *found.against_augment, *found.federated, *found.private, *found.at_reference
+        *found.against_control, *found.at_each_site, *found.against_augment, *found.federated, *found.private,
+        *found.private_at_labels, *found.gap_tests, *found.at_reference,
     ]  # fmt: skip
 
 

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunet_fedharm.differences.agreement import GOOD
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.distances import CONVENTIONS
+from nnunet_fedharm.evaluation.fidelity import SSIM_WINDOW
+from nnunet_fedharm.evaluation.lesions import DETECTED_OVERLAP
 from nnunet_fedharm.evaluation.words import count
 from nnunet_fedharm.study.controls import KNOWN_INVERSE, TRAVELLING
 from nnunet_fedharm.study.findings import FEWEST_SEEDS, StudyFindings
 from nnunet_fedharm.study.held_out import ADAPTED_WITH, left_out
+from nnunet_fedharm.study.matrix import arms_of, cells_of
 from nnunet_fedharm.study.results import StudyResults, read_environment
 from nnunet_fedharm.study.study_file import StudyFile
 
@@ -41,7 +45,8 @@ def methods(results: StudyResults, found: StudyFindings) -> str:
         *(["### Federation\n\n" + _federation(study)] if "federated" in study.arms.modes else []),
         *(["### Differential privacy\n\n" + _privacy(study)] if study.arms.epsilons else []),
         "### Evaluation and statistics\n\n" + _statistics(found),
-        "### Software\n\n" + _software(results),
+        *(["### Harmonization quality\n\n" + _quality(study, found)] if found.quality else []),
+        "### Software\n\n" + _software(results) + _energy(found),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -90,13 +95,24 @@ def _arms(study: StudyFile, found: StudyFindings) -> str:
     said.append(f"Modes: {joined(arms.modes)}.")
     if arms.oracle:
         said.append("As the upper end, plain nnU-Net was trained on each site's own labels.")
-    said.append(
-        f"Each arm was trained {count(len(study.subject.seeds), 'time')}, with seeds "
-        f"{joined([str(s) for s in study.subject.seeds])}."
-    )
-    if found.missing:
-        said.append(f"{count(len(found.missing), 'planned training')} had no result when this report was written.")
+    said.append(_trainings(study, found))
     return " ".join(said)
+
+
+def _trainings(study: StudyFile, found: StudyFindings) -> str:
+    """How often each arm was trained: what is finished, not what was planned."""
+    seeds = study.subject.seeds
+    each, named = count(len(seeds), "time"), joined([str(seed) for seed in seeds])
+    if not found.missing:
+        return f"Each arm was trained {each}, with {'seed' if len(seeds) == 1 else 'seeds'} {named}."
+    total = len(cells_of(study))
+    finished = {arm.title: arm.seeds for arm in found.arms}
+    fewer = [f"{title} ({n})" for title, n in finished.items() if n < len(seeds)]
+    none = [arm.title for arm in arms_of(study) if arm.title not in finished]
+    words = f"Each arm was to be trained {each}, with {'seed' if len(seeds) == 1 else 'seeds'} {named}; "
+    words += f"{total - len(found.missing)} of {total} trainings were finished when this report was written."
+    words += f" Fewer than planned: {'; '.join(fewer)}." if fewer else ""
+    return words + (f" None: {'; '.join(none)}." if none else "")
 
 
 def _training(study: StudyFile) -> str:
@@ -160,9 +176,10 @@ def _statistics(found: StudyFindings) -> str:
         "[@schuirmann1987tost] reject a "
         f"mean difference of {settings['margin']:g} Dice or more on either side (Holm, 0.05) and the 90% bootstrap interval "
         "lies within "
-        f"that margin, {_when(settings['fixed_beforehand'])}, and the central arm's mean Dice is at least "
-        f"{settings['least_dice']:g}. With fewer than {FEWEST_SEEDS} trainings of an arm, statements are "
-        "called exploratory. " + _controls(found)
+        f"that margin, {_when(settings['fixed_beforehand'])}. Target sites where the central arm's mean Dice is below "
+        f"{settings['least_dice']:g} are in no such comparison, for two arms that failed are not equally good; private arms are "
+        "compared without the sites where the same arm without privacy failed. "
+        f"With fewer than {FEWEST_SEEDS} trainings of an arm, statements are called exploratory. " + _controls(found)
     )
 
 
@@ -172,7 +189,7 @@ def _when(fixed_beforehand: bool) -> str:
 
 def _controls(found: StudyFindings) -> str:
     names = {item.name for item in found.controls}
-    said = "Controls: Dice at the reference site, whose images must not change"
+    said = "Controls: Dice at the reference site, whose images must not change, against plain nnU-Net of the same mode"
     if KNOWN_INVERSE in names:
         said += "; and, as sites were simulated, harmonized volumes against the known truth"
     elif TRAVELLING in names:
@@ -180,19 +197,65 @@ def _controls(found: StudyFindings) -> str:
     return said + "."
 
 
+def _quality(study: StudyFile, found: StudyFindings) -> str:
+    """Of the numbers that the page shows."""
+    reports = list(found.quality.values())
+
+    def measured(name: str) -> bool:
+        return any(report.get(name) for report in reports)
+
+    words = (
+        f"Travelling subjects were compared with the same patients at {found.reference}, as scanned and as harmonized by each "
+        "arm's first training, every channel z-scored over the foreground: root mean squared error over the truth's standard "
+        f"deviation (nRMSE), structural similarity in windows of {SSIM_WINDOW} voxels (SSIM) [@wang2004ssim], correlation of "
+        "gradient magnitudes with the volume as scanned (edges kept), and the labelled region's contrast-to-noise ratio over the "
+        "truth's. Intervals are 95% percentile bootstrap over patients."
+    )
+    if measured("features"):
+        words += (
+            " Radiomics features of the labelled region [@vangriethuysen2017radiomics] were compared by Lin's concordance "
+            "correlation coefficient (CCC) at each site [@lin1989ccc] and by ICC(2,1) over all sites [@shrout1979icc], as "
+            f"medians over features; {GOOD:g} is called good."
+        )
+    if any((report.get("site_classifier") or {}).get("before") for report in reports):
+        words += (
+            " A random forest [@breiman2001forests] told the site from these features, in cross-validation that keeps a "
+            "patient's volumes together; its balanced accuracy stands beside the 95th percentile with shuffled sites."
+        )
+    if measured("lesions"):
+        values = [str(value) for value in study.report.lesion_labels]
+        words += (
+            f" Lesions are connected components of {f'labels {joined(values)}' if values else 'the labels'}. The control's first "
+            "training, which saw no harmonized volume, segmented both; a lesion is found where it covers "
+            f"{100 * DETECTED_OVERLAP:g}% or more of it, and a component that touches no lesion is a false one."
+        )
+    return words
+
+
+def _energy(found: StudyFindings) -> str:
+    counters = list(dict.fromkeys(name for cost in found.costs for name in cost.counters))
+    if not counters:
+        return ""
+    return f" Energy of the trainings was read from {joined(counters)}: processor packages of the whole machine, visible GPUs."
+
+
 def _software(results: StudyResults) -> str:
     recorded = [entry for cell in results.finished if (entry := read_environment(cell))]
     if not recorded:
         return "Versions were not recorded."
+    used = [
+        *recorded,
+        *(part for entry in recorded for part in (*entry.get("earlier", ()), entry.get("scored")) if part),
+    ]
     versions: dict[str, list[str]] = {}
-    for entry in recorded:
+    for entry in used:
         for name, version in (entry.get("versions") or {}).items():
             versions.setdefault(name, [])
             if version not in versions[name]:
                 versions[name].append(version)
     shown = [f"{name} {' and '.join(found)}" for name, found in versions.items()]
-    commits, machines = _distinct(recorded, "git"), _distinct(recorded, "machine")
-    words = f"{joined(shown)}; Python {joined(_distinct(recorded, 'python'))}." if shown else ""
+    commits, machines = _distinct(used, "git"), _distinct(recorded, "machine")
+    words = f"{joined(shown)}; Python {joined(_distinct(used, 'python'))}." if shown else ""
     if commits:
         words += f" Commit {joined([f'`{commit[:12]}`' for commit in commits])}."
     return words + (f" Trained on {joined(machines)}." if machines else "")

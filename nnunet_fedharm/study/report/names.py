@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from nnunet_fedharm.differences.notes import joined
-from nnunet_fedharm.study.findings import ArmFinding, StudyFindings
+from nnunet_fedharm.study.findings import ArmFinding, Comparison, StudyFindings
 from nnunet_fedharm.study.held_out import left_out
 from nnunet_fedharm.study.study_tables import CONTROL
 
@@ -28,6 +26,11 @@ def place(found: StudyFindings) -> str:
         kind += "s" if len(found.held_out) > 1 else ""
         parts.append(f"{joined(found.held_out)} ({kind}, held out of all training)")
     return f"at {joined(parts)}"
+
+
+def only_at(found: StudyFindings, item: Comparison) -> str:
+    """ " at B alone", of arms that were not compared at all target sites because one of them failed at the others."""
+    return "" if set(item.sites) == set(found.targets) else f" at {joined(item.sites)} alone"
 
 
 def held_out_words(found: StudyFindings) -> list[str]:
@@ -70,8 +73,3 @@ def shown_arms(found: StudyFindings) -> list[ArmFinding]:
     order = ["central", "federated", "with differential privacy"]
     rows = [arm for arm in found.arms if not arm.site]
     return sorted(rows, key=lambda arm: order.index(group_of(arm)))
-
-
-def listed(names: Sequence[str]) -> str:
-    """ "A, B and C", or "none"."""
-    return joined(list(names)) if names else "none"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from string import Template
 
@@ -49,7 +49,6 @@ class Extras:
     labels: Sequence[str] = ()
     methods: str = ""
     bibtex: str = ""
-    notes: Sequence[str] = field(default_factory=tuple)
 
 
 def render_study(found: StudyFindings, extras: Extras) -> str:
@@ -117,6 +116,7 @@ def limits(found: StudyFindings, absent: Sequence[str] = ()) -> list[str]:
         said.append(
             "An epsilon bounds what a trained model can reveal about a patient. What left without noise has no epsilon."
         )
+    said += found.notes
     if found.missing:
         names = found.missing[:6]
         more = f" and {len(found.missing) - 6} more" if len(found.missing) > 6 else ""
@@ -180,7 +180,8 @@ def _gap_words(found: StudyFindings) -> list[str]:
 def _federated_lead(found: StudyFindings) -> str:
     return (
         f"The band is the margin of {found.settings['margin']:g} Dice within which both count as equally good. Mean Dice "
-        f"{place(found)}; below, a mark for each test case, a mean over trainings, with the line where both are equal."
+        f"{place(found)}, without sites where the central arm's is below {found.least_dice:g}; below, a mark for each test case, "
+        "a mean over trainings, with the line where both are equal."
     )
 
 

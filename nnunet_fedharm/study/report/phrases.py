@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.differences.notes import joined
-from nnunet_fedharm.evaluation.words import count, number, probability
+from nnunet_fedharm.evaluation.words import count, number
 from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, Comparison, StudyFindings
-from nnunet_fedharm.study.report.names import kind_name, place
+from nnunet_fedharm.study.report.names import kind_name, only_at, place
 from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
 
 
@@ -51,49 +51,57 @@ def changes(found: StudyFindings, items: Sequence[Comparison], raised: str, agai
 
 
 def closeness(found: StudyFindings, items: Sequence[Comparison]) -> str:
-    """As good, not worse, or not shown, a sentence each."""
-    groups: dict[str, list[Comparison]] = {"equal": [], "not worse": [], "unclear": []}
-    failed = [item for item in items if found.failed(item.second)]
-    for item in (item for item in items if item not in failed):
-        equal = item.equivalence
-        groups["equal" if equal and equal.shown else "not worse" if equal and equal.not_worse else "unclear"].append(
-            item
-        )
+    """As good, not worse, or not shown, a sentence each; then where central failed, so that nothing is as good as it."""
+    learned = [item for item in items if not found.failed(item.second)]
     said = []
-    margin = items[0].equivalence.margin if items[0].equivalence else 0.0
-    if own := groups["equal"]:
-        verb = "is" if len(own) == 1 else "are each"
-        said.append(f"Federated {arm_names(found, own)} {verb} as good as central within {margin:g} Dice.")
-    if own := groups["not worse"]:
-        verb = "is" if len(own) == 1 else "are each"
-        said.append(f"Federated {arm_names(found, own)} {verb} not worse than central by {margin:g} Dice or more.")
-    if own := groups["unclear"]:
-        worse = [item for item in own if item.verdict == WORSE]
-        rest = [item for item in own if item.verdict != WORSE]
-        if worse:
-            said.append(
-                f"Federated {arm_names(found, worse)} {'is' if len(worse) == 1 else 'are each'} worse than central, by "
-                f"{amounts(found, worse)}."
-            )
-        if rest:
-            verb = "was" if len(rest) == 1 else "were each"
-            said.append(
-                f"Federated {arm_names(found, rest)} {verb} not shown to be as good as central within {margin:g} Dice."
-            )
-    if failed:
-        verb = "segments" if len(failed) == 1 else "segment"
+    for sites in dict.fromkeys(item.sites for item in learned):
+        said += _as_good(found, [item for item in learned if item.sites == sites])
+    failed = {item.first: found.failed_at(item.second) for item in items}
+    for sites in dict.fromkeys(filter(None, failed.values())):
+        own = [item for item in items if failed[item.first] == sites]
         said.append(
-            f"Central {arm_names(found, failed)} {verb} these sites too badly (mean Dice below {found.least_dice:g}) to "
-            "call federated as good."
+            f"At {joined(sites)} central {arm_names(found, own)} {'segments' if len(own) == 1 else 'segment'} too badly (mean "
+            f"Dice below {found.least_dice:g}) to call federated as good."
         )
     return exploratory(items) + " ".join(said)
+
+
+def _as_good(found: StudyFindings, items: Sequence[Comparison]) -> list[str]:
+    """Of arms that were compared at the same sites."""
+    groups: dict[str, list[Comparison]] = {"equal": [], "not worse": [], "worse": [], "unclear": []}
+    for item in items:
+        equal = item.equivalence
+        otherwise = "worse" if item.verdict == WORSE else "unclear"
+        groups["equal" if equal and equal.shown else "not worse" if equal and equal.not_worse else otherwise].append(
+            item
+        )
+    margin = items[0].equivalence.margin if items[0].equivalence else 0.0
+    where = only_at(found, items[0])
+    said = []
+    if own := groups["equal"]:
+        said.append(f"{_federated(found, own, 'is')} as good as central within {margin:g} Dice{where}.")
+    if own := groups["not worse"]:
+        said.append(f"{_federated(found, own, 'is')} not worse than central by {margin:g} Dice or more{where}.")
+    if own := groups["worse"]:
+        said.append(f"{_federated(found, own, 'is')} worse than central{where}, by {amounts(found, own)}.")
+    if own := groups["unclear"]:
+        said.append(
+            f"{_federated(found, own, 'was')} not shown to be as good as central within {margin:g} Dice{where}."
+        )
+    return said
+
+
+def _federated(found: StudyFindings, items: Sequence[Comparison], verb: str) -> str:
+    """ "Federated polarity is", "Federated polarity and diffusion are each"."""
+    verb = verb if len(items) == 1 else {"is": "are each", "was": "were each"}[verb]
+    return f"Federated {arm_names(found, items)} {verb}"
 
 
 def differences(found: StudyFindings, items: Sequence[Comparison], what: str, *, level: int) -> str:
     def of(item: Comparison) -> str:
         shown = Estimate(item.difference.value, item.equivalence.interval.low, item.equivalence.interval.high) \
             if item.equivalence else item.difference  # fmt: skip
-        return f"{signed(shown)} {arm_name(found, item)}"
+        return f"{signed(shown)} {arm_name(found, item)}{only_at(found, item)}"
 
     return f"{what}, mean Dice {place(found)} with {level}% interval: {joined([of(item) for item in items])}."
 
@@ -127,12 +135,6 @@ def _short(value: float | None) -> str:
 
 def _sentence(words: str) -> str:
     return words[:1].upper() + words[1:]
-
-
-def p_words(p: float | None) -> str:
-    """ "p = 0.012", "p < 0.001"."""
-    shown = probability(p)
-    return f"p {shown if shown.startswith('<') else '= ' + shown}"
 
 
 def is_harmonizer(found: StudyFindings, item: Comparison) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_fedharm.errors import DataError
+from nnunet_fedharm.evaluation.labels import Targets
 from nnunet_fedharm.evaluation.pictures import LABEL_COLOURS, data_uri, grey_picture, overlay
 from nnunet_fedharm.evaluation.planes import Plane, plane_of, square_pixels
 from nnunet_fedharm.evaluation.volumes import read_images, read_segmentation, reader_for
@@ -78,12 +79,16 @@ def before_and_after(results: StudyResults) -> tuple[list[SiteStrip], list[str]]
 
 
 def label_names(results: StudyResults) -> list[str]:
-    """Names of the labels, for the colour key; at most as many as there are colours."""
-    labels = read_dataset_json(results.study.raw_dataset, site="study")["labels"]
-    values = {
-        name: value for name, value in labels.items() if isinstance(value, int) and value > 0 and name != "ignore"
-    }
-    return sorted(values, key=lambda name: values[name])[: len(LABEL_COLOURS)]
+    """Names of the label values 1, 2, ... for the colour key; at most as many as there are colours.
+
+    A value of several regions has the name of the smallest one, which lies inside the others: of an enhancing tumor inside a
+    tumor core inside a whole tumor. A value of none has its number.
+    """
+    regions = Targets.from_dataset_json(read_dataset_json(results.study.raw_dataset, site="study")).regions
+    names: dict[int, str] = {}
+    for name in sorted(regions, key=lambda name: -len(regions[name])):
+        names |= dict.fromkeys(regions[name], name)
+    return [names.get(value, str(value)) for value in range(1, min(max(names), len(LABEL_COLOURS)) + 1)]
 
 
 def _shown(results: StudyResults) -> list[CellResult]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnunet_fedharm.study.study_file import StudyFile
+import re
 
 ENTRIES = {
     "isensee2021nnunet": """@article{isensee2021nnunet,
@@ -75,31 +75,39 @@ ENTRIES = {
   title     = {An Introduction to the Bootstrap},
   publisher = {Chapman \\& Hall}, year = {1993}
 }""",
+    "wang2004ssim": """@article{wang2004ssim,
+  author  = {Wang, Zhou and Bovik, Alan C. and Sheikh, Hamid R. and Simoncelli, Eero P.},
+  title   = {Image Quality Assessment: From Error Visibility to Structural Similarity},
+  journal = {IEEE Transactions on Image Processing}, volume = {13}, number = {4}, pages = {600--612}, year = {2004}
+}""",
+    "vangriethuysen2017radiomics": """@article{vangriethuysen2017radiomics,
+  author  = {van Griethuysen, Joost J. M. and Fedorov, Andriy and Parmar, Chintan and Hosny, Ahmed and Aucoin, Nicole and
+             Narayan, Vivek and Beets-Tan, Regina G. H. and Fillion-Robin, Jean-Christophe and Pieper, Steve and Aerts, Hugo J.
+             W. L.},
+  title   = {Computational Radiomics System to Decode the Radiographic Phenotype},
+  journal = {Cancer Research}, volume = {77}, number = {21}, pages = {e104--e107}, year = {2017}
+}""",
+    "lin1989ccc": """@article{lin1989ccc,
+  author  = {Lin, Lawrence I-Kuei},
+  title   = {A concordance correlation coefficient to evaluate reproducibility},
+  journal = {Biometrics}, volume = {45}, number = {1}, pages = {255--268}, year = {1989}
+}""",
+    "shrout1979icc": """@article{shrout1979icc,
+  author  = {Shrout, Patrick E. and Fleiss, Joseph L.},
+  title   = {Intraclass correlations: uses in assessing rater reliability},
+  journal = {Psychological Bulletin}, volume = {86}, number = {2}, pages = {420--428}, year = {1979}
+}""",
+    "breiman2001forests": """@article{breiman2001forests,
+  author  = {Breiman, Leo},
+  title   = {Random Forests},
+  journal = {Machine Learning}, volume = {45}, number = {1}, pages = {5--32}, year = {2001}
+}""",
 }
 """Key -> entry."""
 
-BY_KIND = {
-    "nyul": "nyul2000",
-    "cyclegan": "zhu2017cyclegan",
-    "diffusion": "lipman2023flow",
-    "augment": "ouyang2023causality",
-}
 
-
-def keys_of(study: StudyFile) -> list[str]:
-    """Keys of the entries that the study's methods cite, in the order of ENTRIES."""
-    kinds = (*study.arms.harmonizers, *study.arms.baselines)
-    cited = {"isensee2021nnunet", "wilcoxon1945", "pratt1959", "holm1979", "schuirmann1987tost", "efron1993bootstrap"}
-    cited |= {BY_KIND[kind] for kind in kinds if kind in BY_KIND}
-    if "federated" in study.arms.modes:
-        cited |= {"beutel2020flower", "mcmahan2017fedavg"}
-    if study.arms.epsilons:
-        cited.add("abadi2016dpsgd")
-    return [key for key in ENTRIES if key in cited]
-
-
-def bibtex(study: StudyFile) -> str:
-    """All entries that the study needs, with the study's own as the last one."""
+def bibtex(methods: str) -> str:
+    """The entries that the methods section cites, in the order of ENTRIES, with the study's own as the last one."""
     from nnunet_fedharm import __version__
 
     own = f"""@software{{nnunet_fedharm,
@@ -107,4 +115,5 @@ def bibtex(study: StudyFile) -> str:
   title   = {{nnunet\\_fedharm: federated {{MRI}} harmonization for {{nnU-Net}} v2}},
   version = {{{__version__}}}
 }}"""
-    return "\n\n".join([*(ENTRIES[key] for key in keys_of(study)), own]) + "\n"
+    cited = set(re.findall(r"@(\w+)", methods))
+    return "\n\n".join([*(entry for key, entry in ENTRIES.items() if key in cited), own]) + "\n"

@@ -67,8 +67,10 @@ def comparison_tables(found: StudyFindings) -> Html:
         ("Central harmonizers against strong augmentation", found.against_augment),
         ("Federated against central", found.federated),
         ("With differential privacy against without", found.private),
+        ("With differential privacy against without, where labels were used", found.private_at_labels),
         ("Arms against the control, site by site", found.at_each_site),
-        ("Harmonizers against the control, at the reference site", found.at_reference),
+        ("Harmonizers against plain nnU-Net of their mode, at the reference site", found.at_reference),
+        ("Own labels against the control, site by site", found.gap_tests),
     )
     return Html("".join(folded(title, _comparisons(found, items)) for title, items in families if items))
 
