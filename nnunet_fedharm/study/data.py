@@ -10,8 +10,9 @@ data/federated/<SITE>/…          preprocessed cases that federated cells share
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,18 +104,29 @@ class StudyData:
         with file_lock(self.folder / "data.lock"):
             made = _recipe(self.study)
             if done.is_file():
-                former = {"held_out_sites": [], **read_json(done, what="The record of the study's data")}
-                if former != made:
-                    raise DataError(
-                        f"The data in {self.folder} were made for other values of dataset, labelled_sites, held_out_sites, "
-                        "held_out_fraction or network size. Put them back in study.toml, or start a new study folder."
-                    )
+                self._refuse_other_values(read_json(done, what="The record of the study's data"), made)
                 self._refuse_shared_patients()
                 return
             for name in FOLDERS:  # of a preparation that was stopped
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             self._make()
             write_json(made, done)
+
+    def _refuse_other_values(self, former: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+        before = {"held_out_sites": [], **former}
+        if before.get("dataset") == str(self.study.raw_dataset):  # a release that recorded the absolute path
+            before["dataset"] = made["dataset"]
+        changed = [
+            f"{_KEYS.get(name, name)} was {json.dumps(before.get(name))} and is {json.dumps(value)} now"
+            for name, value in made.items()
+            # Data that hold each site's own labels serve a study that no longer asks for them too.
+            if before.get(name) != value and (name != "own" or value)
+        ]
+        if changed:
+            raise DataError(
+                f"The data in {self.folder} were made for other values: {'; '.join(changed)}. Put that back in study.toml, or "
+                "start a new study folder."
+            )
 
     def _make(self) -> None:
         study, raw = self.study, self.study.raw_dataset
@@ -257,11 +269,15 @@ def _travellers_at_home(raw: Path, registry: SitesFile) -> Iterator[str]:
     yield from (case for case in sorted(registry.cases) if registry.patient_of(case) in patients)
 
 
+_KEYS = {"own": '"oracle is on, or local in modes"'}
+"""What a key of the record stands for in study.toml, where it has another name there."""
+
+
 def _recipe(study: StudyFile) -> dict[str, Any]:
     """What the data depend on."""
     training = study.training
     return {
-        "dataset": str(study.raw_dataset),
+        "dataset": study.subject.dataset,  # as it is written: a relative path stays right where both folders are moved
         "labelled_sites": list(study.labelled_sites),
         "held_out_sites": list(study.held_out_sites),
         "held_out_fraction": study.subject.held_out_fraction,

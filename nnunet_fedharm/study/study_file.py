@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from nnunet_fedharm.errors import CheckpointError, DataError
 from nnunet_fedharm.harmonizers import KINDS
@@ -134,38 +134,54 @@ def read_study(folder: Path) -> StudyFile:
     return study
 
 
-def _read(part: type[Part], values: Mapping[str, Any], table: str, path: Path) -> Part:
+def _read(part: type[Part], values: Any, table: str, path: Path) -> Part:
     known = {item.name: item for item in fields(part)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise DataError(f"{path}: unknown key {unknown[0]!r} in [{table}]. Known keys: {', '.join(known)}.")
+    _check_keys(values, known, table, path)
     missing = [name for name, item in known.items() if item.default is MISSING and name not in values]
     if missing:
         raise DataError(f"{path}: [{table}] needs {missing[0]!r}.")
-    checked = {}
-    for name, value in values.items():
-        example = known[name].default
-        kind = str if example is MISSING else type(example)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if kind is tuple and isinstance(value, list):
-            value = tuple(float(item) if name == "epsilons" else item for item in value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise DataError(f"{path}: {name} in [{table}] must be a {_WORDS[kind]}, got {value!r}.")
-        checked[name] = value
-    return part(**checked)
+    kinds = get_type_hints(part)
+    return part(**{name: _value(value, kinds[name], name, table, path) for name, value in values.items()})
 
 
-_WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", tuple: "list"}
-
-
-def _checked_privacy(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+def _checked_privacy(values: Any, path: Path) -> Mapping[str, Any]:
     known = [item.name for item in fields(PrivacyOptions) if item.name != "epsilon"]
-    for name in values:
-        if name not in known:
-            raise DataError(f"{path}: unknown key {name!r} in [privacy]. Known keys: {', '.join(known)}.")
-    PrivacyOptions(epsilon=1.0, **values)
-    return dict(values)
+    _check_keys(values, known, "privacy", path)
+    kinds = get_type_hints(PrivacyOptions)
+    checked = {name: _value(value, kinds[name], name, "privacy", path) for name, value in values.items()}
+    PrivacyOptions(epsilon=1.0, **checked)
+    return checked
+
+
+def _check_keys(values: Any, known: Collection[str], table: str, path: Path) -> None:
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: {table} must be a table, [{table}], got {values!r}.")
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise DataError(f"{path}: unknown key {unknown[0]!r} in [{table}]. Known keys: {', '.join(known)}.")
+
+
+def _value(value: Any, kind: Any, name: str, table: str, path: Path) -> Any:
+    """A value as its dataclass has it: a list becomes a tuple, a whole number may stand for a number."""
+    inside = get_args(kind)
+    if inside and isinstance(value, list):
+        what = f"each item of {name}"
+        return tuple(_value(item, inside[0], what, table, path) for item in value)
+    expected = tuple if inside else kind
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if inside or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise DataError(f"{path}: {name} in [{table}] must be a {_WORDS[expected]}, got {value!r}.")
+    return value
+
+
+_WORDS: Mapping[Any, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    tuple: "list",
+}
 
 
 def _check(study: StudyFile, path: Path) -> None:
@@ -184,8 +200,8 @@ def _check(study: StudyFile, path: Path) -> None:
         _one_of(name, BASELINES, "baseline", path)
     if not set(arms.modes) & {"central", "federated"}:
         raise DataError(f"{path}: modes needs central or federated, or there is nothing to compare.")
-    if not subject.seeds or len(set(subject.seeds)) < len(subject.seeds):
-        raise DataError(f"{path}: seeds must be different whole numbers, got {list(subject.seeds)}.")
+    if not subject.seeds or len(set(subject.seeds)) < len(subject.seeds) or min(subject.seeds) < 0:
+        raise DataError(f"{path}: seeds must be different whole numbers from 0 on, got {list(subject.seeds)}.")
     if not 0 < subject.held_out_fraction < 1:
         raise DataError(f"{path}: held_out_fraction must lie between 0 and 1, got {subject.held_out_fraction}.")
     if len(study.sites) < 2:
@@ -197,7 +213,7 @@ def _check(study: StudyFile, path: Path) -> None:
         raise DataError(
             f"{path}: least_dice in [report] must be at least 0 and below 1, got {study.report.least_dice:g}."
         )
-    if not all(isinstance(value, int) and value > 0 for value in study.report.lesion_labels):
+    if not all(value > 0 for value in study.report.lesion_labels):
         given = list(study.report.lesion_labels)
         raise DataError(f"{path}: lesion_labels in [report] must be label values above 0, got {given}.")
     for epsilon in arms.epsilons:
@@ -207,6 +223,8 @@ def _check(study: StudyFile, path: Path) -> None:
     axes = 2 if subject.configuration == "2d" else 3
     if study.training.patch_size and len(study.training.patch_size) != axes:
         raise DataError(f"{path}: patch_size needs {axes} values for {subject.configuration}, or none.")
+    if not all(size > 0 for size in study.training.patch_size):
+        raise DataError(f"{path}: patch_size must be voxel counts above 0, got {list(study.training.patch_size)}.")
     study.training.schedule(0, harmonizer_epochs=study.training.harmonizer_epochs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ from nnunet_fedharm.commands import study as study_command
 from nnunet_fedharm.errors import DataError, SetupError
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.sites.registry import SiteInfo, SitesFile
-from nnunet_fedharm.study.data import StudyData
+from nnunet_fedharm.study.data import StudyData, _recipe
 from nnunet_fedharm.study.estimate import Estimate, Estimator
 from nnunet_fedharm.study.matrix import Arm, Cell, arms_of, cells_of, control_arm
 from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile, read_study
 from nnunet_fedharm.study.template import write_template
+from nnunet_fedharm.study.trained import Trained, read_trained, write_trained
 from nnunet_fedharm.study.training import federate_config
 
 HEAD = """
@@ -118,6 +120,22 @@ def test_cells_of_the_first_seed_come_first_and_the_control_before_all(tmp_path:
         ("[report]\nleast_dice = 1\n", r"least_dice in \[report\] must be at least 0 and below 1"),
         ("[report]\nlesion_labels = [0]\n", "must be label values above 0"),
         ("[report]\nfloor = 0.1\n", r"unknown key 'floor' in \[report\]"),
+        (
+            "[report]\nlesion_labels = [true]\n",
+            r"each item of lesion_labels in \[report\] must be a whole number, got True",
+        ),
+        ('[arms]\nepsilons = ["eight"]\n', r"each item of epsilons in \[arms\] must be a number, got 'eight'"),
+        ("[arms]\nharmonizers = [1]\n", "each item of harmonizers in .arms. must be a text, got 1"),
+        (
+            '[training]\npatch_size = ["a", "b", "c"]\n',
+            "each item of patch_size in .training. must be a whole number, got 'a'",
+        ),
+        ("[training]\npatch_size = [8, 0, 8]\n", "patch_size must be voxel counts above 0"),
+        ('[privacy]\ndelta = "x"\n', r"delta in \[privacy\] must be a number, got 'x'"),
+        (
+            "[privacy]\npatches_per_patient = 1.5\n",
+            r"patches_per_patient in \[privacy\] must be a whole number, got 1.5",
+        ),
         ("[privacy]\nepsilon = 8\n", r"unknown key 'epsilon' in \[privacy\]"),
         ("[privacy]\nclip = -1\n", "clip must be a positive number"),
     ],
@@ -209,6 +227,62 @@ def test_init_takes_a_folder_a_number_or_a_name(
         said = capsys.readouterr().err
         assert f"was not found in {three.parent}, which holds only: Dataset001_Blobs." in said
         assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("seeds", "sentence"),
+    [
+        ("[0.5]", "each item of seeds in .study. must be a whole number, got 0.5"),
+        ("[0, -1]", "seeds must be different whole numbers from 0 on"),
+        ("[0, 0]", "seeds must be different whole numbers from 0 on"),
+        ("0", "seeds in .study. must be a list"),
+    ],
+)
+def test_seeds_that_no_generator_takes_are_refused(tmp_path: Path, dataset: Path, seeds: str, sentence: str) -> None:
+    (tmp_path / STUDY_FILE).write_text(HEAD.format(dataset=dataset).replace("[0, 1]", seeds))
+    with pytest.raises(DataError, match=sentence):
+        read_study(tmp_path)
+
+
+def test_a_value_where_a_table_belongs_is_refused(tmp_path: Path, dataset: Path) -> None:
+    (tmp_path / STUDY_FILE).write_text("training = 5\n" + HEAD.format(dataset=dataset))
+    with pytest.raises(DataError, match=r"training must be a table, \[training\], got 5"):
+        read_study(tmp_path)
+
+
+def test_data_of_other_values_are_refused_by_the_names_of_the_keys(tmp_path: Path, dataset: Path) -> None:
+    data = StudyData(study_of(tmp_path / "s", dataset, "[arms]\noracle = false\n"))
+    ready = data.folder / "ready.json"
+    ready.parent.mkdir()
+    ready.write_text(json.dumps({**_recipe(data.study), "dataset": str(dataset.resolve())}))
+    data.prepare()  # a record of a release that wrote the absolute path
+    changed = "[arms]\noracle = true\n[training]\nbase_features = 16\npatch_size = [8, 8, 8]\n"
+    with pytest.raises(DataError) as refusal:
+        StudyData(study_of(tmp_path / "s", dataset, changed)).prepare()
+    words = '"oracle is on, or local in modes" was false and is true now; base_features was 32 and is 16 now; '
+    assert f"were made for other values: {words}patch_size was [] and is [8, 8, 8] now." in str(refusal.value)
+    ready.write_text(json.dumps({**_recipe(data.study), "own": True}))
+    study_of(tmp_path / "s", dataset, "[arms]\noracle = false\n")
+    data.prepare()  # holds more than the study asks for
+
+
+def test_a_study_that_was_moved_with_its_dataset_keeps_data_and_models(tmp_path: Path, dataset: Path) -> None:
+    for name in ("old", "new"):
+        shutil.copytree(dataset, tmp_path / name / dataset.name)
+    data = StudyData(study_of(tmp_path / "old" / "s", Path("..") / dataset.name, "[arms]\noracle = false\n"))
+    data.folder.mkdir()
+    (data.folder / "ready.json").write_text(json.dumps(_recipe(data.study)))
+    cell = data.study.folder / "cells" / "x"
+    trained = Trained({"A": str(cell / "nnUNet_results" / "m"), "B": "/elsewhere/m"}, {"A": "stored", "B": "stored"})
+    write_trained(cell, trained, {"train_s": 1.0, "energy_j": None, "counters": []})
+    assert read_trained(cell)[0] == trained
+    shutil.move(data.study.folder, tmp_path / "new" / "s")
+    moved = tmp_path / "new" / "s"
+    StudyData(read_study(moved)).prepare()
+    assert read_trained(moved / "cells" / "x")[0].models["A"] == str(moved / "cells" / "x" / "nnUNet_results" / "m")
+    record = moved / "cells" / "x" / "trained.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "models": {"A": "/of/an/earlier/release"}}))
+    assert read_trained(moved / "cells" / "x")[0].models == {"A": "/of/an/earlier/release"}
 
 
 def test_sites_that_the_dataset_does_not_have_are_refused(tmp_path: Path, dataset: Path) -> None:
