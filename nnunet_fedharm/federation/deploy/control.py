@@ -101,7 +101,7 @@ class Operator:
         return int(_ask(self.client.StartRun, request).run_id)
 
     def active_runs(self) -> dict[int, str]:
-        """Number -> when it was submitted, UTC, ISO 8601 in whole seconds, of every run that has not ended."""
+        """Number -> when it was submitted, UTC, ISO 8601, of every run that has not ended."""
         runs = _ask(self.client.ListRuns, ListRunsRequest(limit=50)).run_dict
         return {int(key): run.pending_at for key, run in runs.items() if run.status.status != Status.FINISHED}
 
