@@ -11,13 +11,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nnunet_fedharm.errors import CheckpointError, FederationError
+from nnunet_fedharm.errors import CheckpointError, FederationError, PrivacyError
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.durable import read_json, write_json
 from nnunet_fedharm.federation.report import site as report_site
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, read_section
-from nnunet_fedharm.privacy.accounting import epsilon_of
+from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
+from nnunet_fedharm.privacy.gaussian import gaussian_sigma
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.trainers.names import trainer_name_for
@@ -25,6 +26,8 @@ from nnunet_fedharm.trainers.names import trainer_name_for
 USE_FILE = "policy-use.json"
 """What each run has had of this site: rounds, epochs, and the epsilon that it may cost."""
 
+_SURELY = 0.9
+"""Share of its epsilon that a run spends at least: its noise is made for a few more steps than are planned."""
 _TRAINING = {
     schema.name
     for schema in (
@@ -124,7 +127,10 @@ def _check_run(site: Site, run_config: Values, run_id: str) -> None:
         _one_of(site, "work.harmonizers", site.policy.harmonizers, str(kind))
         _check_trainer(site, trainer_name_for(str(kind)))
     if "epsilon" in known:
-        _check_privacy(site, _privacy_of(known), run_id)
+        privacy = _privacy_of(known)
+        _check_privacy(site, privacy, run_id)
+        if privacy is not None:
+            _check_left(site, privacy, run_id)
     rounds = float(known.get("harmonizer-rounds", 0)) + float(known.get("segmenter-rounds", 0))
     _at_most(site, "work.max_rounds", site.policy.max_rounds, rounds, "rounds are planned")
     epochs = rounds * float(known.get("local-epochs", 1))
@@ -201,6 +207,26 @@ def _check_privacy(site: Site, privacy: PrivacyOptions | None, run_id: str) -> N
             site,
             "patients.max_epsilon",
             f"epsilon {privacy.epsilon:g} with what earlier runs may cost is above {policy.max_epsilon:g}",
+        )
+
+
+def _check_left(site: Site, privacy: PrivacyOptions, run_id: str) -> None:
+    """Refuse at the start what the ledger would refuse at the first round, when fingerprint and style were told and paid.
+
+    The run is counted as one Gaussian release of somewhat less than its epsilon: what fits narrowly is left to the ledger.
+
+    Raises:
+        PrivacyError: with what was released before, the run cannot end within its own epsilon.
+    """
+    before = [item.noise for item in Ledger(site.folder).releases() if item.bounded and item.run_id != run_id]
+    if not before:
+        return
+    run = Noise(gaussian_sigma(_SURELY * privacy.epsilon, privacy.delta))
+    if epsilon_of([*before, run], privacy.delta) > privacy.epsilon:
+        raise PrivacyError(
+            f"Site {site.name}: a run's epsilon counts all that its patients were charged here, and epsilon "
+            f"{epsilon_of(before, privacy.delta):.3g} at delta {privacy.delta:g} is spent by earlier runs: this one cannot end "
+            f"within {privacy.epsilon:g}. Start it with a larger --epsilon, or leave the site out."
         )
 
 

@@ -17,10 +17,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from learned_training import SITES
-from private_bench import CONFIGURATION, DELTA, PrivateBench, schedule, spent
+from private_bench import CONFIGURATION, DELTA, Arm, PrivateBench, schedule, spent
 from private_dice import private_styles, vote
 
 from nnunet_fedharm.planning.section import read_section
@@ -46,14 +45,11 @@ def run(own: PrivateBench, epsilon: float, steps: int, lr: float, patients: floa
     reply = training.run(phase="harmonizer", round_index=0, first_epoch=0, epochs=1, weights=weights)
     seconds = time.process_time() - began
     others = {site: root for site, root in places.items() if site != "A"}
-    from private_bench import Arm
-
     voted = vote(own, plans, Arm(name, "judge", epsilon, seed), others, reply.weights)
     found = {site: float(voted["harmonizer.bank_polarity"][SITES.index(site), 0]) for site in SITES}
-    loss = float(np.asarray(reply.metrics["train_loss"]))
     entry = {
-        "epsilon": epsilon, "steps": steps, "lr": lr, "patients": patients, "seed": seed, "loss": loss,
-        "votes": found, "spent": spent(places["A"]), "cpu_s": round(seconds, 1),
+        "epsilon": epsilon, "steps": steps, "lr": lr, "patients": patients, "seed": seed, "votes": found,
+        "spent": spent(places["A"]), "cpu_s": round(seconds, 1),
     }  # fmt: skip
     own.forget(name)
     return entry

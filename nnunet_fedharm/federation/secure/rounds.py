@@ -142,7 +142,7 @@ class SecureRound:
             self.roster.grid,
             requests,
             deadline_s=wait_s,
-            accept=accept,
+            accept=self.roster.noting_lost_plans(accept),
             waiting=lambda left, seconds: self.log.write(
                 "waiting", what=what, sites=sorted(left), seconds=round(seconds)
             ),
