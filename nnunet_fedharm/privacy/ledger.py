@@ -2,8 +2,9 @@
 
 An entry is written, and flushed to the disk, *before* what it describes leaves the site, so a crash in between counts a release
 that may not have happened and never misses one. Entries are lines of JSON, each with the SHA-256 of the line before it; a small
-file beside names their number and the last hash. A ledger that was edited, cut or deleted is refused: a budget does not start
-anew because a file is gone.
+file beside, the head, names their number and the last hash. The head is there before the first entry, so entries without one
+were cut. A ledger that was edited, cut or deleted is refused: a budget does not start anew because a file is gone. Who deletes
+the whole folder, puts an older copy of both files back or computes the hashes anew is not noticed: nothing here has a key.
 
 What was read and checked once is not read again while neither file has changed (size, times, inode), so a long training pays the
 same for its last entry as for its first; an entry by another process is a change.
@@ -30,6 +31,11 @@ from nnunet_fedharm.privacy.releases import Budget, Release, Spent, spent
 
 LEDGER_FILE = "privacy-ledger.jsonl"
 HEAD_FILE = "privacy-ledger.head.json"
+LOCK_FILE = "privacy-ledger.lock"
+"""Empty until the first entry, and never again."""
+TRACES = (LOCK_FILE, "policy-use.json", "*/federation.json")
+"""What lies beside a ledger only after an entry: its lock's mark, and of federated runs, whose facts are entered first, the
+rounds that were trained and the plans."""
 _START = "0" * 64
 _Stamp = tuple[int, int, int, int]
 
@@ -73,6 +79,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LEDGER_FILE
         self._head = folder / HEAD_FILE
+        self._lock = folder / LOCK_FILE
         self._cache: _Known | None = None
         self._own = 0
         """Entries that this object made."""
@@ -167,6 +174,7 @@ class Ledger:
     def _append(self, known: _Known, release: Release) -> None:
         line = json.dumps({**asdict(release), "previous": known.last}, allow_nan=False).encode()
         try:
+            self._begin()
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 # What a crash left behind the last whole line was never released: `record` did not return.
@@ -183,6 +191,13 @@ class Ledger:
             raise PrivacyError(
                 f"Cannot write {self.path}: {error.strerror}. Nothing may leave the site before its entry is stored."
             ) from error
+
+    def _begin(self) -> None:
+        """Before an entry: what tells a ledger that is gone from one that never was; an earlier release's gets its mark now."""
+        if not self._head.exists():
+            self._write_head(0, "")
+        if not self._lock.exists() or not self._lock.stat().st_size:
+            self._lock.write_text("Entries were made here.\n", encoding="utf-8")
 
     def _known(self) -> _Known:
         """The entries, read again where a file has changed since."""
@@ -205,12 +220,24 @@ class Ledger:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self._head)
+        if not count and os.name == "posix":  # else a power cut could leave the first entry and take the head
+            folder = os.open(self._head.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
     def _lines(self) -> list[bytes]:
         """Whole lines whose chain of hashes holds and that are as many as the head says."""
-        count, digest = self._read_head()  # first: a writer who comes in between adds lines, and never takes one away
+        # The head first: a writer who comes in between adds lines, and never takes one away.
+        begun = self._head.exists()
+        count, digest = self._read_head() if begun else (0, "")
         data = self.path.read_bytes() if self.path.exists() else b""
         lines = data[: data.rfind(b"\n") + 1].splitlines()
+        if not begun:
+            missing = self._missing(len(lines))
+            if self._head.exists():
+                return self._lines()  # somebody's first entry came in between
+            if missing:
+                raise PrivacyError(missing)
         previous = _START
         for number, line in enumerate(lines, start=1):
             if _parse(line, self.path).get("previous") != previous:
@@ -225,9 +252,24 @@ class Ledger:
             )
         return lines
 
+    def _missing(self, entries: int) -> str:
+        """Without a head there is no entry, and nothing that follows one: the sentence where there is, else nothing."""
+        folder = self.path.parent
+        if entries:
+            return (
+                f"{self._head} is missing, and {self.path} has {entries} entries that cannot be trusted without it. Restore both "
+                "files from a backup."
+            )
+        traces = (path for name in TRACES for path in sorted(folder.glob(name)) if path.stat().st_size)
+        found = next(traces, None)
+        if found is None:
+            return ""
+        return (
+            f"{self.path} is missing, but {found} is left of earlier releases. Restore {LEDGER_FILE} and {HEAD_FILE} from a "
+            f"backup, or, if this site's patients are others now, move the whole folder {folder} away."
+        )
+
     def _read_head(self) -> tuple[int, str]:
-        if not self._head.exists():
-            return 0, ""
         try:
             head = json.loads(self._head.read_bytes())
             return int(head["entries"]), str(head["sha256"])
@@ -243,7 +285,7 @@ class Ledger:
             return
         import fcntl  # not on every system
 
-        with self.path.with_suffix(".lock").open("a") as stream:
+        with self._lock.open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 

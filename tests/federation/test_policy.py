@@ -18,6 +18,7 @@ from nnunet_fedharm.federation import answers, messages
 from nnunet_fedharm.federation.answers import answer
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.durable import read_json, write_json
+from nnunet_fedharm.federation.entries import FACTS
 from nnunet_fedharm.federation.events import read_events
 from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.policy import (
@@ -37,7 +38,7 @@ from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, Schedule
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.options import PrivacyOptions
-from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
+from nnunet_fedharm.privacy.releases import ANNOUNCED, GAUSSIAN, Release
 from tests.federation.local_grid import LocalGrid
 from tests.federation.test_in_process import real_sites, tiny
 
@@ -58,7 +59,9 @@ def root(tmp_path: Path, template: Path) -> Path:
 
 @pytest.fixture
 def site(root: Path) -> Site:
-    return locate_site({"partition-id": 0}, {"root": str(root)})
+    found = locate_site({"partition-id": 0}, {"root": str(root)})
+    Ledger(found.folder).record(Release(what=FACTS, mechanism=ANNOUNCED))  # as every run's preflight does
+    return found
 
 
 def train(**values: Any) -> dict[str, Any]:

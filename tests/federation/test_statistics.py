@@ -67,10 +67,15 @@ def test_the_sites_own_limit_holds_whatever_the_server_calls_the_budget(site: Si
     assert Ledger(site.folder).releases() == []
 
 
-def test_an_answer_that_a_crash_kept_from_the_ledger_is_entered_when_it_is_sent(site: Site) -> None:
-    ledger = Ledger(site.folder)
+def test_an_answer_that_a_crash_kept_from_the_ledger_is_entered_when_it_is_sent(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "record", crash)
+    with pytest.raises(KeyboardInterrupt):
+        answer_once(site, question(), fingerprint_release(4.0), fresh)
+    monkeypatch.undo()
     answer_once(site, question(), fingerprint_release(4.0), fresh)
-    ledger.path.unlink()
-    (site.folder / "privacy-ledger.head.json").unlink()
-    answer_once(site, question(), fingerprint_release(4.0), fresh)
-    assert len(ledger.releases()) == 1
+    assert len(Ledger(site.folder).releases()) == 1

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from nnunet_fedharm.errors import PrivacyError
+from nnunet_fedharm.federation.policy_checks import USE_FILE
+from nnunet_fedharm.federation.stored_plans import PLANS_FILE
 from nnunet_fedharm.privacy.accounting import Noise, epsilon_of
-from nnunet_fedharm.privacy.ledger import HEAD_FILE, LEDGER_FILE, Ledger
+from nnunet_fedharm.privacy.ledger import HEAD_FILE, LEDGER_FILE, LOCK_FILE, Ledger
 from nnunet_fedharm.privacy.releases import GAUSSIAN, NONE, SUBSAMPLED, Budget, Release, spent
 
 DELTA = 1e-5
@@ -151,6 +153,80 @@ def test_a_ledger_that_was_edited_cut_or_deleted_is_refused(tmp_path: Path) -> N
         ledger.spent(DELTA)
     ledger.path.write_text(whole)
     assert len(ledger.releases()) == 3
+
+
+def test_a_ledger_whose_head_is_gone_is_refused_however_few_lines_are_left(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for release in (STYLE, rounds(1), rounds(2)):
+        ledger.record(release)
+    lines = ledger.path.read_text().splitlines(keepends=True)
+    (tmp_path / HEAD_FILE).unlink()
+    for content in ("".join(lines), lines[0]):
+        ledger.path.write_text(content)
+        with pytest.raises(PrivacyError, match=rf"{HEAD_FILE} is missing, .* Restore both files from a backup"):
+            Ledger(tmp_path).spent(DELTA)
+        with pytest.raises(PrivacyError, match="Restore both"):
+            ledger.record(rounds(3))
+
+
+def test_a_ledger_of_which_nothing_is_left_is_refused_where_it_has_been(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.record(STYLE)
+    ledger.path.unlink(), (tmp_path / HEAD_FILE).unlink()
+    for ask in (lambda: Ledger(tmp_path).spent(DELTA), lambda: ledger.record(rounds(1))):
+        with pytest.raises(PrivacyError, match=rf"is missing, but .*{LOCK_FILE} is left of .* move the whole folder"):
+            ask()
+    tmp_path.rename(tmp_path.with_name("away"))
+    assert Ledger(tmp_path).releases() == []
+
+
+@pytest.mark.parametrize("name", [USE_FILE, f"0123456789ab-012345/{PLANS_FILE}"])
+def test_what_a_run_leaves_behind_tells_of_a_ledger_that_is_gone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(PrivacyError, match=rf"but .*{name} is left of earlier releases"):
+        Ledger(tmp_path).releases()
+
+
+def test_a_crash_before_the_first_entry_leaves_a_ledger_that_can_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def power_cut(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    for place, where in ((Path, "replace"), (Path, "write_text"), (os, "write")):  # of the head, the lock, the line
+        monkeypatch.setattr(place, where, power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            Ledger(tmp_path).record(STYLE)
+        monkeypatch.undo()
+        assert Ledger(tmp_path).releases() == []
+    Ledger(tmp_path).record(STYLE)
+    assert len(Ledger(tmp_path).releases()) == 1
+
+
+def test_a_ledger_of_an_earlier_release_goes_on_and_is_missed_from_its_next_entry_on(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.record(STYLE)
+    (tmp_path / LOCK_FILE).write_bytes(b"")
+    assert len(Ledger(tmp_path).releases()) == 1
+    Ledger(tmp_path).record(rounds(1))
+    assert (tmp_path / LOCK_FILE).stat().st_size
+
+
+def test_somebodys_first_entry_during_a_reading_is_no_ledger_without_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, exists = Ledger(tmp_path), Path.exists
+
+    def first_entry_in_between(path: Path) -> bool:
+        found = exists(path)
+        if path.name == HEAD_FILE:
+            monkeypatch.undo()
+            Ledger(tmp_path).record(STYLE)
+        return found
+
+    monkeypatch.setattr(Path, "exists", first_entry_in_between)
+    assert len(reader.releases()) == 1
 
 
 def test_an_entry_costs_the_same_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
