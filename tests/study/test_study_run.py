@@ -154,6 +154,14 @@ def test_a_study_runs_from_one_file_and_goes_on_where_it_was_stopped(
     assert (by_name["central_polarity"].folder / "harmonized" / "B").is_dir()
     assert results.scores(by_name["local_C_none"].cell.arm, "A", DICE) is None
 
+    # As if the cell had been finished before the control: the report has its lesions counted.
+    file = by_name["central_polarity"].folder / "quality.json"
+    file.write_text(json.dumps({**quality, "lesions": None}))
+    assert main(["study", "report", str(folder)]) == 0
+    assert json.loads(file.read_text())["lesions"] == quality["lesions"]
+    record = json.loads((by_name["federated_polarity"].folder / "trained.json").read_text())
+    assert not any(Path(model).is_absolute() for model in record["models"].values())
+
     # C took part in nothing, and the finished models were adapted to it.
     for name in ("central_none", "central_polarity", "federated_polarity"):
         cell = by_name[name].folder
