@@ -50,6 +50,7 @@ class Recipe:
         patients: expected in one step, over all sites together.
         patches: of a patient in a step.
         lr, clip, momentum: of the optimizer.
+        judge_epochs, judge_lr: of `polarity`'s judge, trained on A's private patients; 0 takes the start's, which is public.
     """
 
     start: str
@@ -61,6 +62,8 @@ class Recipe:
     lr: float = 0.2
     clip: float = 0.1
     momentum: float = 0.9
+    judge_epochs: int = 0
+    judge_lr: float = 3e-3
 
     @property
     def private(self) -> tuple[str, ...]:
@@ -71,6 +74,7 @@ RECIPES = {
     "simulated-all": Recipe("simulated", lr=0.6),
     "simulated-large-batch": Recipe("simulated", patients=64.0, lr=0.8),
     "simulated-long": Recipe("simulated", steps=96, patients=32.0, lr=0.3),
+    "simulated-polarity": Recipe("simulated", "polarity", lr=0.6, judge_epochs=30),
     "simulated-norm-heads": Recipe("simulated", groups="norm,heads", lr=1.5),
     "random-all": Recipe("", lr=0.6),
     "public-all": Recipe("public", "polarity", lr=0.1),

@@ -59,6 +59,7 @@ MODES = ("central", "federated", "shared")
 EPSILONS = {
     "simulated-all": (8.0, 1.0, NO_NOISE, 3.0, 32.0),
     "public-all": (8.0, 1.0),
+    "simulated-polarity": (8.0, 1.0, 3.0),
     "simulated-norm-heads": (8.0, 1.0),
     "simulated-large-batch": (8.0,),
     "simulated-long": (8.0,),
@@ -80,14 +81,15 @@ def run_private(own: PrivateBench, arm: Arm) -> tuple[Any, Weights, dict[str, An
     )  # fmt: skip
     planned = schedule(
         recipe.steps, recipe.steps if arm.mode == "shared" else 2 * ROUNDS, recipe.lr * LR_FACTOR.get(arm.epsilon, 1.0),
-        recipe.momentum, trained_groups=recipe.groups, harmonizer_epochs=1 if recipe.kind == "polarity" else 0,
+        recipe.momentum, trained_groups=recipe.groups, harmonizer_lr=recipe.judge_lr,
+        harmonizer_epochs=recipe.judge_epochs or int(recipe.kind == "polarity"),
     )  # fmt: skip
     styles = private_styles(own, places, privacy) if recipe.kind == "polarity" else {}
     plans = own.plans(recipe.kind, planned, privacy, styles)
     start = own.start(recipe.start)
     trainer = trainer_name_for(recipe.kind)
     weights = initial_weights(plans, own.bench.description(), CONFIGURATION, trainer, arm.seed, start)
-    if recipe.kind == "polarity":
+    if recipe.kind == "polarity" and not recipe.judge_epochs:
         weights = vote(own, plans, arm, places, weights)
     train = {"central": train_central, "federated": train_federated, "shared": train_shared}[arm.mode]
     weights, found = train(own, plans, arm, places, weights)
@@ -106,14 +108,16 @@ def vote(own: PrivateBench, plans: Any, arm: Arm, places: Mapping[str, NnunetRoo
     polarity = weights["harmonizer.bank_polarity"].copy()
     for site, root in places.items():
         training = own.training(plans, root, "polarity", site, f"{arm.name}-vote-{site}", arm.seed)
-        voted = training.run(phase="harmonizer", round_index=0, first_epoch=0, epochs=1, weights=weights).weights
+        last = training.section.schedule.harmonizer_epochs - 1
+        voted = training.run(phase="harmonizer", round_index=0, first_epoch=last, epochs=1, weights=weights).weights
         row = SITES.index(site)
         polarity[row] = voted["harmonizer.bank_polarity"][row]
-    return {
-        **weights,
-        "harmonizer.bank_polarity": polarity,
-        "harmonizer.gate": np.ones_like(weights["harmonizer.gate"]),
-    }
+    return opened({**weights, "harmonizer.bank_polarity": polarity})
+
+
+def opened(weights: Weights) -> Weights:
+    """With the gate of the harmonizer's phase open, as the server opens it when the phase is over."""
+    return {**weights, "harmonizer.gate": np.ones_like(weights["harmonizer.gate"])}
 
 
 def train_central(
@@ -122,8 +126,14 @@ def train_central(
     recipe = RECIPES[arm.recipe]
     (root,) = own.world(arm.name, {"pooled": own.pooled(recipe.private)}).values()
     training = own.training(plans, root, recipe.kind, "pooled", arm.name, arm.seed)
+    if recipe.judge_epochs:
+        weights = opened(
+            training.run(
+                phase="harmonizer", round_index=0, first_epoch=0, epochs=recipe.judge_epochs, weights=weights
+            ).weights
+        )
     done = training.run(phase="segmenter", round_index=0, first_epoch=0, epochs=2 * ROUNDS, weights=weights)
-    return done.weights, {"epsilon_spent": spent(root)}
+    return done.weights, {"epsilon_spent": spent(root), **votes_of(weights)}
 
 
 def train_federated(
@@ -135,6 +145,12 @@ def train_federated(
         site: own.training(plans, root, recipe.kind, site, f"{arm.name}-{site}", arm.seed)
         for site, root in places.items()
     }
+    if recipe.judge_epochs:
+        judged = sites["A"].run(
+            phase="harmonizer", round_index=0, first_epoch=0, epochs=recipe.judge_epochs, weights=weights
+        )
+        others = {site: root for site, root in places.items() if site != "A"}
+        weights = vote(own, plans, arm, others, judged.weights)
     for index in range(ROUNDS):
         replies = [
             training.run(phase="segmenter", round_index=index, first_epoch=2 * index, epochs=2, weights=weights)
@@ -149,7 +165,13 @@ def train_federated(
             else value
             for name, value in weights.items()
         }
-    return weights, {"epsilon_spent": max(spent(root) for root in places.values())}
+    return weights, {"epsilon_spent": max(spent(root) for root in places.values()), **votes_of(weights)}
+
+
+def votes_of(weights: Weights) -> dict[str, float]:
+    """What the harmonizer holds of each site's contrast: 1 as at A, -1 its inverse; nothing without one."""
+    rows = weights.get("harmonizer.bank_polarity")
+    return {} if rows is None else {f"vote_{site}": float(rows[i, 0]) for i, site in enumerate(SITES)}
 
 
 def run_reference(own: PrivateBench, seed: int) -> tuple[Any, Weights]:

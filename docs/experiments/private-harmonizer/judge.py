@@ -71,7 +71,11 @@ def main() -> None:
     own.ready(["simulated"])
     log = own.work / "judge.jsonl"
     keys = ("epsilon", "steps", "lr", "patients", "seed")
-    done = {tuple(json.loads(line)[key] for key in keys) for line in log.read_text().splitlines()} if log.exists() else set()
+    done = (
+        {tuple(json.loads(line)[key] for key in keys) for line in log.read_text().splitlines()}
+        if log.exists()
+        else set()
+    )
     for seed, *setting in itertools.product(
         arguments.seeds, arguments.epsilons, arguments.steps, arguments.rates, arguments.patients
     ):
