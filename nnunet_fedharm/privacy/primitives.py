@@ -51,6 +51,7 @@ __all__ = [
     "is_tag",
     "key_from_bytes",
     "key_to_bytes",
+    "lock",
     "narrow",
     "new_key",
     "open_sealed",
@@ -60,6 +61,7 @@ __all__ = [
     "seal",
     "shared_seed",
     "tag",
+    "unlock",
     "widen",
 ]
 
@@ -125,6 +127,23 @@ def open_sealed(key: PrivateKey, public: bytes, sealed: bytes) -> bytes:
         return decrypt(_shared(key, public), sealed)
     except InvalidToken as error:
         raise PrivacyError("was changed on its way or is for somebody else") from error
+
+
+def lock(key: bytes, plain: bytes) -> bytes:
+    """Encrypted under 32 bytes that somebody may show later."""
+    return encrypt(base64.urlsafe_b64encode(key), plain)
+
+
+def unlock(key: bytes, locked: bytes) -> bytes:
+    """Inverse of `lock`.
+
+    Raises:
+        PrivacyError: it is another key.
+    """
+    try:
+        return decrypt(base64.urlsafe_b64encode(key), locked)
+    except (InvalidToken, ValueError) as error:
+        raise PrivacyError("was locked with another key") from error
 
 
 def commitment(seed: bytes) -> bytes:

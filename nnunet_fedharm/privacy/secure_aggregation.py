@@ -16,10 +16,15 @@ another site's vector but what the sum tells; y_i alone is uniform. A site refus
 than three sites, a threshold that is too low, a sum with fewer than three answers, a second unmasking.
 
 A server may tell different sites different things about who answered, to get the shares of b_j of some and those of s_j of
-others. Each of the h holders of j's shares gives one kind, and only those that collude with the server both, so it has h + c
-shares and needs 2 t of them to open j's vector alone. Hence 2 t > h + c, which a site requires for one colluding site, or for as
-many as its noise is made for. The least such t, floor((h + c) / 2) + 1, is the default. h - t of the holders may then fall
-silent: nobody of 3, 1 of 4 and 5, 9 of 20. A server that forges public keys or invents sites is stopped by `secret`, a key that
+others, or to open a sum over fewer sites than it told anybody. So a site locks its shares with a fresh key, of which each of its
+h holders has a piece, and a holder gives what opens its piece for the list that it was told itself. Shares of those that were
+told a list open with t pieces for this list. Only the c sites that collude with the server give openers for more than one, so
+two lists open only if 2 t <= h + c. Hence 2 t > h + c, which a site requires for one colluding site, or for as many as its noise
+is made for. Then one list opens at most, and no sum but that over its sites (beyond 65 sites this holds among the holders of
+each). The least such t, floor((h + c) / 2) + 1, is the default; h - t of the holders may then fall silent: nobody of 3, 1 of 4
+and 5, 9 of 20.
+
+A server that forges public keys or invents sites is stopped by `secret`, a key that
 the sites give each other outside of Flower; without it, the server has to be trusted not to. Only noise can hide what the sum
 itself tells of a site, and what two sums tell that differ by one site. What a site sends cannot be inspected, so one site can
 spoil a sum.
@@ -170,7 +175,7 @@ class Advert:
 
 @dataclass(frozen=True)
 class Shares:
-    """What a site gives in unmask.
+    """What a site gives in unmask, once t sites were told the same.
 
     Attributes:
         seeds: site that answered -> share of its b.
@@ -179,6 +184,23 @@ class Shares:
 
     seeds: dict[str, bytes]
     keys: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Locked:
+    """A site's answer to unmask: shares that open where t of their holders were told the same about who answered.
+
+    Attributes:
+        shares: encrypted under a key of its own.
+        piece: this site's own share of that key.
+        pieces: neighbour -> its share of the key, encrypted for the pair and for what this site was told.
+        openers: neighbour -> the key of the neighbour's piece for this site, for what this site was told.
+    """
+
+    shares: bytes
+    piece: bytes
+    pieces: dict[str, bytes]
+    openers: dict[str, bytes]
 
 
 def new_session() -> str:

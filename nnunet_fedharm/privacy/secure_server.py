@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,8 @@ from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.privacy import primitives
 from nnunet_fedharm.privacy.fixed_point import Layout, Ring, Sum
 from nnunet_fedharm.privacy.primitives import SEED_BYTES
-from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, Advert, Shares, Terms, sign
+from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, Advert, Locked, Shares, Terms, sign
+from nnunet_fedharm.privacy.secure_site import shares_from_bytes
 
 _INDEX_BYTES = 4
 """Before a share: whose it is, counted from 1."""
@@ -89,16 +91,16 @@ class ServerSession:
         self._require_one_group()
         return sorted(self.answered), sorted(self.shared - self.answered)
 
-    def open(self, shares: Mapping[str, Shares]) -> Sum:
+    def open(self, locked: Mapping[str, Locked]) -> Sum:
         """Take the masks off.
 
         Args:
-            shares: site -> its answer to unmask.
+            locked: site -> its answer to unmask.
 
         Raises:
             PrivacyError: fewer shares of a secret than the threshold, or false ones; the message names the site whose mask stays.
         """
-        width = self.layout.width
+        width, shares = self.layout.width, self.unlock(locked)
         for site in sorted(self.answered):
             seed = self._seed_of(site, shares)
             primitives.add_mask(self.total, seed, width, sign=-1)
@@ -111,6 +113,38 @@ class ServerSession:
                 seed = primitives.shared_seed(key, self.adverts[peer].mask_key)
                 primitives.add_mask(self.total, seed, width, sign=-sign(peer, site))
         return self.layout.decode(self.total)
+
+    def unlock(self, locked: Mapping[str, Locked]) -> dict[str, Shares]:
+        """The shares of those of whose holders enough were told the same; those of others stay closed.
+
+        Raises:
+            PrivacyError: nobody's open.
+        """
+        opened: dict[str, Shares] = {}
+        failures: list[PrivacyError] = []
+        for site, answer in sorted(locked.items()):
+            try:
+                opened[site] = self._unlocked(site, answer, locked)
+            except PrivacyError as error:
+                failures.append(error)
+        if failures and not opened:
+            raise failures[0]
+        return opened
+
+    def _unlocked(self, site: str, answer: Locked, locked: Mapping[str, Locked]) -> Shares:
+        pieces = {site: answer.piece}
+        for peer in self._around(site, set(locked) & set(answer.pieces)):
+            with suppress(PrivacyError):  # it was told something else, or lies
+                pieces[peer] = primitives.unlock(locked[peer].openers.get(site, b""), answer.pieces[peer])
+
+        def holds(key: bytes) -> bool:
+            try:
+                primitives.unlock(key, answer.shares)
+            except PrivacyError:
+                return False
+            return True
+
+        return shares_from_bytes(primitives.unlock(self._recover(site, pieces, holds, "lock"), answer.shares))
 
     def _seed_of(self, site: str, shares: Mapping[str, Shares]) -> bytes:
         wanted = self.adverts[site].seed_hash

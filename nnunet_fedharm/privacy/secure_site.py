@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.privacy import primitives
 from nnunet_fedharm.privacy.fixed_point import Ring
 from nnunet_fedharm.privacy.primitives import SEED_BYTES, PrivateKey
-from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, Advert, Shares, Terms, number_of, sign
+from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES, Advert, Locked, Shares, Terms, number_of, sign
 
 STAGES = ("setup", "share", "mask", "unmask", "over")
 """What comes next."""
@@ -110,8 +111,10 @@ class SiteSession:
             primitives.add_mask(vector, seed, width, sign=sign(self.terms.site, peer))
         return primitives.narrow(vector, width)
 
-    def unmask(self, answered: Iterable[str], silent: Iterable[str]) -> Shares:
+    def unmask(self, answered: Iterable[str], silent: Iterable[str]) -> Locked:
         """Step 4: shares of the seeds of those that answered in 3, and of the keys of those that shared keys but did not.
+
+        They are locked until enough holders were told the same.
 
         Args:
             answered: all sites whose masked vector the server has.
@@ -132,9 +135,8 @@ class SiteSession:
                 f"Only {len(there)} sites answered; a sum of fewer than {MIN_SITES} shows one site's part."
             )
         self._check_count(there & set(self.held), "answered")
-        seeds = {peer: self.held[peer][0] for peer in sorted(there & set(self.held))}
-        keys = {peer: self.held[peer][1] for peer in sorted(gone & set(self.held))}
-        return Shares(seeds | {self.terms.site: self.own_shares[0]}, keys)
+        told = json.dumps([self.terms.session, sorted(there), sorted(gone)]).encode()
+        return self._lock(self._shares(there, gone), told)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, secrets included: for a file that only this site can read."""
@@ -213,6 +215,31 @@ class SiteSession:
                 "for a secure sum."
             )
 
+    def _shares(self, there: set[str], gone: set[str]) -> Shares:
+        seeds = {peer: self.held[peer][0] for peer in sorted(there & set(self.held))}
+        keys = {peer: self.held[peer][1] for peer in sorted(gone & set(self.held))}
+        return Shares(seeds | {self.terms.site: self.own_shares[0]}, keys)
+
+    def _lock(self, shares: Shares, told: bytes) -> Locked:
+        key, holders = os.urandom(SEED_BYTES), self.terms.holders
+        pieces = primitives.create_shares(key, self.terms.threshold, len(holders))
+        own, others = pieces[0], zip(holders[1:], pieces[1:], strict=True)
+        return Locked(
+            primitives.lock(key, shares_to_bytes(shares)),
+            own,
+            {
+                peer: primitives.lock(self._opener(peer, self.terms.site, peer, told), piece)
+                for peer, piece in others
+                if peer in self.held
+            },
+            {peer: self._opener(peer, peer, self.terms.site, told) for peer in sorted(self.held)},
+        )
+
+    def _opener(self, peer: str, source: str, target: str, told: bytes) -> bytes:
+        """What opens the piece from source to target where both were told the same; the peer, one of both, makes it too."""
+        pair = primitives.shared_seed(self.share_key, self.adverts[peer].share_key)
+        return primitives.tag(pair, primitives.address(*self._route(source, target), b"opener", told))
+
     def _route(self, source: str, target: str) -> tuple[int, int]:
         return number_of(self.terms.session, source), number_of(self.terms.session, target)
 
@@ -244,6 +271,26 @@ def advert_from_dict(data: Mapping[str, Any]) -> Advert:
         return Advert(*(_data(data[name]) for name in ("share_key", "mask_key", "seed_hash", "tag")))
     except (KeyError, TypeError, ValueError) as error:
         raise PrivacyError("The public keys of a site cannot be read.") from error
+
+
+def shares_to_bytes(shares: Shares) -> bytes:
+    """As they are locked."""
+    return json.dumps(
+        [{site: _text(share) for site, share in part.items()} for part in (shares.seeds, shares.keys)]
+    ).encode()
+
+
+def shares_from_bytes(data: bytes) -> Shares:
+    """Inverse of `shares_to_bytes`.
+
+    Raises:
+        PrivacyError: they are none.
+    """
+    try:
+        seeds, keys = ({str(site): _data(share) for site, share in part.items()} for part in json.loads(data))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise PrivacyError("are no shares") from error
+    return Shares(seeds, keys)
 
 
 def _text(data: bytes) -> str:

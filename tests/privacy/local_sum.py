@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_fedharm.privacy.fixed_point import Sum
-from nnunet_fedharm.privacy.secure_aggregation import Shares, Terms
+from nnunet_fedharm.privacy.secure_aggregation import Locked, Terms
 from nnunet_fedharm.privacy.secure_server import ServerSession
 from nnunet_fedharm.privacy.secure_site import SiteSession
 
@@ -48,10 +48,10 @@ class LocalSum:
         for site, masked in self.masked.items():
             self.server.add(site, masked)
         answered, silent = self.server.close()
-        shares: dict[str, Shares] = self._ask(
+        locked: dict[str, Locked] = self._ask(
             "unmask", dict.fromkeys(answered), lambda site, _: site.unmask(answered, silent)
         )
-        return self.server.open(shares)
+        return self.server.open(locked)
 
     def _mask(self, site: SiteSession, inbox: dict[str, bytes]) -> bytes:
         name = site.terms.site

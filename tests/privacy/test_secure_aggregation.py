@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from nnunet_fedharm.privacy.secure_aggregation import (
     neighbourhoods,
     sign,
 )
+from nnunet_fedharm.privacy.secure_server import ServerSession
 from nnunet_fedharm.privacy.secure_site import SiteSession
 from tests.privacy.local_sum import LocalSum, plain_sum
 
@@ -199,32 +202,52 @@ def test_a_sealed_share_for_somebody_else_is_refused() -> None:
         make(4, tamper=tamper).run()
 
 
-def changed(shares: Shares, site: str) -> Shares:
-    false = bytearray(shares.seeds[site])
-    false[10] ^= 1
-    return Shares(shares.seeds | {site: bytes(false)}, shares.keys)
+def changing(monkeypatch: pytest.MonkeyPatch, site: str, change: Callable[[Shares], Shares]) -> None:
+    """Have a site change its shares before it locks them."""
+    whole = SiteSession._shares
+
+    def false(session: SiteSession, there: set[str], gone: set[str]) -> Shares:
+        shares = whole(session, there, gone)
+        return change(shares) if session.terms.site == site else shares
+
+    monkeypatch.setattr(SiteSession, "_shares", false)
 
 
-def test_a_false_share_of_a_seed_is_found_and_done_without_where_others_suffice() -> None:
-    def tamper(step: str, site: str, answer: object) -> object:
-        return changed(answer, "site02") if step == "unmask" and site == "site01" else answer  # type: ignore[arg-type]
+def test_a_false_share_of_a_seed_is_found_and_done_without_where_others_suffice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def change(shares: Shares) -> Shares:
+        false = bytearray(shares.seeds["site02"])
+        false[10] ^= 1
+        return Shares(shares.seeds | {"site02": bytes(false)}, shares.keys)
 
-    check(make(4, tamper=tamper), names(4))
+    changing(monkeypatch, "site01", change)
+    check(make(4), names(4))
     with pytest.raises(PrivacyError, match="seed of site02 has shares that make another secret"):
-        make(4, tamper=tamper, lost={"unmask": ["site00"]}).run()
+        make(4, lost={"unmask": ["site00"]}).run()
 
 
-def test_a_false_share_of_a_lost_sites_key_is_found() -> None:
+def test_a_false_share_of_a_lost_sites_key_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(shares: Shares) -> Shares:
+        false = bytearray(shares.keys["site00"])
+        false[-1] ^= 1
+        return Shares(shares.seeds, {"site00": bytes(false)})
+
+    changing(monkeypatch, "site01", change)
+    check(make(6, lost={"mask": ["site00"]}), names(6)[1:])
+    with pytest.raises(PrivacyError, match="key of site00 has shares that make another"):
+        make(4, lost={"mask": ["site00"]}).run()
+
+
+def test_a_false_piece_of_a_lock_is_found_and_done_without_where_others_suffice() -> None:
     def tamper(step: str, site: str, answer: object) -> object:
         if step == "unmask" and site == "site01":
-            false = bytearray(answer.keys["site00"])  # type: ignore[attr-defined]
-            false[-1] ^= 1
-            return Shares(answer.seeds, {"site00": bytes(false)})  # type: ignore[attr-defined]
+            return replace(answer, openers=dict.fromkeys(answer.openers, bytes(32)), piece=b"no piece")  # type: ignore
         return answer
 
-    check(make(6, tamper=tamper, lost={"mask": ["site00"]}), names(6)[1:])
-    with pytest.raises(PrivacyError, match="key of site00 has shares that make another"):
-        make(4, tamper=tamper, lost={"mask": ["site00"]}).run()
+    check(make(6, tamper=tamper), names(6))
+    with pytest.raises(PrivacyError, match="the lock of site00 has 2 shares, 3 are needed"):
+        make(4, tamper=tamper, lost={"unmask": ["site03"]}).run()
 
 
 def sessions(count: int, secret: bytes = b"") -> dict[str, SiteSession]:
@@ -260,54 +283,101 @@ def test_a_site_takes_no_mask_off_for_a_server_that_asks_for_more_than_the_sum()
         site.unmask(names(4)[:3], ["site03"])
 
 
-def opened_alone(count: int, terms: dict[str, Terms], liars: list[str]) -> Ring | None:
-    """What a server and some sites make of the vector of site00 by telling the others different things about who answered.
+@dataclass
+class Attack:
+    """A server, and sites that collude with it, after all have masked: the others have to be told who answered.
 
-    As many honest sites as it takes hear that site00 is silent, and give shares of its key; the others give shares of its seed.
+    Attributes:
+        sites: that have masked, the colluding ones too.
+        liars: that collude.
+        server: with what it has.
+        masked: site -> its vector.
     """
-    sites = {site: SiteSession.start(terms[site]) for site in terms}
-    victim, others = "site00", [site for site in sites if site not in ("site00", *liars)]
-    adverts = {site: session.setup() for site, session in sites.items()}
-    sealed = {
-        site: session.share({peer: adverts[peer] for peer in sites if peer != site}) for site, session in sites.items()
-    }
-    vector = layout(count).encode({"x": np.full(50, 1.5), "n": 7})
-    masked = {
-        site: session.mask({peer: sealed[peer][site] for peer in sites if peer != site}, vector.copy())
-        for site, session in sites.items()
-    }
-    threshold = terms[victim].threshold
-    deceived = others[: threshold - len(liars)]
-    without = [site for site in sites if site != victim]
-    try:
-        keys = {site: sites[site].unmask(without, [victim]).keys[victim] for site in deceived}
-        seeds = {
-            site: sites[site].unmask(list(sites), []).seeds[victim] for site in (victim, *others) if site not in keys
-        }
-        seeds |= {site: sites[site].held[victim][0] for site in liars}
-        keys |= {site: sites[site].held[victim][1] for site in liars}
-        seed = recover(list(seeds.values()), threshold, lambda found: commitment(found) == adverts[victim].seed_hash)
-        key = key_from_bytes(recover(list(keys.values()), threshold, lambda found: len(found) == 48))
-    except PrivacyError:
-        return None
-    bare = widen(masked[victim], 5)
-    add_mask(bare, seed, 5, sign=-1)
-    for peer in without:
-        add_mask(bare, shared_seed(key, adverts[peer].mask_key), 5, sign=-sign(victim, peer))
-    return bare & np.uint64(2**40 - 1)
+
+    sites: dict[str, SiteSession]
+    liars: list[str]
+    server: ServerSession
+    masked: dict[str, bytes]
+
+    @classmethod
+    def prepare(cls, terms: dict[str, Terms], liars: list[str], vector: Ring) -> Attack:
+        sites, server = {site: SiteSession.start(terms[site]) for site in terms}, ServerSession(terms)
+        known = server.keys_for({site: session.setup() for site, session in sites.items()})
+        inbox = server.shares_for({site: session.share(known[site]) for site, session in sites.items()})
+        masked = {site: session.mask(inbox[site], vector.copy()) for site, session in sites.items()}
+        return cls(sites, liars, server, masked)
+
+    def told(self, gone: dict[str, list[str]]) -> dict[str, Shares]:
+        """All shares that come out of telling each honest site that these are gone; the liars say whatever helps."""
+        every = set(self.sites)
+        shares: dict[str, Shares] = {}
+        answers = {site: self.sites[site].unmask(every - set(lost), lost) for site, lost in gone.items()}
+        for lost in gone.values():
+            copies = {liar: SiteSession.from_dict(self.sites[liar].to_dict()) for liar in self.liars}
+            helping = {liar: copy.unmask(every - set(lost), lost) for liar, copy in copies.items()}
+            with suppress(PrivacyError):
+                shares |= self.server.unlock(answers | helping)
+        return shares
+
+    def alone(self, victim: str) -> Ring | None:
+        """The victim's vector; as many as it takes hear that it is silent, the others that it answered."""
+        honest = [site for site in self.sites if site not in (victim, *self.liars)]
+        threshold = self.server.terms[victim].threshold
+        deceived = honest[: threshold - len(self.liars)]
+        try:
+            shares = self.told({site: [victim] if site in deceived else [] for site in (victim, *honest)})
+            seeds = {site: shares[site].seeds[victim] for site in shares if victim in shares[site].seeds}
+            keys = {site: shares[site].keys[victim] for site in shares if victim in shares[site].keys}
+            for liar in self.liars:
+                seeds[liar], keys[liar] = self.sites[liar].held[victim]
+            advert = self.server.adverts[victim]
+            seed = recover(list(seeds.values()), threshold, lambda found: commitment(found) == advert.seed_hash)
+            key = key_from_bytes(recover(list(keys.values()), threshold, lambda found: len(found) == 48))
+        except PrivacyError:
+            return None
+        bare = widen(self.masked[victim], 5)
+        add_mask(bare, seed, 5, sign=-1)
+        for peer in set(self.sites) - {victim}:
+            mask = shared_seed(key, self.server.adverts[peer].mask_key)
+            add_mask(bare, mask, 5, sign=-sign(victim, peer))
+        return bare & np.uint64(2**40 - 1)
 
 
 @pytest.mark.parametrize(("count", "colluding"), [(3, 1), (4, 1), (5, 1), (7, 1), (20, 1), (4, 2), (7, 2), (20, 2)])
 def test_a_server_that_lies_about_who_answered_opens_no_single_vector(count: int, colluding: int) -> None:
     terms = make_terms(names(count), layout(count), colluding=colluding)
-    assert opened_alone(count, terms, names(count)[1 : 1 + colluding]) is None
+    vector = layout(count).encode({"x": np.full(50, 1.5), "n": 7})
+    assert Attack.prepare(terms, names(count)[1 : 1 + colluding], vector).alone("site00") is None
 
 
 def test_the_same_lies_with_more_friends_than_the_threshold_is_for_would_open_it() -> None:
     """So the attack above is one."""
-    plain = layout(7).encode({"x": np.full(50, 1.5), "n": 7})
-    bare = opened_alone(7, make_terms(names(7), layout(7)), names(7)[1:4])
-    np.testing.assert_array_equal(bare, plain & np.uint64(2**40 - 1))
+    vector = layout(7).encode({"x": np.full(50, 1.5), "n": 7})
+    bare = Attack.prepare(make_terms(names(7), layout(7)), names(7)[1:4], vector).alone("site00")
+    np.testing.assert_array_equal(bare, vector & np.uint64(2**40 - 1))
+
+
+@pytest.mark.parametrize("count", [5, 7, 10])
+def test_sites_that_were_told_different_things_give_nothing_away(count: int) -> None:
+    """Each of them leaves others out; put together, their shares would open a sum over fewer sites than any of them was told."""
+    sites = names(count)
+    terms = make_terms(sites, layout(count))
+    may_go = count - terms["site00"].threshold
+    attack = Attack.prepare(terms, sites[:1], layout(count).encode({"x": np.zeros(50), "n": 7}))
+    honest = sites[1:]
+    gone = {
+        site: [honest[(place + step) % len(honest)] for step in range(1, 1 + may_go)]
+        for place, site in enumerate(honest)
+    }
+    assert attack.told(gone) == {}
+
+
+def test_of_two_lists_the_one_that_enough_sites_were_told_opens_and_the_other_does_not() -> None:
+    terms = make_terms(names(5), layout(5))
+    attack = Attack.prepare(terms, ["site00"], layout(5).encode({"x": np.zeros(50), "n": 7}))
+    opened = attack.told({"site01": [], "site02": [], "site03": [], "site04": ["site01"]})
+    assert sorted(opened) == names(5)[:4]
+    assert all(not shares.keys for shares in opened.values())
 
 
 def test_a_step_that_failed_cannot_be_tried_again_in_the_same_session() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.messages import COUNT, PHASE, PLANS_HASH, SITE, Item, Schema
-from nnunet_fedharm.privacy.secure_aggregation import Shares
+from nnunet_fedharm.privacy.secure_aggregation import Locked
 
 _KIB, _MIB = 2**10, 2**20
 KEY = Item(str, 200, pattern=r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
@@ -52,20 +52,24 @@ def to_bytes(parts: Any, *, source: str) -> dict[str, bytes]:
         raise FederationError(f"The bytes of a secure sum from {source} cannot be read.") from error
 
 
-def shares_to_dict(shares: Shares) -> dict[str, dict[str, str]]:
-    """As it travels."""
-    return {"seeds": to_text(shares.seeds), "keys": to_text(shares.keys)}
+def shares_to_dict(locked: Locked) -> dict[str, dict[str, str]]:
+    """As they travel."""
+    own = {"shares": locked.shares, "piece": locked.piece}
+    return {"own": to_text(own), "pieces": to_text(locked.pieces), "openers": to_text(locked.openers)}
 
 
-def shares_from_dict(data: Mapping[str, Any], *, source: str) -> Shares:
+def shares_from_dict(data: Mapping[str, Any], *, source: str) -> Locked:
     """Inverse of `shares_to_dict`.
 
     Raises:
         FederationError: it is something else.
     """
-    if set(data) != {"seeds", "keys"}:
+    if set(data) != {"own", "pieces", "openers"}:
         raise FederationError(f"The shares from {source} cannot be read.")
-    return Shares(to_bytes(data["seeds"], source=source), to_bytes(data["keys"], source=source))
+    own, pieces, openers = (to_bytes(data[name], source=source) for name in ("own", "pieces", "openers"))
+    if set(own) != {"shares", "piece"}:
+        raise FederationError(f"The shares from {source} cannot be read.")
+    return Locked(own["shares"], own["piece"], pieces, openers)
 
 
 def names_of(data: Mapping[str, Any], key: str) -> list[str]:
