@@ -26,7 +26,7 @@ from nnunet_fedharm.federation.secure import messages
 from nnunet_fedharm.federation.secure.sum import size_of
 from nnunet_fedharm.privacy.fixed_point import Field, Layout, Share
 from nnunet_fedharm.privacy.noise import SecureNoise
-from nnunet_fedharm.privacy.secure_aggregation import make_terms
+from nnunet_fedharm.privacy.secure_aggregation import default_threshold, make_terms
 from nnunet_fedharm.privacy.secure_server import ServerSession
 from nnunet_fedharm.privacy.secure_site import SiteSession, advert_from_dict, advert_to_dict
 from nnunet_fedharm.privacy.site_level import SitePrivacy, clipped
@@ -205,7 +205,7 @@ def _masked(answer: Any) -> bytes:
 def dropouts(count: int) -> dict[str, dict[str, int]]:
     """Cases: nobody, a few in each step, and as many as the threshold allows."""
     few = max(1, count // 20)
-    most = count - max(3, count // 2 + 1)
+    most = count - default_threshold(count)
     cases: dict[str, dict[str, int]] = {"none": {}}
     cases |= {f"{few} in {step}": {step: few} for step in STEPS}
     if most > few:
@@ -231,7 +231,7 @@ def main() -> None:
             for name, lost in dropouts(count).items():
                 rows.append(row(count, size, name, Run(count, size, args.bytes, lost).secure()))
                 print(rows[-1], flush=True)
-            least = max(3, count // 2 + 1)
+            least = default_threshold(count)
             promised = SitePrivacy(
                 mode="distributed", clip=1.0, noise=1.0, delta=1e-5, rounds=50, least=least, colluding=1
             )

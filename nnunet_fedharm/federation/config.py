@@ -110,7 +110,7 @@ class FederateConfig:
     secure_aggregation: str = _option("off", "rounds of which the server sees sums only: " + ", ".join(MODES))
     secure_clip: float = _option(4.0, "secure aggregation: largest change of a weight in a round; larger ones are cut")
     secure_bytes: int = _option(5, "secure aggregation: bytes of a weight on the wire, 4 to 8; more are finer")
-    secure_threshold: int = _option(0, "secure aggregation: sites that open a sum; 0 = more than half")
+    secure_threshold: int = _option(0, "secure aggregation: sites that open a sum; 0 = the least that is safe")
     patient_noise: str = _option("local", "noise of private steps: local, or distributed: shares of one in secure sums")
     style_noise: float = _option(
         5.0, "noise multiplier of a site's style under differential privacy; 0 sends it as it is"
@@ -120,7 +120,9 @@ class FederateConfig:
     )
     site_clip: float = _option(1.0, "site-dp: bound on the norm of a site's update in a round")
     site_noise: float = _option(1.0, "site-dp: noise on the sum of updates, as a multiple of site-clip")
-    site_colluding: int = _option(1, "site-dp distributed: sites that may tell others their own share of the noise")
+    site_colluding: int = _option(
+        1, "sites that may tell the server or others what they know: secure sums and shared noise hold against so many"
+    )
     fingerprint_noise: float = _option(
         -1.0,
         "noise multiplier of a site's fingerprint under differential privacy; -1 = a tenth of the budget, 0 = none",

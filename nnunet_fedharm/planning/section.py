@@ -220,7 +220,9 @@ class FedHarmSection:
             options = {item.name for item in fields(PrivacyOptions)}
             private = dict(private)
             if private.pop("unit", UNIT) != UNIT:
-                raise PlanError(f"The privacy of these plans is not by {UNIT}; this release knows no other unit. Plan again.")
+                raise PlanError(
+                    f"The privacy of these plans is not by {UNIT}; this release knows no other unit. Plan again."
+                )
             _refuse_unknown(set(private) - options, options, "fedharm section's privacy")
         return cls(
             kind=str(data["kind"]),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnunet_fedharm.errors import FederationError
+from nnunet_fedharm.errors import FederationError, PrivacyError
 from nnunet_fedharm.federation import answers, messages
 from nnunet_fedharm.federation.answers import answer
 from nnunet_fedharm.federation.config import FederateConfig
@@ -233,6 +233,21 @@ def test_a_run_that_is_resumed_is_not_held_against_itself(site: Site) -> None:
     check(strict, messages.PREFLIGHT, {"run_id": RUN, **asked}, run_config)
     with pytest.raises(FederationError, match=r"epsilon 4 with what earlier runs may cost is above 4"):
         check(strict, messages.PREFLIGHT, {"run_id": OTHER, **asked}, run_config)
+
+
+def test_a_run_that_earlier_ones_left_no_room_for_is_refused_before_it_asks_anything(site: Site) -> None:
+    asked, config = {"dataset": "1", "check_data": False}, {"epsilon": 4.0, "delta": 1e-5}
+    check(site, messages.PREFLIGHT, {"run_id": OTHER, **asked}, config)
+    small = Release(what="style of A", mechanism=GAUSSIAN, noise_multiplier=8.0, run_id="earlier")
+    Ledger(site.folder).record(small)
+    check(site, messages.PREFLIGHT, {"run_id": OTHER, **asked}, config)
+    Ledger(site.folder).record(replace(small, what="segmenter training", noise_multiplier=2.0, run_id=RUN))
+    check(site, messages.PREFLIGHT, {"run_id": RUN, **asked}, config)
+    with pytest.raises(
+        PrivacyError, match=r"Site A: .* epsilon 2\.\d* at delta 1e-05 is spent by earlier runs: .* within 4\."
+    ):
+        check(site, messages.PREFLIGHT, {"run_id": OTHER, **asked}, config)
+    check(site, messages.PREFLIGHT, {"run_id": OTHER, **asked}, {"epsilon": 8.0, "delta": 1e-5})
 
 
 def test_what_a_run_told_before_it_was_given_up_counts_against_max_epsilon(site: Site) -> None:

@@ -64,7 +64,11 @@ def test_values_out_of_range_are_refused(changes: dict[str, object], message: st
 def test_epsilon_and_delta_stand_beside_their_unit() -> None:
     section = FedHarmSection(kind="none", privacy=PrivacyOptions(epsilon=3.0, delta=1e-4))
     written = section.to_dict()
-    assert (written["privacy"]["epsilon"], written["privacy"]["delta"], written["privacy"]["unit"]) == (3.0, 1e-4, "patient")
+    assert (written["privacy"]["epsilon"], written["privacy"]["delta"], written["privacy"]["unit"]) == (
+        3.0,
+        1e-4,
+        "patient",
+    )
     assert FedHarmSection.from_dict(written) == section
     assert written["privacy"]["unit"] == "patient", "reading changes nothing"
     with pytest.raises(PlanError, match="not by patient"):
