@@ -121,7 +121,7 @@ class FederateConfig:
     site_clip: float = _option(1.0, "site-dp: bound on the norm of a site's update in a round")
     site_noise: float = _option(1.0, "site-dp: noise on the sum of updates, as a multiple of site-clip")
     site_colluding: int = _option(
-        1, "sites that may tell the server or others what they know: secure sums and shared noise hold against so many"
+        1, "sites that may side with the server; secure sums and shared noise hold against so many"
     )
     fingerprint_noise: float = _option(
         -1.0,
