@@ -16,7 +16,7 @@ from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.aggregation import finite
 from nnunet_fedharm.federation.codec import Weights, decode
 from nnunet_fedharm.federation.durable import file_lock, write_json
-from nnunet_fedharm.federation.entries import enter_release
+from nnunet_fedharm.federation.entries import begin_ledger, enter_release
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
 from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.policy_checks import enforce
@@ -30,7 +30,7 @@ from nnunet_fedharm.federation.site_card import statement_at, write_card
 from nnunet_fedharm.federation.site_counts import count_release
 from nnunet_fedharm.federation.site_privacy import adds_own_noise, own_release, updates_only, with_own_noise
 from nnunet_fedharm.federation.statistics import answer_once
-from nnunet_fedharm.federation.stored_plans import PLANS_FILE, held_hash, stored_plans
+from nnunet_fedharm.federation.stored_plans import PLANS_FILE, held_hash, stored_plans, trained_configurations
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
 from nnunet_fedharm.planning.received import check_received
 from nnunet_fedharm.privacy.ledger import Ledger
@@ -152,12 +152,16 @@ def _prepare(site: Site, request: Unpacked) -> RecordDict:
 
 
 def _store_plans(site: Site, request: Unpacked) -> RecordDict:
-    from nnunet_fedharm.planning.preprocess import write_descriptions
+    from nnunet_fedharm.planning.preprocess import preprocess_site
 
     values = request.values
+    begin_ledger(site.folder, values["run_id"])
     content = {key: values[key] for key in ("plans", "dataset_json", "fingerprint")}
-    descriptions = {key: values[key] for key in ("dataset_json", "fingerprint")}
-    write_descriptions(site.root, values["dataset_name"], values["plans"], **descriptions)
+    for configuration in trained_configurations(values["plans"]):  # at once where all cases are there
+        preprocess_site(
+            site.root, values["dataset_name"], values["plans"], configuration, num_processes=site.num_processes,
+            dataset_json=values["dataset_json"], fingerprint=values["fingerprint"],
+        )  # fmt: skip
     _own_every_case(site, values["dataset_name"])
     write_json(site.folder / values["run_id"] / PLANS_FILE, content)
     return reply(messages.STORE_PLANS_REPLY, {"site": site.name, "plans_hash": json_hash(content["plans"])})

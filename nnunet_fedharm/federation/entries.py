@@ -56,6 +56,17 @@ def enter_release(folder: Path, request: str, values: Mapping[str, Any], content
     Ledger(folder).record(release)
 
 
+def begin_ledger(folder: Path, run_id: str) -> None:
+    """The entry of the facts, where a site has none of any run: its folder was cleared within this one, which told them.
+
+    Raises:
+        PrivacyError: the ledger is damaged, or is missing where others of the site's files are left.
+    """
+    ledger = Ledger(folder)
+    if not ledger.releases():
+        ledger.record(Release(what=FACTS, mechanism=ANNOUNCED, run_id=run_id))
+
+
 def digest_of(content: RecordDict) -> str:
     """SHA-256 of what a reply says about patients."""
     total = hashlib.sha256()

@@ -239,6 +239,9 @@ def json_hash(data: Mapping[str, Any]) -> str:
 
 
 def _unpack(schema: Schema, values: dict[str, Any], content: RecordDict, source: str) -> Unpacked:
+    odd = sorted(set(content) - {_CONFIG, _WEIGHTS})
+    if odd:  # nobody would read it, and nothing bounds it
+        raise FederationError(f"The {schema.name} from {source} has the unknown record {_printable(odd[0], 64)!r}.")
     _check_keys(schema, set(values), source)
     checked = {key: _from_wire(schema, key, values[key], source) for key in schema.items}
     arrays = content.array_records.get(_WEIGHTS)

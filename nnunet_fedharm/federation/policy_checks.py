@@ -14,6 +14,7 @@ from typing import Any
 from nnunet_fedharm.errors import CheckpointError, FederationError, PrivacyError
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.durable import read_json, write_json
+from nnunet_fedharm.federation.entries import begin_ledger
 from nnunet_fedharm.federation.report import site as report_site
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, read_section
@@ -256,4 +257,5 @@ def _count(site: Site, values: Values, epsilon: float) -> None:
     total = sum(int(one["rounds"]) for one in use.values())
     _at_most(site, "work.max_rounds_of_all_runs", policy.max_rounds_of_all_runs, total, "rounds of all runs")
     _at_most(site, "work.max_epochs", policy.max_epochs, run["epochs"], "epochs of this run")
+    begin_ledger(site.folder, values["run_id"])  # which is missed where this file is left of it
     write_json(site.folder / USE_FILE, use)

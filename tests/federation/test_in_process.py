@@ -142,6 +142,25 @@ def test_a_stopped_run_resumes_at_once_without_a_site_that_was_removed(consortiu
     assert events[-1]["sites_without_model"] == ["B"]
 
 
+@pytest.mark.parametrize("lost", ["nnUNet_preprocessed", "nnUNet_preprocessed fedharm"])
+def test_a_site_that_lost_its_preprocessed_cases_makes_them_again_and_takes_part(consortium: Path, lost: str) -> None:
+    config = tiny(consortium, segmenter_rounds=3, quorum=1)
+    sites = real_sites(config, 3)
+    home, asked = consortium / "sites" / "B", sites[101]
+
+    def losing(message: Message) -> Message | None:
+        values = message.content.config_records.get("config", {})
+        if message.metadata.message_type == "train" and values.get("round") == 1:
+            for folder in lost.split():
+                shutil.rmtree(home / folder, ignore_errors=True)
+        return asked(message)
+
+    run_server(LocalGrid({**sites, 101: losing}), config)
+    events = read_events(consortium / "server" / "fedharm" / "events.jsonl")[0]
+    assert [event["sites"] for event in events if event["event"] == "round_end"] == [["A", "B"], ["A"], ["A", "B"]]
+    assert list((home / "nnUNet_preprocessed" / "Dataset001_Blobs").glob("*_2d/*.b2nd"))
+
+
 def test_a_finished_run_is_not_trained_again_and_a_late_site_gets_the_model(consortium: Path) -> None:
     config = tiny(consortium, segmenter_rounds=1)
     sites = real_sites(config, 3)
