@@ -325,7 +325,8 @@ def late_site(root: Path) -> Try:
     def calling(message: Message) -> Message | None:
         values = message.content.config_records.get("config", {})
         if (values.get("phase"), values.get("round")) == ("segmenter", 2) and 201 not in grid.clients:
-            shutil.rmtree(root / "sites" / "B" / "fedharm", ignore_errors=True)
+            for folder in ("fedharm", "nnUNet_preprocessed"):
+                shutil.rmtree(root / "sites" / "B" / folder, ignore_errors=True)
             grid.clients[201] = sites[101]
         return sites[100](message)
 

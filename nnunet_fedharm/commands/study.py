@@ -127,8 +127,9 @@ def _run(args: argparse.Namespace) -> int:
         count_waiting_lesions(study, device=device, show=_say)
         print("Every cell has its result. Next: nnunet-fedharm study report " + str(args.folder))
         return 0
-    if args.hours is not None:
-        cells = _within(study, cells, device, args.hours * parallel)
+    hours = study.subject.hours if args.hours is None else args.hours
+    if hours or args.hours is not None:
+        cells = _within(study, cells, device, hours * parallel)
     failed = run_missing(study, cells, device=device, devices=args.gpus, parallel=parallel, show=_say)
     count_waiting_lesions(study, device=device, show=_say)
     for item in failed:

@@ -113,7 +113,7 @@ class StudyData:
             write_json(made, done)
 
     def _refuse_other_values(self, former: Mapping[str, Any], made: Mapping[str, Any]) -> None:
-        before = {"held_out_sites": [], **former}
+        before = {"held_out_sites": [], "held_out_cases": [], **former}
         if before.get("dataset") == str(self.study.raw_dataset):  # a release that recorded the absolute path
             before["dataset"] = made["dataset"]
         changed = [
@@ -130,13 +130,13 @@ class StudyData:
 
     def _make(self) -> None:
         study, raw = self.study, self.study.raw_dataset
-        travellers = tuple(_travellers_at_home(raw, study.registry))
+        tested = (*study.subject.held_out_cases, *_travellers_at_home(raw, study.registry))
         fraction = study.subject.held_out_fraction
-        own = SplitOptions(held_out_fraction=fraction, held_out_cases=travellers, labelled_sites=study.own_sites)
+        own = SplitOptions(held_out_fraction=fraction, held_out_cases=tested, labelled_sites=study.own_sites)
         split_dataset(raw, self.folder / "own", own)
         shared = SplitOptions(
             held_out_fraction=fraction,
-            held_out_cases=travellers,
+            held_out_cases=tested,
             labelled_sites=study.labelled_sites,
             without_sites=study.held_out_sites,
         )
@@ -281,6 +281,7 @@ def _recipe(study: StudyFile) -> dict[str, Any]:
         "labelled_sites": list(study.labelled_sites),
         "held_out_sites": list(study.held_out_sites),
         "held_out_fraction": study.subject.held_out_fraction,
+        "held_out_cases": list(study.subject.held_out_cases),
         "configuration": study.subject.configuration,
         "own": study.arms.oracle or "local" in study.arms.modes,
         **{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -202,8 +203,8 @@ def _check(study: StudyFile, path: Path) -> None:
         raise DataError(f"{path}: modes needs central or federated, or there is nothing to compare.")
     if not subject.seeds or len(set(subject.seeds)) < len(subject.seeds) or min(subject.seeds) < 0:
         raise DataError(f"{path}: seeds must be different whole numbers from 0 on, got {list(subject.seeds)}.")
-    if not 0 < subject.held_out_fraction < 1:
-        raise DataError(f"{path}: held_out_fraction must lie between 0 and 1, got {subject.held_out_fraction}.")
+    if not 0 <= subject.hours < math.inf:
+        raise DataError(f"{path}: hours must be a number from 0 on, got {subject.hours}.")
     if len(study.sites) < 2:
         raise DataError(f"{study.raw_dataset / SITES_FILE} lists {len(study.sites)} site; a study needs two or more.")
     _check_held_out(study, path)
@@ -229,7 +230,14 @@ def _check(study: StudyFile, path: Path) -> None:
 
 
 def _check_held_out(study: StudyFile, path: Path) -> None:
-    subject = study.subject
+    subject, cases = study.subject, study.registry.cases
+    unknown = [case for case in subject.held_out_cases if case not in cases]
+    if unknown:
+        raise DataError(f"{path}: the case {unknown[0]} of held_out_cases is not in {study.raw_dataset / SITES_FILE}.")
+    without = sorted(set(study.sites) - {cases[case] for case in subject.held_out_cases})
+    if not 0 <= subject.held_out_fraction < 1 or (without and not subject.held_out_fraction):
+        why = f", as held_out_cases has none of site {without[0]}" if without and subject.held_out_cases else ""
+        raise DataError(f"{path}: held_out_fraction must lie between 0 and 1{why}, got {subject.held_out_fraction}.")
     if subject.reference in subject.held_out_sites:
         raise DataError(
             f"{path}: the reference {subject.reference!r} is in held_out_sites, but harmonizers are trained on its images. "

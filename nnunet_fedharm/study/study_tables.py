@@ -31,6 +31,11 @@ class Subject:
     hospitals: each finished model is adapted to them without labels and then tested there."""
     held_out_fraction: float = 0.2
     """Share of each site's labelled cases that is kept for testing, chosen before any training."""
+    held_out_cases: tuple[str, ...] = ()
+    """Labelled cases that are kept for testing whatever is drawn, with all cases of the same patients: an official test set, for
+    example. They do not count for held_out_fraction, which may be 0 where every site has some."""
+    hours: float = 0.0
+    """`study run` starts no cell that would end later than so many hours after its start, by the estimate; 0: no limit."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One training of every arm for each."""
     fold: str = "all"

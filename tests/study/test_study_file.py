@@ -154,6 +154,11 @@ def test_a_wrong_study_is_refused_in_one_sentence(tmp_path: Path, dataset: Path,
         ('held_out_sites = ["B"]\nlabelled_sites = ["A", "B"]', "'B' is in labelled_sites and in held_out_sites"),
         ('held_out_sites = ["B", "C"]', "leaves A alone to train with, but a federation needs two sites"),
         ('held_out_sites = "B"', "held_out_sites in .study. must be a list"),
+        ('held_out_cases = ["A_case001", "X"]', "the case X of held_out_cases is not in .*sites.json"),
+        ("held_out_fraction = 0", r"held_out_fraction must lie between 0 and 1, got 0"),
+        ('held_out_fraction = 0\nheld_out_cases = ["A_case001"]', "as held_out_cases has none of site B, got 0"),
+        ("held_out_fraction = 1.0", "between 0 and 1, got 1.0"),
+        ("hours = -1", "hours must be a number from 0 on, got -1"),
     ],
 )
 def test_sites_that_cannot_be_held_out_are_refused(three: Path, tmp_path: Path, line: str, sentence: str) -> None:
@@ -264,6 +269,32 @@ def test_data_of_other_values_are_refused_by_the_names_of_the_keys(tmp_path: Pat
     ready.write_text(json.dumps({**_recipe(data.study), "own": True}))
     study_of(tmp_path / "s", dataset, "[arms]\noracle = false\n")
     data.prepare()  # holds more than the study asks for
+
+
+def test_named_cases_are_the_test_cases(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class EnoughError(Exception):
+        """The test cases are there; plans and preprocessing are not looked at."""
+
+    def stop(data: StudyData) -> None:
+        raise EnoughError
+
+    monkeypatch.setattr(StudyData, "_pool", stop)
+    named = 'held_out_cases = ["A_case001", "B_case003"]\n'
+    (tmp_path / STUDY_FILE).write_text(HEAD.format(dataset=dataset) + f"held_out_fraction = 0\n{named}")
+    data = StudyData(read_study(tmp_path))
+    with pytest.raises(EnoughError):
+        data.prepare()
+    for site, case in (("A", "A_case001"), ("B", "B_case003")):
+        assert [path.name for path in (data.test(site) / "labels").iterdir()] == [f"{case}.nii.gz"]
+        for root in (data.own(site).raw, data.consortium / "sites" / site / "nnUNet_raw"):
+            used = [path.name for name in ("labelsTr", "imagesUnlabelled") for path in root.glob(f"*/{name}/*")]
+            assert len(used) == 3
+            assert not [name for name in used if name.startswith(case)]
+    (tmp_path / STUDY_FILE).write_text(HEAD.format(dataset=dataset) + named)
+    data = StudyData(read_study(tmp_path))
+    with pytest.raises(EnoughError):
+        data.prepare()
+    assert len(list((data.test("A") / "labels").iterdir())) == 2, "the drawn share comes on top"
 
 
 def test_a_study_that_was_moved_with_its_dataset_keeps_data_and_models(tmp_path: Path, dataset: Path) -> None:

@@ -62,8 +62,12 @@ def _data(study: StudyFile, found: StudyFindings) -> str:
             f"{site} ({known or 'scanner not stated'}{simulated}; {found.patients.get(site, 0)} test patients)"
         )
     words = f"Dataset `{found.dataset}`, {count(len(study.sites), 'site')}: {'; '.join(scanners)}. "
-    words += f"A share of {study.subject.held_out_fraction:g} of each site's labelled cases was held out for testing before any "
-    words += "training, by a seeded draw; travelling subjects, where the dataset has any, were tested on and never trained on. "
+    named, share = study.subject.held_out_cases, study.subject.held_out_fraction
+    words += f"{count(len(named), 'case')} named beforehand and the others of the same patients" if named else ""
+    if share:
+        words += f"{' and a' if named else 'A'} share of {share:g} of each site's labelled cases, by a seeded draw,"
+    words += f" {'were' if named else 'was'} held out for testing before any training; "
+    words += "travelling subjects, where the dataset has any, were tested on and never trained on. "
     withheld = [site for site in found.targets if site not in found.held_out]
     if found.targets != found.sites:
         words += f"Labels of {joined(found.labelled)} were used for training. "
