@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "predict": "segment like nnUNetv2_predict, with each volume's own style where none is stored",
     "adapt": "a results folder for a new hospital from a few of its volumes; no weight moves",
     "harmonize": "write harmonized volumes as NIfTI",
+    "card": "write the model card of a trained model into its results folder",
     "export": "pack a trained model, with its model card, into a zip that unmodified nnU-Net installs",
     "quality": "compare harmonized volumes with travelling subjects: fidelity, radiomics, site classifier, lesions",
 }

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
+from nnunet_fedharm.commands.card import write_federated_card
 from nnunet_fedharm.federation.config import FederateConfig, key_of
 
 HELP = "train across sites through Flower: plans, harmonizer rounds, segmenter rounds, results at the server and every site"
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if values["deadline_s"] is None:
         values["deadline_s"] = _deadline(FederateConfig(**{**values, "deadline_s": FederateConfig.deadline_s}))
-    federate(FederateConfig(**values))
+    write_federated_card(federate(FederateConfig(**values)))
     return 0
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from nnunet_fedharm.commands.card import write_federated_card
 from nnunet_fedharm.commands.federate import add_config_arguments
 from nnunet_fedharm.federation.config import FederateConfig
 
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         server.start_server(folder, show=_print)
     elif args.action in ("run", "report"):
         event = server.run(folder, _config(args), detach=args.detach, show=_print)
+        if event.get("event") == "finished":
+            write_federated_card(Path(event["results"]))
         if event.get("event") == "reported":
             print(f"Make the page: nnunet-fedharm sites report --findings {event['results']}")
     elif args.action == "watch":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 
 from nnunet_fedharm.cli import main
+from nnunet_fedharm.commands.card import write_federated_card
 from nnunet_fedharm.errors import CheckpointError, DataError
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.central import CentralOptions, plan_central
@@ -97,6 +99,28 @@ def test_an_installed_zip_predicts_bit_for_bit_what_the_model_predicts(
     assert "(simulated)" in card
     assert TRAINER in card
     assert json.loads((installed / "model_card.json").read_text())["harmonizer"] == "nyul"
+
+
+def test_a_card_alone_is_that_of_the_zip_and_a_federation_leaves_one_at_its_server(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "nnUNet_results" / NAME / model.name
+    shutil.copytree(model, own)
+    words = ["-m", str(own), "--mode", "local", "--license", "CC0"]
+    assert main(["card", *words]) == 0
+    assert f"Written: {own / 'MODEL_CARD.md'}" in capsys.readouterr().out
+    main(["export", *words, "-o", str(tmp_path / "model.zip")])
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        for name in ("MODEL_CARD.md", "model_card.json"):
+            assert archive.read(f"{NAME}/{model.name}/{name}").decode() == (own / name).read_text()
+    (own / "MODEL_CARD.md").unlink()
+    write_federated_card(own / "fold_all")
+    assert json.loads((own / "model_card.json").read_text())["mode"] == "federated"
+    (own / "fold_all" / "checkpoint_final.pth").unlink()
+    (own / "MODEL_CARD.md").unlink()
+    write_federated_card(own / "fold_all")
+    assert not (own / "MODEL_CARD.md").exists(), "there is no model yet"
+    assert main(["card", *words]) == 2
 
 
 def test_nothing_about_single_cases_and_no_optimizer_is_packed(model: Path, tmp_path: Path) -> None:
