@@ -27,7 +27,7 @@ from nnunet_fedharm.planning.central import (
 from nnunet_fedharm.planning.defaults import suggest_gpu_memory
 from nnunet_fedharm.planning.explain import explain, explanation_file
 from nnunet_fedharm.planning.planner import PlanOptions
-from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule, read_section
+from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule, private_judge, read_section
 from nnunet_fedharm.planning.situation import Device, find_device
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
@@ -128,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  site {site}: style of {style.n_cases} training cases")
     print_explained(plans, device)
     print(f"The same explanations: {explanation_file(root, plans)}")
+    if against := private_judge(section.kind, private=section.privacy is not None, start_from=section.start_from):
+        print(f"warning: {against}")
     print("Train with:")
     trainer = trainer_name_for(options.kind)
     for command in train_commands(plans, options.configurations, trainer, n_labelled=n_labelled):

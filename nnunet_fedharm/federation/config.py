@@ -20,7 +20,7 @@ from nnunet_fedharm.federation.site_privacy import check_site_privacy
 from nnunet_fedharm.federation.strategy import STRATEGIES
 from nnunet_fedharm.federation.strategy_checks import LOCAL_GROUPS, check_strategy, strategy_warnings
 from nnunet_fedharm.harmonizers import KINDS, LEARNED, check_options
-from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule, check_plans_name
+from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule, check_plans_name, private_judge
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.privacy.site_level import MODES as MODES_OF_SITES
 
@@ -323,4 +323,5 @@ def warnings_of(config: FederateConfig) -> list[str]:
         )
     if config.device != "cpu" and config.parallel_sites > config.gpus:
         found.append(f"{config.parallel_sites} sites share {config.gpus} of {config.device} at the same time.")
-    return found + strategy_warnings(config)
+    judge = private_judge(config.harmonizer, private=config.privacy is not None, start_from=config.start_from)
+    return [*found, *filter(None, [judge]), *strategy_warnings(config)]

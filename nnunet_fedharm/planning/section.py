@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nnunet_fedharm.errors import PlanError
+from nnunet_fedharm.harmonizers import AT_REFERENCE
 from nnunet_fedharm.harmonizers.style import Style, average_styles
 from nnunet_fedharm.privacy.options import PrivacyOptions
 
@@ -135,6 +136,17 @@ UNIT = "patient"
 def reads_styles(kind: str) -> bool:
     """Whether a harmonizer has any use for the sites' styles; who trains without one need not spend privacy on them."""
     return kind != "none"
+
+
+def private_judge(kind: str, *, private: bool, start_from: str) -> str:
+    """What stands against a judge of contrast that has to learn privately from random weights; empty where none does."""
+    if not private or start_from or kind not in AT_REFERENCE:
+        return ""
+    return (
+        f"The judge of {kind} starts from random weights and is trained under differential privacy. On 42 patients it guessed at "
+        "epsilon 8 and below, and a judge that guesses turns sites over at random. Give start-from: a model of public images of "
+        "the same contrast, whose judge is taken."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

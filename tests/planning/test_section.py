@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.planning.section import PHASES, FedHarmSection, Schedule
+from nnunet_fedharm.planning.section import PHASES, FedHarmSection, Schedule, private_judge
 from nnunet_fedharm.privacy.options import PrivacyOptions
 
 
@@ -73,3 +73,9 @@ def test_epsilon_and_delta_stand_beside_their_unit() -> None:
     assert written["privacy"]["unit"] == "patient", "reading changes nothing"
     with pytest.raises(PlanError, match="not by patient"):
         FedHarmSection.from_dict({**written, "privacy": {**written["privacy"], "unit": "patch"}})
+
+
+def test_only_a_private_judge_from_random_weights_is_warned_of() -> None:
+    assert "The judge of cyclegan starts from random weights" in private_judge("cyclegan", private=True, start_from="")
+    for kind, private, start in (("curve", True, ""), ("cyclegan", False, ""), ("polarity", True, "public")):
+        assert private_judge(kind, private=private, start_from=start) == ""
