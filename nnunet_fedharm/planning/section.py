@@ -143,9 +143,9 @@ def private_judge(kind: str, *, private: bool, start_from: str) -> str:
     if not private or start_from or kind not in AT_REFERENCE:
         return ""
     return (
-        f"The judge of {kind} starts from random weights and is trained under differential privacy. On 42 patients it guessed at "
-        "epsilon 8 and below, and a judge that guesses turns sites over at random. Give start-from: a model of public images of "
-        "the same contrast, whose judge is taken."
+        f"The judge of {kind} starts from random weights and is trained under differential privacy. On 42 patients it missed "
+        "the inverted site at epsilon 8 and guessed at 3 and below, and a judge that guesses turns sites over at random. Give "
+        "start-from: a model of the same kind of public images of the same contrast, whose judge is taken."
     )
 
 
