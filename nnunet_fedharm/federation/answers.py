@@ -6,7 +6,7 @@ Nothing raises: Flower's error replies carry tracebacks, which may name cases. A
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flwr.app import RecordDict
@@ -114,27 +114,14 @@ def _summarize(site: Site, request: Unpacked) -> RecordDict:
 
 
 def _prepare(site: Site, request: Unpacked) -> RecordDict:
-    from nnunet_fedharm.planning.preprocess import preprocess_site
     from nnunet_fedharm.planning.private_style import neutral_style, style_release
     from nnunet_fedharm.planning.style import site_style
 
     start = time.monotonic()
     values = request.values
-    name, configuration = values["dataset_name"], values["configuration"]
-    preprocess_site(
-        site.root,
-        name,
-        values["plans"],
-        configuration,
-        num_processes=site.num_processes,
-        dataset_json=values["dataset_json"],
-        fingerprint=values["fingerprint"],
-    )
-    _own_every_case(site, name)
-    noise, told = (
-        values["noise"],
-        {"site": site.name, "seconds": 0.0},
-    )  # a private run's seconds would tell of the images
+    name, configuration, noise = values["dataset_name"], values["configuration"], values["noise"]
+    _preprocess(site, values, [configuration])
+    told = {"site": site.name, "seconds": 0.0}  # a private run's seconds would tell of the images
 
     def measure() -> dict[str, Any]:
         return site_style(site.root, name, values["plans"], configuration, noise_multiplier=noise).to_dict()
@@ -152,17 +139,10 @@ def _prepare(site: Site, request: Unpacked) -> RecordDict:
 
 
 def _store_plans(site: Site, request: Unpacked) -> RecordDict:
-    from nnunet_fedharm.planning.preprocess import preprocess_site
-
     values = request.values
     begin_ledger(site.folder, values["run_id"])
     content = {key: values[key] for key in ("plans", "dataset_json", "fingerprint")}
-    for configuration in trained_configurations(values["plans"]):  # at once where all cases are there
-        preprocess_site(
-            site.root, values["dataset_name"], values["plans"], configuration, num_processes=site.num_processes,
-            dataset_json=values["dataset_json"], fingerprint=values["fingerprint"],
-        )  # fmt: skip
-    _own_every_case(site, values["dataset_name"])
+    _preprocess(site, values, trained_configurations(values["plans"]))  # at once where all cases are there
     write_json(site.folder / values["run_id"] / PLANS_FILE, content)
     return reply(messages.STORE_PLANS_REPLY, {"site": site.name, "plans_hash": json_hash(content["plans"])})
 
@@ -264,6 +244,23 @@ def _finish(site: Site, request: Unpacked) -> RecordDict:
     facts = {} if privacy is None else {"clip": privacy.clip, "patients_per_step": privacy.patients_per_step}
     write_card(folder, statement_at(site, request.values["privacy"], facts))
     return reply(messages.FINISH_REPLY, {"site": site.name})
+
+
+def _preprocess(site: Site, values: dict[str, Any], configurations: Iterable[str]) -> None:
+    """Bring the site's cases up to date with the plans of a request, as this site's."""
+    from nnunet_fedharm.planning.preprocess import preprocess_site
+
+    for configuration in configurations:
+        preprocess_site(
+            site.root,
+            values["dataset_name"],
+            values["plans"],
+            configuration,
+            num_processes=site.num_processes,
+            dataset_json=values["dataset_json"],
+            fingerprint=values["fingerprint"],
+        )
+    _own_every_case(site, values["dataset_name"])
 
 
 def _own_every_case(site: Site, dataset_name: str) -> None:

@@ -323,5 +323,6 @@ def warnings_of(config: FederateConfig) -> list[str]:
         )
     if config.device != "cpu" and config.parallel_sites > config.gpus:
         found.append(f"{config.parallel_sites} sites share {config.gpus} of {config.device} at the same time.")
-    judge = private_judge(config.harmonizer, private=config.privacy is not None, start_from=config.start_from)
-    return [*found, *filter(None, [judge]), *strategy_warnings(config)]
+    if judge := private_judge(config.harmonizer, private=config.privacy is not None, start_from=config.start_from):
+        found.append(judge)
+    return found + strategy_warnings(config)

@@ -31,11 +31,16 @@ def held_hash(site: Site, run_id: str) -> str:
     Empty where there are none yet, or damaged ones, or no preprocessed cases: the server sends the plans (again), and what is
     missing is made then.
     """
+    return _held(site, run_id)[0]
+
+
+def _held(site: Site, run_id: str) -> tuple[str, dict[str, Any]]:
+    """That hash, and all that the file holds."""
     try:
-        plans = read_json(site.folder / run_id / PLANS_FILE)["plans"]
+        content = read_json(site.folder / run_id / PLANS_FILE)
     except CheckpointError:
-        return ""
-    return json_hash(plans) if _has_cases(site, plans) else ""
+        return "", {}
+    return json_hash(content["plans"]) if _has_cases(site, content["plans"]) else "", content
 
 
 def _has_cases(site: Site, plans: Mapping[str, Any]) -> bool:
@@ -55,8 +60,8 @@ def stored_plans(site: Site, run_id: str, plans_hash: str) -> dict[str, Any]:
     Raises:
         OtherPlansError: they are not these; the server reads this error's name and sends them again.
     """
-    held = held_hash(site, run_id)
+    held, content = _held(site, run_id)
     if held != plans_hash:
         what = "other plans than the server" if held else "no plans of this run, damaged ones, or none of their cases"
         raise OtherPlansError(f"Site {site.name} holds {what}. It gets them again before the next round.")
-    return read_json(site.folder / run_id / PLANS_FILE)
+    return content

@@ -11,6 +11,7 @@ from nnunet_fedharm.errors import DataError, PlanError
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot, environment_paths, find_dataset
 from nnunet_fedharm.planning.defaults import complete_schedule, complete_sizes
+from nnunet_fedharm.planning.drawn_once import ledger_of
 from nnunet_fedharm.planning.earlier_plans import known_sections, read_if_there, renamed
 from nnunet_fedharm.planning.explain import write_explanation
 from nnunet_fedharm.planning.planner import PlanOptions, require_configuration
@@ -31,7 +32,6 @@ from nnunet_fedharm.planning.section import (
 )
 from nnunet_fedharm.planning.situation import Device, situation_of
 from nnunet_fedharm.planning.style import style_by_site
-from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.checks import check_raw_dataset
 from nnunet_fedharm.sites.files import (
@@ -192,7 +192,7 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
         )
         registry.save(preprocessed / SITES_FILE)
         if options.privacy and fingerprint is not None:
-            Ledger(preprocessed.parent.parent / "fedharm").record(exact_release(fingerprint))
+            ledger_of(root).record(exact_release(fingerprint))
         if options.privacy:
             styles = private_bank(
                 root,

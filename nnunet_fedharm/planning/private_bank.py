@@ -13,16 +13,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.planning.drawn_once import drawn_once, ledger_of
 from nnunet_fedharm.planning.private_style import neutral_style, style_release
 from nnunet_fedharm.planning.style import preprocessed_cases, style_by_site
-from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.options import PrivacyOptions
-from nnunet_fedharm.sites.files import read_json, write_json
 from nnunet_fedharm.sites.registry import SitesFile
 
 _SHAPED_BY = ("data_identifier", "spacing", "normalization_schemes", "use_mask_for_norm")
@@ -53,25 +51,29 @@ def private_bank(
         channels = len(plans["configurations"][configuration]["normalization_schemes"])
         counts = {site: sum(sites.cases.get(case) == site for case in cases) for site in sites.sites}
         return {site: neutral_style(channels, count) for site, count in counts.items() if count}
-    ledger = Ledger(root.preprocessed.parent / "fedharm")
+    ledger = ledger_of(root)
     if not privacy.style_noise:
         styles = style_by_site(root, dataset_name, plans, configuration, sites=sites)
         for site in styles:
             ledger.record(style_release(site, 0.0))
         return styles
     path = root.preprocessed / dataset_name / f"private_styles_{configuration}_{privacy.style_noise:.6g}.json"
-    made_of = _digest(cases, sites, plans["configurations"][configuration])
-    kept = read_json(path, what="The private styles") if path.is_file() else {}
-    release = style_release("all sites", privacy.style_noise)
-    if kept.get("cases") != made_of:
-        ledger.refuse_beyond(privacy.budget, [release])
+
+    def draw() -> dict[str, Any]:
         noise = privacy.style_noise * math.sqrt(most_sites_of_a_patient(cases, sites))
         drawn = style_by_site(root, dataset_name, plans, configuration, sites=sites, noise_multiplier=noise)
-        kept = {"cases": made_of, "styles": {site: style.to_dict() for site, style in drawn.items()}}
-        write_json(kept, path)
-    digest = hashlib.sha256(json.dumps(kept["styles"], sort_keys=True).encode()).hexdigest()
-    ledger.record(replace(release, digest=digest))
-    return {site: Style.from_dict(style) for site, style in kept["styles"].items()}
+        return {site: style.to_dict() for site, style in drawn.items()}
+
+    kept = drawn_once(
+        path,
+        "styles",
+        _digest(cases, sites, plans["configurations"][configuration]),
+        release=style_release("all sites", privacy.style_noise),
+        budget=privacy.budget,
+        ledger=ledger,
+        draw=draw,
+    )
+    return {site: Style.from_dict(style) for site, style in kept.items()}
 
 
 def most_sites_of_a_patient(cases: Mapping[str, Any], sites: SitesFile) -> int:

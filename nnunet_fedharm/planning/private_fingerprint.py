@@ -7,14 +7,13 @@ nnU-Net's own dataset_fingerprint.json, where there is one, is neither read nor 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.planning.drawn_once import drawn_once
 from nnunet_fedharm.planning.planner import PlanOptions
 from nnunet_fedharm.planning.pooled import HERE, plan_pooled
 from nnunet_fedharm.planning.private_merge import merge_private
@@ -25,9 +24,7 @@ from nnunet_fedharm.sites.checks import check_raw_dataset
 from nnunet_fedharm.sites.files import (
     labelled_cases,
     read_dataset_json,
-    read_json,
     unlabelled_cases,
-    write_json,
 )
 
 
@@ -56,22 +53,23 @@ def private_fingerprint(
         PrivacyError: the budget does not hold it.
     """
     noise = privacy.fingerprint_multiplier
-    path, cases = fingerprint_file(preprocessed, noise), _digest_of_cases(raw)
-    kept = read_json(path, what="The private fingerprint") if path.is_file() else {}
-    ledger = Ledger(preprocessed.parent.parent / "fedharm")
-    release = fingerprint_release(noise)
-    if kept.get("cases") != cases:
-        ledger.refuse_beyond(privacy.budget, [release])
+
+    def draw() -> dict[str, Any]:
         if check:
             check_raw_dataset(raw, site=HERE, num_processes=num_processes)
         summary = summarize_private(raw, site=HERE, noise_multiplier=noise, num_processes=num_processes)
         channels = len(read_dataset_json(raw, site=HERE)["channel_names"])
-        kept = {"cases": cases, "fingerprint": merge_private([summary], n_channels=channels)}
-        write_json(kept, path)
-    fingerprint: dict[str, Any] = kept["fingerprint"]
-    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    ledger.record(replace(release, digest=digest))
-    return fingerprint
+        return merge_private([summary], n_channels=channels)
+
+    return drawn_once(
+        fingerprint_file(preprocessed, noise),
+        "fingerprint",
+        _digest_of_cases(raw),
+        release=fingerprint_release(noise),
+        budget=privacy.budget,
+        ledger=Ledger(preprocessed.parent.parent / "fedharm"),
+        draw=draw,
+    )
 
 
 def private_plans(raw: Path, fingerprint: Mapping[str, Any], options: PlanOptions) -> dict[str, Any]:

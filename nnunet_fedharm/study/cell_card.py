@@ -6,11 +6,12 @@ from pathlib import Path
 
 from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.planning.central import DEFAULT_PLANS
-from nnunet_fedharm.sites.files import read_dataset_json, read_json, write_text
+from nnunet_fedharm.sites.files import read_dataset_json, read_json
+from nnunet_fedharm.study.card_beside import write_card
 from nnunet_fedharm.study.cell_files import ENVIRONMENT_FILE
 from nnunet_fedharm.study.held_out import ADAPTED_WITH, left_out
 from nnunet_fedharm.study.matrix import Arm
-from nnunet_fedharm.study.model_card import CARD, CardFacts, CardPrivacy, card_files
+from nnunet_fedharm.study.model_card import CardFacts, CardPrivacy
 from nnunet_fedharm.study.model_facts import read_scores, scanner_sites
 from nnunet_fedharm.study.new_site import adapted_sites
 from nnunet_fedharm.study.results import CellResult
@@ -28,9 +29,7 @@ def write_cell_card(study: StudyFile, result: CellResult) -> Path:
         DataError: a file of the dataset or of the cell is damaged.
         SetupError: the folder cannot be written.
     """
-    for name, text in card_files(cell_facts(study, result)).items():
-        write_text(text, result.folder / name)
-    return result.folder / CARD
+    return write_card(result.folder, cell_facts(study, result))
 
 
 def cell_facts(study: StudyFile, result: CellResult) -> CardFacts:

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ def run(own: PrivateBench, epsilon: float, steps: int, lr: float, patients: floa
     privacy = PrivacyOptions(
         epsilon=epsilon, delta=DELTA, clip=0.1, patients_per_step=patients, patches_per_patient=2, fingerprint_noise=0.0
     )
-    planned = replace(schedule(steps, 1, 0.1, 0.9, harmonizer_epochs=1), harmonizer_lr=lr, iterations_per_epoch=steps)
+    planned = schedule(steps, 1, 0.1, 0.9, harmonizer_epochs=1, harmonizer_lr=lr)
     styles = private_styles(own, places, privacy)
     plans = own.plans("polarity", planned, privacy, styles)
     assert read_section(plans["configurations"][CONFIGURATION]).privacy == privacy

@@ -117,6 +117,12 @@ class RealConsortium:
         status, text = self.command("server", "register", *words)
         assert status == 0, text
 
+    def admit(self, site: str, *, min_patients: int = 2) -> None:
+        """Join under a policy that takes so few patients, and be let in."""
+        folder = self.join(site)
+        folder.policy_file.write_text(f"[patients]\nmin_patients = {min_patients}\n")
+        self.register(folder)
+
     def open(self, sites: tuple[str, ...]) -> None:
         """Start the server, and these sites once it lets them in."""
         self.start("server", "server", "start", str(self.server.path))

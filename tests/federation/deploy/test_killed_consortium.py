@@ -29,9 +29,7 @@ def real(tmp_path: Path, make_raw_dataset: Callable[..., Path]) -> Iterator[Real
     made = RealConsortium(tmp_path, SITES, recorded=False)
     try:
         for site in SITES:
-            folder = made.join(site)
-            folder.policy_file.write_text("[patients]\nmin_patients = 2\n")
-            made.register(folder)
+            made.admit(site)
         made.open(SITES)
         yield made
     finally:

@@ -49,9 +49,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, make_raw_dataset: Callable[..
     made = RealConsortium(root, (*SITES, "stranger"))
     try:
         for site in SITES:
-            folder = made.join(site)
-            folder.policy_file.write_text("[patients]\nmin_patients = 2\n")
-            made.register(folder)
+            made.admit(site)
         made.open(SITES)
         yield made
     finally:
