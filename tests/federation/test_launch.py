@@ -101,7 +101,12 @@ def test_a_round_on_one_machine_waits_for_all_turns_of_its_sites(
     for site in "ABC":
         (tmp_path / "sites" / site).mkdir(parents=True)
     started: list[FederateConfig] = []
-    monkeypatch.setattr(launch, "federate", started.append)
+
+    def federate(config: FederateConfig) -> Path:
+        started.append(config)
+        return tmp_path
+
+    monkeypatch.setattr(launch, "federate", federate)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     assert command.run(parser.parse_args(["--root", str(tmp_path), "-d", "1", *given])) == 0
