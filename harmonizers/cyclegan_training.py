@@ -91,7 +91,7 @@ class CycleGANTraining(HarmonizerTraining):
             self.clip = math.inf  # clipping is not linear in the gradient either
         self.optimizers["generators"] = self._optimizer([harmonizer.generator, self.backward])
         if harmonizer.polarity_judge is not None:
-            self.optimizers["polarity"] = torch.optim.Adam(harmonizer.polarity_judge.parameters(), lr=lr)
+            self.optimizers["polarity"] = torch.optim.Adam(harmonizer.judge_parameters(), lr=lr)
         self.optimizers["discriminators"] = self._optimizer(
             [harmonizer.reference_discriminator, self.site_discriminator]
         )

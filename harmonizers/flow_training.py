@@ -31,7 +31,7 @@ class FlowTraining(HarmonizerTraining):
         self.flow = harmonizer
         self.optimizers["bridge"] = torch.optim.AdamW(list(harmonizer.mapping_parameters()), lr=lr, betas=BRIDGE_BETAS)
         if harmonizer.polarity_judge is not None:
-            self.optimizers["polarity"] = torch.optim.Adam(harmonizer.polarity_judge.parameters(), lr=lr)
+            self.optimizers["polarity"] = torch.optim.Adam(harmonizer.judge_parameters(), lr=lr)
 
     def step(
         self,

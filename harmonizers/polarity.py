@@ -30,6 +30,9 @@ FIELD = 0.15
 SHARPNESS = 5.0
 """Factor on the mean score: the mean over a patch starts so small that the judge would first have to learn to speak up."""
 
+JUDGE_PARTS = ("all", "last")
+"""What of a judge may be trained: all of its layers, or the last one upon random features."""
+
 GAIN = 2.0
 """Factor on the kernels that the judge begins with. At 1, and in batches of a few slices, the score falls to zero before it has
 learned anything, and the loss has a plateau there (docs/experiments/polarity-judge).
@@ -67,16 +70,27 @@ class PolarityJudge(nn.Module):
         channels: C; the judge is told which channel it sees.
         spatial_dims: 2 or 3.
         width: channels after the first convolution.
+        trained: one of `JUDGE_PARTS`.
+
+    Raises:
+        PlanError: no such part.
     """
 
-    def __init__(self, *, channels: int, spatial_dims: int, width: int) -> None:
+    def __init__(self, *, channels: int, spatial_dims: int, width: int, trained: str = "all") -> None:
         super().__init__()
+        if trained not in JUDGE_PARTS:
+            raise PlanError(f"harmonizer.judge_trained must be one of {', '.join(JUDGE_PARTS)}, got {trained!r}.")
         self.channels = channels
+        self.trained = trained
         self.network = PatchDiscriminator(channels=1, spatial_dims=spatial_dims, width=width, style_size=channels)
         with torch.no_grad():
             for module in self.network.modules():
                 if isinstance(module, MirrorConv):
                     module.weight.mul_(GAIN)
+
+    def taught(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return list((self.network if self.trained == "all" else self.network.last).parameters())
 
     def forward(
         self,
@@ -91,7 +105,9 @@ class PolarityJudge(nn.Module):
 
     def _score(self, image: Tensor) -> Float[Tensor, "b c"]:
         which = repeat(torch.eye(self.channels, device=image.device), "c d -> (b c) d", b=len(image))
-        scores = self.network(rearrange(image, "b c ... -> (b c) 1 ..."), which)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained == "all"):
+            features = self.network.features(rearrange(image, "b c ... -> (b c) 1 ..."), which)
+        scores = self.network.last(features)
         return SHARPNESS * rearrange(scores.flatten(1).mean(dim=1), "(b c) -> b c", b=len(image))
 
     def loss(self, image: Tensor, reference: Float[Tensor, "b c q"], generator: torch.Generator) -> Float[Tensor, ""]:
@@ -105,16 +121,25 @@ class JudgedHarmonizer(Harmonizer):
 
     Args:
         judge_width: channels of the judge's first convolution; None does without a judge, and nothing is inverted.
-        shape: arguments of `Harmonizer`.
+        judge_trained: what of it is trained, one of `JUDGE_PARTS`. "last" has some 30 weights, which learn under noise
+            that thousands do not survive (docs/experiments/private-harmonizer).
+        setting: arguments of `Harmonizer`.
+
+    Raises:
+        PlanError: no such part.
     """
 
-    def __init__(self, setting: Setting, *, judge_width: int | None) -> None:
+    def __init__(self, setting: Setting, *, judge_width: int | None, judge_trained: str = "all") -> None:
         super().__init__(setting)
         self.polarity_judge = None
         if judge_width is not None:
             self.polarity_judge = PolarityJudge(
-                channels=self.num_channels, spatial_dims=self.spatial_dims, width=judge_width
+                channels=self.num_channels, spatial_dims=self.spatial_dims, width=judge_width, trained=judge_trained
             )
+
+    def judge_parameters(self) -> list[nn.Parameter]:
+        """Of the judge, what is trained."""
+        return [] if self.polarity_judge is None else self.polarity_judge.taught()
 
     def upright(self, image: Tensor, source: Source) -> tuple[Tensor, Tensor]:
         """Where the mapping starts, and its quantiles: the image itself, or its inverse dressed as the reference."""

@@ -33,6 +33,8 @@ the inverted one as it was ended at .91 of it and more, one that found it at .47
 class PolarityConfig:
     judge_width: int = 16
     """Channels of the judge's first convolution."""
+    judge_trained: str = "all"
+    """all; or last, the judge's last layer upon random features: what differential privacy's noise leaves something of."""
 
     def __post_init__(self) -> None:
         if self.judge_width < 1:
@@ -45,7 +47,7 @@ class PolarityHarmonizer(JudgedHarmonizer):
     learned = True
 
     def __init__(self, setting: Setting, config: PolarityConfig) -> None:
-        super().__init__(setting, judge_width=config.judge_width)
+        super().__init__(setting, judge_width=config.judge_width, judge_trained=config.judge_trained)
         self.gate.zero_()
 
     def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:
@@ -73,7 +75,7 @@ class PolarityTraining(HarmonizerTraining):
 
     def __init__(self, harmonizer: PolarityHarmonizer, *, lr: float, total_epochs: int) -> None:
         super().__init__(harmonizer, lr=lr, total_epochs=total_epochs)
-        self.optimizers["polarity"] = torch.optim.Adam(harmonizer.parameters(), lr=lr)  # the judge has them all
+        self.optimizers["polarity"] = torch.optim.Adam(harmonizer.judge_parameters(), lr=lr)
 
     def step(
         self,

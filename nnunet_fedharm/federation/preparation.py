@@ -142,7 +142,7 @@ class Preparation:
         return replace(state, fingerprint=fingerprint, planned=_plain_json(plans))
 
     def _styles(self, state: ServerState) -> ServerState:
-        from nnunet_fedharm.planning.defaults import complete_sizes
+        from nnunet_fedharm.planning.defaults import complete_options
         from nnunet_fedharm.planning.explain import write_explanation
         from nnunet_fedharm.planning.preprocess import write_descriptions
         from nnunet_fedharm.planning.situation import Device, situation_of
@@ -161,11 +161,16 @@ class Preparation:
         device = Device("cpu" if config.device == "cpu" else "cuda")
         planned = state.planned["configurations"][config.configuration]
         situation = situation_of(
-            planned, kind=config.harmonizer, reference=config.reference, styles=styles, device=device
+            planned,
+            kind=config.harmonizer,
+            reference=config.reference,
+            styles=styles,
+            device=device,
+            private=config.privacy is not None,
         )
         section = FedHarmSection(
             kind=config.harmonizer,
-            harmonizer=complete_sizes(situation, config.harmonizer_settings),
+            harmonizer=complete_options(situation, config.harmonizer_settings),
             reference=config.reference,
             styles=styles,
             schedule=config.schedule,

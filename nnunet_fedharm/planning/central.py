@@ -10,7 +10,7 @@ from typing import Any
 from nnunet_fedharm.errors import DataError, PlanError
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot, environment_paths, find_dataset
-from nnunet_fedharm.planning.defaults import complete_schedule, complete_sizes
+from nnunet_fedharm.planning.defaults import complete_options, complete_schedule
 from nnunet_fedharm.planning.drawn_once import ledger_of
 from nnunet_fedharm.planning.earlier_plans import known_sections, read_if_there, renamed
 from nnunet_fedharm.planning.explain import write_explanation
@@ -230,9 +230,14 @@ def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], opti
     harmonizer, schedule = dict(options.harmonizer), options.schedule
     if not isinstance(schedule, Schedule):
         situation = situation_of(
-            configuration, kind=options.kind, reference=options.reference, styles=styles, device=options.device
+            configuration,
+            kind=options.kind,
+            reference=options.reference,
+            styles=styles,
+            device=options.device,
+            private=options.privacy is not None,
         )
-        harmonizer = complete_sizes(situation, harmonizer)
+        harmonizer = complete_options(situation, harmonizer)
         schedule = complete_schedule(situation, schedule)
     return FedHarmSection(
         kind=options.kind,

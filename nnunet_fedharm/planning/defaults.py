@@ -98,8 +98,19 @@ def suggest_gpu_memory(device: Device) -> Choice:
     return Choice(8.0, "nnU-Net's own target")
 
 
-def suggest_sizes(situation: Situation, given: Mapping[str, Any]) -> dict[str, Choice]:
-    """Width and depth of the harmonizer: the first that keeps to the limits of cost, else the cheapest."""
+def suggest_options(situation: Situation, given: Mapping[str, Any]) -> dict[str, Choice]:
+    """What the rules choose of the harmonizer's options; nothing that was given."""
+    return {**_sizes(situation, given), **_judge(situation, given)}
+
+
+def _judge(situation: Situation, given: Mapping[str, Any]) -> dict[str, Choice]:
+    if not situation.private or situation.kind not in AT_REFERENCE or "judge_trained" in given:
+        return {}
+    return {"judge_trained": Choice("last", "differential privacy's noise drowns what the thousands of others learn")}
+
+
+def _sizes(situation: Situation, given: Mapping[str, Any]) -> dict[str, Choice]:
+    """Width and depth: the first that keeps to the limits of cost, else the cheapest."""
     names, candidates = _candidates(situation.kind)
     free = [size for size in candidates if all(given.get(key, value) == value for key, value in size.items())]
     if not free:  # no size given, or none to choose
@@ -120,9 +131,9 @@ def suggest_sizes(situation: Situation, given: Mapping[str, Any]) -> dict[str, C
     return {name: Choice(free[index][name], f"{why}; {cost}") for name in names if name not in given}
 
 
-def complete_sizes(situation: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given options of the harmonizer, and the rules' sizes where none was given."""
-    return {name: choice.value for name, choice in suggest_sizes(situation, given).items()} | dict(given)
+def complete_options(situation: Situation, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given options of the harmonizer, and the rules' choices where none was given."""
+    return {name: choice.value for name, choice in suggest_options(situation, given).items()} | dict(given)
 
 
 def _candidates(kind: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:

@@ -13,14 +13,17 @@ from typing import Any
 
 from nnunet_fedharm.harmonizers.cyclegan import CycleGANConfig
 from nnunet_fedharm.harmonizers.flow import FlowConfig
+from nnunet_fedharm.harmonizers.upright import PolarityConfig
 from nnunet_fedharm.nnunet_root import NnunetRoot
-from nnunet_fedharm.planning.defaults import Choice, suggest_schedule, suggest_sizes
+from nnunet_fedharm.planning.defaults import Choice, suggest_options, suggest_schedule
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, Schedule
 from nnunet_fedharm.planning.situation import Device, Situation, situation_of
 from nnunet_fedharm.sites.files import write_text
 
-SIZED = {"diffusion": FlowConfig, "cyclegan": CycleGANConfig}
-"""Kinds whose network has a size, and the dataclass of their options."""
+CONFIGS: dict[str, type[Any]] = {"diffusion": FlowConfig, "cyclegan": CycleGANConfig, "polarity": PolarityConfig}
+"""Kinds of whose options the rules choose some, and the dataclass of these."""
+CHOSEN = {"diffusion": ("width", "depth"), "cyclegan": ("width", "dilations")}
+"""Kinds whose network has a size, and what makes it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,12 @@ def explain(plans: Mapping[str, Any], device: Device) -> dict[str, list[Explaine
         if SECTION in configuration:
             section = FedHarmSection.from_dict(configuration[SECTION])
             situation = situation_of(
-                configuration, kind=section.kind, reference=section.reference, styles=section.styles, device=device
+                configuration,
+                kind=section.kind,
+                reference=section.reference,
+                styles=section.styles,
+                device=device,
+                private=section.privacy is not None,
             )
             found[name] = [*_network(configuration), *_harmonizer(section, situation), *_schedule(section, situation)]
     return found
@@ -76,18 +84,22 @@ def _harmonizer(section: FedHarmSection, situation: Situation) -> list[Explained
         Explained("kind", section.kind, "Harmonizer in front of the segmenter.", "asked for"),
         Explained("reference", section.reference, "Site, or mean of sites, whose appearance is mapped to.", reference),
     ]
-    if section.kind not in SIZED:
+    if section.kind not in CONFIGS:
         return rows
-    config, given = SIZED[section.kind], section.harmonizer
-    meanings, choices = field_docstrings(config), suggest_sizes(situation, _without_sizes(section.kind, given))
+    config, given = CONFIGS[section.kind], section.harmonizer
+    free = {
+        name: value for name, value in given.items() if name not in (*CHOSEN.get(section.kind, ()), "judge_trained")
+    }
+    meanings, choices = field_docstrings(config), suggest_options(situation, free)
     own = {item.name: item.default for item in fields(config)}
     for name, choice in choices.items():
         value = given.get(name, own[name])
         rows.append(Explained(name, value, _first_sentence(meanings[name]), _reason(value, choice)))
-    cost = situation.cost(given)
-    ratios = f"training step {cost.training:.2f}, prediction {cost.prediction:.2f}"
-    what = "Time with the harmonizer over the plain segmenter's, counted from convolutions."
-    rows.append(Explained("cost", ratios, what, "`benchmarks/harmonizer_cost.py` measures it"))
+    if section.kind in CHOSEN:
+        cost = situation.cost(given)
+        ratios = f"training step {cost.training:.2f}, prediction {cost.prediction:.2f}"
+        what = "Time with the harmonizer over the plain segmenter's, counted from convolutions."
+        rows.append(Explained("cost", ratios, what, "`benchmarks/harmonizer_cost.py` measures it"))
     others = {name: value for name, value in given.items() if name not in choices}
     rows += [Explained(name, value, _first_sentence(meanings[name]), "set by hand") for name, value in others.items()]
     return rows
@@ -106,11 +118,6 @@ def _reason(value: Any, choice: Choice) -> str:
     if value == choice.value or (isinstance(value, (list, tuple)) and list(value) == list(choice.value)):
         return choice.reason
     return f"set by hand, or for another device; the rule for this one: {choice.value} ({choice.reason})"
-
-
-def _without_sizes(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = {"diffusion": ("width", "depth"), "cyclegan": ("width", "dilations")}[kind]
-    return {name: value for name, value in given.items() if name not in sizes}
 
 
 def _first_sentence(text: str) -> str:

@@ -59,6 +59,7 @@ class Situation:
         images: site -> training images, with and without labels.
         reference_sites: sites whose images are the reference's.
         device: what the training will run on.
+        private: whether it is under differential privacy.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Situation:
     images: Mapping[str, int]
     reference_sites: tuple[str, ...]
     device: Device
+    private: bool = False
 
     @property
     def learning_images(self) -> int:
@@ -97,7 +99,13 @@ def find_device(name: str) -> Device:
 
 
 def situation_of(
-    configuration: Mapping[str, Any], *, kind: str, reference: str, styles: Mapping[str, Style], device: Device
+    configuration: Mapping[str, Any],
+    *,
+    kind: str,
+    reference: str,
+    styles: Mapping[str, Style],
+    device: Device,
+    private: bool = False,
 ) -> Situation:
     """Read the situation from a planned configuration and the style bank, which counts the sites' images."""
     channels = len(configuration["normalization_schemes"])
@@ -110,6 +118,7 @@ def situation_of(
         images={site: style.n_cases for site, style in styles.items()},
         reference_sites=_reference_sites(reference, styles),
         device=device,
+        private=private,
     )
 
 

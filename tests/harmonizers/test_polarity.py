@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers import doubt
 from nnunet_fedharm.harmonizers.polarity import INVERTED_BELOW, PolarityJudge, dress, polarity_step, vote
 from tests.harmonizers.test_cyclegan import CLINIC, REFERENCE, gan, training
@@ -71,15 +72,15 @@ def test_an_untrained_judge_inverts_nothing() -> None:
     assert not (trained.harmonizer.bank_polarity < INVERTED_BELOW).any()
 
 
-@pytest.mark.parametrize("upset", [True, False])
-def test_an_inverted_site_is_found_and_turned_over(upset: bool) -> None:
-    harmonizer = gan(discriminator_width=12)
+@pytest.mark.parametrize(("upset", "taught"), [(True, "all"), (False, "all"), (True, "last"), (False, "last")])
+def test_an_inverted_site_is_found_and_turned_over(upset: bool, taught: str) -> None:
+    harmonizer = gan(discriminator_width=12, judge_trained=taught)
     reference = quantiles(lakes(0, 64))
     harmonizer.reference_quantiles.copy_(reference[0])
     site = lambda seed: (-1 if upset else 1) * lakes(seed).sign() * lakes(seed).abs() ** 0.8  # noqa: E731 - another tone
     for index in range(len(harmonizer.bank_quantiles)):
         harmonizer.bank_quantiles[index] = reference[0] if index == REFERENCE else quantiles(site(99))[0] + 0.01 * index
-    trained = training(harmonizer, lr=3e-3)
+    trained = training(harmonizer, lr=3e-3 if taught == "all" else 0.1)
     for seed in range(80):
         drawn = torch.Generator().manual_seed(seed)
         polarity_step(trained, site(seed), torch.full((8,), CLINIC), drawn, lakes(seed + 1000), judge_steps=3)
@@ -123,6 +124,25 @@ def test_a_judge_alone_is_trained_at_the_reference_and_votes_elsewhere() -> None
     assert harmonizer.bank_polarity[CLINIC] < 1
     assert harmonizer.bank_polarity[2] == 1
     assert list(harmonizer.mapping_parameters()) == []
+
+
+@pytest.mark.parametrize("kind", ["polarity", "cyclegan", "diffusion"])
+def test_of_a_judge_upon_random_features_the_last_layer_alone_is_moved(kind: str) -> None:
+    harmonizer = make(kind, judge_trained="last")
+    judge = harmonizer.polarity_judge
+    before = {name: value.clone() for name, value in judge.state_dict().items()}
+    trained = harmonizer.make_training(lr=0.1, total_epochs=1)
+    trained.step(lakes(0), torch.full((8,), REFERENCE), torch.Generator().manual_seed(0), lakes(1))
+    moved = {name for name, value in judge.state_dict().items() if not torch.equal(value, before[name])}
+    last = f"network.rest.{len(judge.network.rest) - 1}"
+    assert moved == {f"{last}.weight"}  # the difference of two scores has no bias
+    assert all(parameter.grad is None for name, parameter in judge.named_parameters() if not name.startswith(last))
+
+
+@pytest.mark.parametrize("kind", ["polarity", "cyclegan", "diffusion"])
+def test_an_unknown_part_of_the_judge_is_refused(kind: str) -> None:
+    with pytest.raises(PlanError, match="judge_trained must be one of all, last, got 'first'"):
+        make(kind, judge_trained="first")
 
 
 def test_a_judge_that_still_guesses_is_doubted_and_a_voting_site_is_not() -> None:

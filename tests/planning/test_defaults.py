@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers import KINDS, LEARNED
+from nnunet_fedharm.harmonizers import AT_REFERENCE, KINDS, LEARNED, build_harmonizer
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.planning.cost import Convolution, cost_ratio, harmonizer_convolutions, segmenter_convolutions
 from nnunet_fedharm.planning.defaults import (
@@ -20,10 +20,11 @@ from nnunet_fedharm.planning.defaults import (
     LARGEST_PREDICTION,
     LARGEST_TRAINING,
     MOST_STEPS,
+    complete_options,
     complete_schedule,
     suggest_gpu_memory,
+    suggest_options,
     suggest_schedule,
-    suggest_sizes,
 )
 from nnunet_fedharm.planning.explain import explain, markdown
 from nnunet_fedharm.planning.section import FedHarmSection, Schedule, with_section
@@ -78,6 +79,20 @@ def situation(
     return situation_of(configuration, kind=kind, reference=reference, styles=STYLES, device=device)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_private_judge_is_trained_in_its_last_layer_unless_asked_otherwise(kind: str) -> None:
+    public = situation(kind, SMALL)
+    private = replace(public, private=True)
+    added = {} if kind not in AT_REFERENCE else {"judge_trained": "last"}
+    assert complete_options(private, {}) == {**complete_options(public, {}), **added}
+    if added:
+        assert complete_options(private, {"judge_trained": "all"})["judge_trained"] == "all"
+        build_harmonizer(
+            kind, complete_options(private, {}), num_channels=1, spatial_dims=3, styles=list(STYLES.values()),
+            reference=STYLES["A"],
+        )  # fmt: skip
+
+
 def test_the_count_of_convolutions_is_the_networks_own() -> None:
     found = segmenter_convolutions(planned((16, 16), [4, 8]), 1, 3)
     # Encoder 2 + 2, transposed 1, decoder 2, head 1.
@@ -128,7 +143,7 @@ def test_sizes_keep_to_the_limits_of_cost_or_are_the_cheapest(
     kind: str, configuration: dict[str, Any], device: Device
 ) -> None:
     case = situation(kind, configuration, device)
-    chosen = {name: choice.value for name, choice in suggest_sizes(case, {}).items()}
+    chosen = {name: choice.value for name, choice in suggest_options(case, {}).items()}
     cost = case.cost(chosen)
     fits = cost.prediction <= LARGEST_PREDICTION and cost.training <= LARGEST_TRAINING
     names = ("width", "depth") if kind == "diffusion" else ("width", "dilations")
@@ -138,16 +153,16 @@ def test_sizes_keep_to_the_limits_of_cost_or_are_the_cheapest(
 
 
 def test_the_experiments_size_is_kept_where_it_is_cheap_enough() -> None:
-    choices = suggest_sizes(situation("diffusion"), {})
+    choices = suggest_options(situation("diffusion"), {})
     assert {name: choice.value for name, choice in choices.items()} == {"width": 16, "depth": 3}
     assert "as in the experiments; a training step about 1." in choices["width"].reason
 
 
 def test_a_given_width_is_kept_and_the_depth_follows_it() -> None:
-    choices = suggest_sizes(situation("diffusion", SMALL), {"width": 8})
+    choices = suggest_options(situation("diffusion", SMALL), {"width": 8})
     assert set(choices) == {"depth"}
-    assert suggest_sizes(situation("diffusion", SMALL), {"width": 10}) == {}
-    assert suggest_sizes(situation("curve", SMALL), {}) == {}
+    assert suggest_options(situation("diffusion", SMALL), {"width": 10}) == {}
+    assert suggest_options(situation("curve", SMALL), {}) == {}
 
 
 @settings(deadline=None, max_examples=60)
@@ -228,7 +243,7 @@ def test_devices_are_found_by_name() -> None:
 
 def test_every_value_is_explained_and_what_was_set_by_hand_is_said_so() -> None:
     case = situation("diffusion", SMALL)
-    sizes = {name: choice.value for name, choice in suggest_sizes(case, {}).items()}
+    sizes = {name: choice.value for name, choice in suggest_options(case, {}).items()}
     schedule = replace(complete_schedule(case, {}), harmonizer_lr=0.5)
     section = FedHarmSection(
         kind="diffusion", harmonizer={**sizes, "noise": 0.3}, reference="A", styles=STYLES, schedule=schedule
