@@ -18,6 +18,7 @@ from nnunet_fedharm.federation.codec import Weights, decode
 from nnunet_fedharm.federation.durable import file_lock, write_json
 from nnunet_fedharm.federation.entries import begin_ledger, enter_release
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
+from nnunet_fedharm.federation.own_privacy import kept_privacy, own_statistics, told_facts
 from nnunet_fedharm.federation.ownership import ownership_of
 from nnunet_fedharm.federation.policy_checks import enforce
 from nnunet_fedharm.federation.report import site as report_site
@@ -29,8 +30,9 @@ from nnunet_fedharm.federation.site import Site, describe_error, locate_site, tr
 from nnunet_fedharm.federation.site_card import statement_at, write_card
 from nnunet_fedharm.federation.site_counts import count_release
 from nnunet_fedharm.federation.site_privacy import adds_own_noise, own_release, updates_only, with_own_noise
+from nnunet_fedharm.federation.site_training import local_training, whole_weights
 from nnunet_fedharm.federation.statistics import answer_once
-from nnunet_fedharm.federation.stored_plans import PLANS_FILE, held_hash, stored_plans, trained_configurations
+from nnunet_fedharm.federation.stored_plans import PLANS_FILE, held_hash, trained_configurations
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
 from nnunet_fedharm.planning.received import check_received
 from nnunet_fedharm.privacy.ledger import Ledger
@@ -68,6 +70,8 @@ def _answer(
     with file_lock(site.folder / "site.lock"), site.root.create().activate():
         plans = site.folder / request.values.get("run_id", "-") / PLANS_FILE
         enforce(site, schema.name, request.values, run_config, plans)
+        if schema in (messages.SUMMARIZE, messages.PREPARE):
+            request = own_statistics(site, request, run_config)
         answered = work(site, request)
         # Those three enter what they release themselves, with its noise.
         if schema not in (messages.SUMMARIZE, messages.PREPARE, messages.TRAIN):
@@ -83,14 +87,17 @@ def _preflight(site: Site, request: Unpacked) -> RecordDict:
     if request.values["check_data"]:
         check_raw_dataset(raw_dataset, site=site.name, num_processes=site.num_processes)
     facts = collect_facts(raw_dataset, site=site.name)
+    told = told_facts(site, request.values["run_id"], facts)
     held = held_hash(site, request.values["run_id"])
-    return reply(messages.PREFLIGHT_REPLY, {"site": site.name, "facts": facts.to_dict(), "plans_hash": held})
+    return reply(messages.PREFLIGHT_REPLY, {"site": site.name, "facts": told, "plans_hash": held})
 
 
 def _summarize(site: Site, request: Unpacked) -> RecordDict:
     from nnunet_fedharm.federation.secure.fingerprint import offer_summary
+    from nnunet_fedharm.planning.noisy_cases import as_site_summary
     from nnunet_fedharm.planning.private_summary import fingerprint_release, summarize_private
     from nnunet_fedharm.planning.summary import summarize_site
+    from nnunet_fedharm.sites.files import read_dataset_json
 
     values = request.values
     where: dict[str, Any] = {"site": site.name, "num_processes": site.num_processes}
@@ -100,12 +107,15 @@ def _summarize(site: Site, request: Unpacked) -> RecordDict:
         told = offer_summary(site, request, exact)
         return reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": told.to_dict()})
     if noise > 0:
-        summary = answer_once(
-            site,
-            request,
-            fingerprint_release(noise),
-            lambda: summarize_private(raw_dataset, noise_multiplier=noise, **where).to_dict(),
-        )
+
+        def measure() -> dict[str, Any]:
+            noisy = summarize_private(raw_dataset, noise_multiplier=noise, **where)
+            if kept_privacy(site, values["run_id"]) is None:
+                return noisy.to_dict()
+            channels = read_dataset_json(raw_dataset, site=site.name)["channel_names"]
+            return as_site_summary(noisy, n_channels=len(channels)).to_dict()  # the run merges exact ones
+
+        summary = answer_once(site, request, fingerprint_release(noise), measure)
         return reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": summary})
     whole = summarize_site(raw_dataset, **where).to_dict()
     content = reply(messages.SUMMARIZE_REPLY, {"site": site.name, "summary": whole})
@@ -197,8 +207,8 @@ def _private_step(site: Site, request: Unpacked, key: str, question: str) -> Off
     values = request.values
     shared = SharedSteps.from_dict(values["shared_steps"])
     with training_environment(site.device):
-        training, federation = _local_training(site, values)
-        weights = _whole(decode(request.weights, source="the server"), federation, values)
+        training, federation = local_training(site, values)
+        weights = whole_weights(decode(request.weights, source="the server"), federation, values)
         found = clipped_sum(training, weights, shared, round_index=values["round"])
     return step_offer(key, question, values, shared, found)
 
@@ -215,13 +225,13 @@ def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
         counted=values["counted"].get(site.name),
     )
     with training_environment(site.device):
-        training, federation = _local_training(site, values)
+        training, federation = local_training(site, values)
         result = training.run(
             phase=values["phase"],
             round_index=values["round"],
             first_epoch=values["first_epoch"],
             epochs=values["epochs"],
-            weights=_whole(received, federation, values),
+            weights=whole_weights(received, federation, values),
             objective=objective,
         )
     ownership = ownership_of(federation["plans"], values["configuration"], values["phase"])
@@ -237,12 +247,13 @@ def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
 
 def _finish(site: Site, request: Unpacked) -> RecordDict:
     with training_environment(site.device):
-        training, federation = _local_training(site, request.values)
+        training, federation = local_training(site, request.values)
         weights = decode(request.weights, source="the server")
         folder = training.finish(weights, federation["fingerprint"], epoch=request.values["epoch"])
     privacy = training.section.privacy
     facts = {} if privacy is None else {"clip": privacy.clip, "patients_per_step": privacy.patients_per_step}
-    write_card(folder, statement_at(site, request.values["privacy"], facts))
+    own = kept_privacy(site, request.values["run_id"])
+    write_card(folder, statement_at(site, request.values["privacy"], facts, own))
     return reply(messages.FINISH_REPLY, {"site": site.name})
 
 
@@ -275,40 +286,6 @@ def _own_every_case(site: Site, dataset_name: str) -> None:
     patients = {case: patient for case, patient in known.items() if case in set(cases)}
     owned = SitesFile({site.name: SiteInfo()}, dict.fromkeys(cases, site.name), patients)
     owned.save(site.root.preprocessed / dataset_name / SITES_FILE)
-
-
-def _local_training(site: Site, values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """This site's LocalTraining and the plans that it stored for the run."""
-    from nnunet_fedharm.trainers.local_training import LocalTraining
-
-    federation = stored_plans(site, values["run_id"], values["plans_hash"])
-    training = LocalTraining(
-        root=site.root,
-        dataset_name=values["dataset_name"],
-        plans=federation["plans"],
-        dataset_json=federation["dataset_json"],
-        configuration=values["configuration"],
-        fold=int(values["fold"]) if values["fold"].isdigit() else values["fold"],
-        site=site.name,
-        trainer_name=values["trainer_name"],
-        state_folder=site.folder / values["run_id"],
-        seed=values["seed"],
-        device=site.device,
-        local_groups=[group for group in values["local_groups"].split(",") if group],
-    )
-    return training, federation
-
-
-def _whole(received: Weights, federation: dict[str, Any], values: dict[str, Any]) -> Weights:
-    """All tensors of the network: what does not travel (a resting segmenter, local groups) begins at the run's seeded start."""
-    if values["phase"] == "segmenter" and not values["local_groups"]:
-        return received
-    from nnunet_fedharm.trainers.results import initial_weights
-
-    start = initial_weights(
-        federation["plans"], federation["dataset_json"], values["configuration"], values["trainer_name"], values["seed"]
-    )
-    return {**start, **received}
 
 
 HANDLERS: dict[str, tuple[messages.Schema, Work]] = {

@@ -37,6 +37,10 @@ class Policy:
     require_privacy: bool = False
     max_epsilon: float = 0.0
     delta: float = 1e-5
+    private_epsilon: float = 0.0
+    private_clip: float = 1.0
+    private_patients_per_step: float = 8.0
+    private_patches_per_patient: int = 2
     secure_only: bool = False
     metrics: tuple[str, ...] = METRICS
 
@@ -54,7 +58,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         *("training", "site_report", "datasets", "trainers", "harmonizers"),
         *("max_rounds", "max_rounds_of_all_runs", "max_epochs", "max_iterations_per_epoch"),
     ),
-    "patients": ("min_patients", "require_privacy", "max_epsilon", "delta", "secure_only"),
+    "patients": (
+        *("min_patients", "require_privacy", "max_epsilon", "delta", "secure_only"),
+        *("private_epsilon", "private_clip", "private_patients_per_step", "private_patches_per_patient"),
+    ),
     "messages": ("metrics",),
 }
 """Where a rule stands in the file."""
@@ -81,6 +88,11 @@ require_privacy = false       # trainings under differential privacy only (`fede
 max_epsilon = 0.0             # largest epsilon of this site's patients, over all that its ledger has; the site report then
                               # needs noise too. Add require_privacy, or trainings without noise stay allowed
 delta = 1e-5                  # at which epsilon is counted; well below 1 / number of patients
+private_epsilon = 0.0         # above 0: a run that asks for no differential privacy is trained under it here, within this
+                              # epsilon; one that asks for it is taken part in up to this epsilon and delta
+private_clip = 1.0            # of those trainings: bound on the norm of a patient's gradient
+private_patients_per_step = 8.0  # expected number of patients in a step
+private_patches_per_patient = 2
 secure_only = false           # updates leave inside secure sums only (`federate --secure-aggregation`)
 
 [messages]
@@ -125,6 +137,9 @@ def policy_from_dict(content: Mapping[str, Any], *, where: str) -> Policy:
         raise FederationError(f"{where} allows the unknown metric {odd[0]!r}; known are {', '.join(METRICS)}.")
     if not 0 < values.get("delta", 0.5) < 1:
         raise FederationError(f"{where} has patients.delta = {values['delta']}; it must lie between 0 and 1.")
+    for name in ("private_clip", "private_patients_per_step", "private_patches_per_patient"):
+        if not values.get(name, 1):
+            raise FederationError(f"{where} has patients.{name} = 0; it must be above 0. private_epsilon = 0.0 is off.")
     return Policy(**values)
 
 
@@ -140,6 +155,11 @@ def _typed(name: str, value: Any, default: Any, where: str) -> Any:
     if isinstance(value, int | float) and value < 0:
         raise FederationError(f"{where} has {name} = {value}; it must not be negative.")
     return value
+
+
+def refusal(site: str, rule: str, why: str) -> FederationError:
+    """What the server hears: one sentence with the site, the rule, and what does not fit."""
+    return FederationError(f"Site {site} refuses by the rule {rule} of its own policy: {why}.")
 
 
 def checked_policy(path: Path, *, site: str) -> Policy:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from nnunet_fedharm.errors import CheckpointError, FederationError, PrivacyError
+from nnunet_fedharm.errors import CheckpointError, PrivacyError
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.durable import read_json, write_json
 from nnunet_fedharm.federation.entries import begin_ledger
+from nnunet_fedharm.federation.own_privacy import RULE, settled
+from nnunet_fedharm.federation.policy import refusal
 from nnunet_fedharm.federation.report import site as report_site
 from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, read_section
@@ -67,22 +69,29 @@ def enforce(site: Site, request: str, values: Values, run_config: Values, plans:
     if request == messages.PREFLIGHT.name:
         _check_run(site, run_config, values["run_id"])
     elif request in (messages.SUMMARIZE.name, messages.PREPARE.name):
-        if policy.require_privacy and not values["noise"]:
-            _refuse(site, "patients.require_privacy", "the run asks for statistics without noise")
+        _check_statistics(site, values)
     elif request == messages.STORE_PLANS.name:
         for section in _sections(values["plans"]):
             _check_section(site, section, values["run_id"])
     elif request == messages.TRAIN.name:
         _check_trainer(site, values["trainer_name"])
         held = _section(plans, values["configuration"])
-        if held is not None:
-            _check_section(site, held, values["run_id"])
+        privacy = None if held is None else _check_section(site, held, values["run_id"])
         _check_patients(site, values["dataset_name"], labelled_only=values["phase"] == "segmenter")
-        _count(site, values, 0.0 if held is None or held.privacy is None else held.privacy.epsilon)
+        _count(site, values, 0.0 if privacy is None else privacy.epsilon)
 
 
-def _refuse(site: Site, rule: str, why: str) -> None:
-    raise FederationError(f"Site {site.name} refuses by the rule {rule} of its own policy: {why}.")
+def _refuse(site: Site, rule: str, why: str) -> NoReturn:
+    raise refusal(site.name, rule, why)
+
+
+def _check_statistics(site: Site, values: Values) -> None:
+    """Of a fingerprint summary or a style: noise, where the site insists on it and does not add its own."""
+    rule = "require_privacy" if site.policy.require_privacy else "private_epsilon" * bool(site.policy.private_epsilon)
+    asked = PrivacyOptions(epsilon=values["epsilon"], delta=values["delta"]) if values["epsilon"] else None
+    private = settled(site, asked, values["run_id"]) is not None
+    if rule and not values["noise"] and (asked is not None or not private):
+        _refuse(site, f"patients.{rule}", "the run asks for statistics without noise")
 
 
 def _one_of(site: Site, rule: str, allowed: Collection[str], asked: str) -> None:
@@ -128,10 +137,11 @@ def _check_run(site: Site, run_config: Values, run_id: str) -> None:
         _one_of(site, "work.harmonizers", site.policy.harmonizers, str(kind))
         _check_trainer(site, trainer_name_for(str(kind)))
     if "epsilon" in known:
-        privacy = _privacy_of(known)
+        asked = _privacy_of(known)
+        privacy = settled(site, asked, run_id)
         _check_privacy(site, privacy, run_id)
         if privacy is not None:
-            _check_left(site, privacy, run_id)
+            _check_left(site, privacy, run_id, own=asked is None)
     rounds = float(known.get("harmonizer-rounds", 0)) + float(known.get("segmenter-rounds", 0))
     _at_most(site, "work.max_rounds", site.policy.max_rounds, rounds, "rounds are planned")
     epochs = rounds * float(known.get("local-epochs", 1))
@@ -184,12 +194,15 @@ def _section(plans: Path, configuration: str) -> FedHarmSection | None:
     return read_section(held, configuration_name=configuration)
 
 
-def _check_section(site: Site, section: FedHarmSection, run_id: str) -> None:
+def _check_section(site: Site, section: FedHarmSection, run_id: str) -> PrivacyOptions | None:
+    """Refuse what the plans ask for and the rules do not allow; what the site trains with."""
     policy, schedule = site.policy, section.schedule
     _one_of(site, "work.harmonizers", policy.harmonizers, section.kind)
     steps = max(schedule.iterations_per_epoch, schedule.val_iterations_per_epoch)
     _at_most(site, "work.max_iterations_per_epoch", policy.max_iterations_per_epoch, steps, "steps an epoch")
-    _check_privacy(site, section.privacy, run_id)
+    privacy = settled(site, section.privacy, run_id)
+    _check_privacy(site, privacy, run_id)
+    return privacy
 
 
 def _check_privacy(site: Site, privacy: PrivacyOptions | None, run_id: str) -> None:
@@ -211,10 +224,13 @@ def _check_privacy(site: Site, privacy: PrivacyOptions | None, run_id: str) -> N
         )
 
 
-def _check_left(site: Site, privacy: PrivacyOptions, run_id: str) -> None:
+def _check_left(site: Site, privacy: PrivacyOptions, run_id: str, *, own: bool) -> None:
     """Refuse at the start what the ledger would refuse at the first round, when fingerprint and style were told and paid.
 
     The run is counted as one Gaussian release of somewhat less than its epsilon: what fits narrowly is left to the ledger.
+
+    Args:
+        own: the site's own policy makes the run private here.
 
     Raises:
         PrivacyError: with what was released before, the run cannot end within its own epsilon.
@@ -224,10 +240,11 @@ def _check_left(site: Site, privacy: PrivacyOptions, run_id: str) -> None:
         return
     run = Noise(gaussian_sigma(_SURELY * privacy.epsilon, privacy.delta))
     if epsilon_of([*before, run], privacy.delta) > privacy.epsilon:
+        more = f"Let the site raise {RULE} of its policy" if own else "Start it with a larger --epsilon"
         raise PrivacyError(
             f"Site {site.name}: a run's epsilon counts all that its patients were charged here, and epsilon "
             f"{epsilon_of(before, privacy.delta):.3g} at delta {privacy.delta:g} is spent by earlier runs: this one cannot end "
-            f"within {privacy.epsilon:g}. Start it with a larger --epsilon, or leave the site out."
+            f"within {privacy.epsilon:g}. {more}, or leave the site out."
         )
 
 

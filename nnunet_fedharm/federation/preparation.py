@@ -100,6 +100,8 @@ class Preparation:
             if fact.n_labelled:
                 check_fold(fact.n_labelled, self.config.fold, site=fact.site)
         self.log.write("preflight_passed", sites=list(self.roster.expected), dataset=facts[0].dataset_name)
+        if own := {fact.site: fact.own_privacy for fact in facts if fact.own_privacy}:
+            self.log.write("private_by_own_policy", sites=own)
         return replace(
             state,
             facts={fact.site: fact.to_dict() for fact in facts},

@@ -71,6 +71,10 @@ _WRITERS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "node_set_aside": lambda event: f"  a node was set aside: {event['reason']}",
     "sites_missing": lambda event: f"  going on without {', '.join(event['sites'])} for now",
     "preflight_passed": lambda event: f"preflight passed: {', '.join(event['sites'])} agree on {event['dataset']}",
+    "private_by_own_policy": lambda event: (
+        "private by their own policy, whatever the run asks for: "
+        + ", ".join(f"{site} (epsilon {own['epsilon']:g})" for site, own in event["sites"].items())
+    ),
     "step": lambda event: f"step {event['step']}",
     "site_ready": lambda event: f"  {event['site']} ready",
     "planned": lambda event: (

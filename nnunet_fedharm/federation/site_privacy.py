@@ -19,6 +19,7 @@ from nnunet_fedharm.federation.ownership import Ownership
 from nnunet_fedharm.federation.run_options import RunOptions
 from nnunet_fedharm.federation.secure.checks import MEANS, SUMMED, check_colluding
 from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of, statement
+from nnunet_fedharm.federation.site_card import OWN_POLICY, own_statement
 from nnunet_fedharm.federation.updates import quorum_of
 from nnunet_fedharm.planning.section import reads_styles
 from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
@@ -54,7 +55,8 @@ def site_privacy_of(config: RunOptions, sites: int) -> SitePrivacy | None:
 
 
 def privacy_statement(config: RunOptions, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What a run promises, each with its unit: to patients (`patient_level`), to sites (`site_level`).
+    """What a run promises, each with its unit: to patients (`patient_level`), to sites (`site_level`), and what single sites
+    promise their patients by their own policy (`own_policy`).
 
     Args:
         facts: site -> its facts.
@@ -73,6 +75,9 @@ def privacy_statement(config: RunOptions, facts: Mapping[str, Mapping[str, Any]]
         shared = shared_steps_of(config, facts)
         if shared is not None:
             said["patient_level"] |= statement(shared, sum(fact["n_labelled"] > 0 for fact in facts.values()))
+    own = {site: fact["own_privacy"] for site, fact in facts.items() if fact.get("own_privacy")}
+    if own:
+        said[OWN_POLICY] = own_statement(own)
     phases = {"harmonizer": config.harmonizer_rounds, "segmenter": config.segmenter_rounds}
     for phase in (name for name, rounds in phases.items() if rounds):
         # Of the phase with the fewest sites: the fewer, the larger the noise of the mean.

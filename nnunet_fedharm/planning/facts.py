@@ -6,9 +6,10 @@ everywhere, because one plans file and one network serve all sites.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class SiteFacts:
         n_unlabelled: cases in imagesUnlabelled, for the harmonizer phase.
         versions: package -> version (torch: major.minor).
         reader: class name of the nnU-Net reader that opens the images.
+        own_privacy: epsilon and delta that the site's own policy promises its patients in this run; empty where it does not.
     """
 
     site: str
@@ -56,6 +58,7 @@ class SiteFacts:
     n_unlabelled: int
     versions: dict[str, str]
     reader: str
+    own_privacy: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,11 +71,13 @@ class SiteFacts:
             PlanError: keys are missing or unknown (another version of this package sent them).
         """
         known = {item.name for item in fields(cls)}
-        if set(data) != known:
-            wrong = sorted(set(data) ^ known)
+        if wrong := sorted({"own_privacy", *data} ^ known):  # states of servers before own_privacy have none
             raise PlanError(
                 f"Site facts do not have the expected keys ({', '.join(wrong)}). Install the same version everywhere."
             )
+        own = data.get("own_privacy", {})
+        if own and (set(own) != {"epsilon", "delta"} or not all(0 < float(value) < math.inf for value in own.values())):
+            raise PlanError(f"Site facts have the privacy {own!r} of their own; epsilon and delta belong there.")
         return cls(**data)
 
 

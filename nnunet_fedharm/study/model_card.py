@@ -54,6 +54,7 @@ class CardPrivacy:
         unit: patient or site: whose participation is hidden.
         epsilon, delta: of the promise. spent: at the site that spent most; None where it is not known.
         without_noise: what left without any noise, so without any epsilon.
+        site: whose patients alone it is for, by that site's own policy; "" for those of all sites.
     """
 
     unit: str
@@ -61,6 +62,7 @@ class CardPrivacy:
     delta: float
     spent: float | None = None
     without_noise: tuple[str, ...] = ()
+    site: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +158,9 @@ def limits(facts: CardFacts) -> list[str]:
         said.append(
             "It was trained without differential privacy: what its weights reveal about a patient has no bound."
         )
+    elif all(promise.site for promise in facts.privacy):
+        names = joined([promise.site for promise in facts.privacy])
+        said.append(f"What its weights reveal about a patient of another site than {names} has no bound.")
     return [*said, *facts.notes]
 
 
@@ -229,6 +234,8 @@ def _privacy(facts: CardFacts) -> str:
     said = []
     for promise in facts.privacy:
         line = f"epsilon {promise.epsilon:g}, delta {scientific(promise.delta)}; unit: {promise.unit}"
+        if promise.site:
+            line += f" of site {promise.site} alone, by that site's own policy"
         if promise.spent is not None:
             line += f"; spent {promise.spent:.2f} at the site that spent most"
         if promise.without_noise:

@@ -11,6 +11,7 @@ from typing import Any
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, read_section
 from nnunet_fedharm.privacy.options import PRIVACY_FILE
+from nnunet_fedharm.privacy.releases import PATIENT
 from nnunet_fedharm.sites.files import read_json
 from nnunet_fedharm.sites.registry import SitesFile
 from nnunet_fedharm.study.model_card import CardFacts, CardPrivacy, CardScore, CardSite
@@ -93,7 +94,7 @@ def read_privacy(model: Path, folds: Sequence[str]) -> tuple[CardPrivacy, ...]:
     Raises:
         DataError: one fold was trained under differential privacy and another without, so nothing holds for the model.
     """
-    found: dict[str, CardPrivacy] = {}
+    found: dict[tuple[str, str], CardPrivacy] = {}
     without = [fold for fold in folds if not (model / f"fold_{fold}" / PRIVACY_FILE).is_file()]
     if without and len(without) < len(folds):
         raise DataError(
@@ -104,14 +105,17 @@ def read_privacy(model: Path, folds: Sequence[str]) -> tuple[CardPrivacy, ...]:
         if fold in without:
             continue
         content = read_json(model / f"fold_{fold}" / PRIVACY_FILE, what="The record of privacy")
-        entries = [content[name] for name in ("patient_level", "site_level") if name in content] or [content]
-        for entry in entries:
+        own = dict(content.get("own_policy", {}).get("sites", {}))
+        entries = [("", content[name]) for name in ("patient_level", "site_level") if name in content]
+        entries += [(site, {"unit": PATIENT, **entry}) for site, entry in own.items()]
+        for site, entry in entries or [("", content)]:
             bare = entry.get("not_covered") or entry.get("without_noise") or ()
             # A training in one place records what its ledger spent; a server states what it promised.
-            promise = CardPrivacy(str(entry["unit"]), float(entry["epsilon"]), float(entry["delta"]), None, tuple(bare))
-            known = found.get(promise.unit)
+            numbers = (float(entry["epsilon"]), float(entry["delta"]))
+            promise = CardPrivacy(str(entry["unit"]), *numbers, None, tuple(bare), site)
+            known = found.get((promise.unit, site))
             if known is None or promise.epsilon > known.epsilon:
-                found[promise.unit] = promise
+                found[promise.unit, site] = promise
     return tuple(found.values())
 
 

@@ -175,7 +175,7 @@ def read_claim(folder: Path) -> dict[str, Any] | None:
     """`privacy.json` beside the checkpoint, of a federation's server what it promises patients; None without any claim."""
     path = folder / PRIVACY_FILE
     card = read_json(path, what="The privacy card") if path.is_file() else None
-    if card is not None and {"patient_level", "site_level"} & set(card):
+    if card is not None and {"patient_level", "site_level", "own_policy"} & set(card):
         return card.get("patient_level")
     return card
 

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from nnunet_fedharm.evaluation.watch.words import ROUND_HEAD, SITE_HEAD, facts, round_row, site_row
+from nnunet_fedharm.evaluation.watch.words import ROUND_HEAD, SITE_HEAD, epsilon, facts, round_row, site_row
 from nnunet_fedharm.federation.watch.view import ALARMING, RunView
 
 SHOWN_ROUNDS = 12
@@ -66,7 +66,7 @@ def _colour(run: RunView) -> str:
 
 
 def _sites(run: RunView, width: int) -> Table:
-    dropped = {name for name in SITE_HEAD if name == "epsilon" and not run.epsilon_budget}
+    dropped = {name for name in SITE_HEAD if name == "epsilon" and not epsilon(run)}
     dropped |= {"set aside", "usual time", "down", "up"} if width < _WIDE else set()
     rows = [(site_row(site, run), "red" if site.state in ALARMING else "") for site in run.sites]
     return _table("sites", SITE_HEAD, rows, dropped, words=("now",))
