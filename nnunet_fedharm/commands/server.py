@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _action(actions, "sites", "who is registered, and who is connected now")
     run = _action(actions, "run", "train across the registered sites; the same command resumes a stopped run")
     add_config_arguments(run, skip=(*_NOT_HERE, "parallel_sites"))
+    run.add_argument(
+        "--keep",
+        action="store_true",
+        help="`server start` resumes it after a crash, a reboot or a failure, until every site has its model",
+    )
     report = _action(actions, "report", "how different the registered sites are, from counts and sums")
     _add_report_arguments(report)
     for parser_of in (run, report):
@@ -61,15 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the chosen action."""
     from nnunet_fedharm.federation.deploy import server
+    from nnunet_fedharm.federation.deploy.keeper import Keeper
     from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
 
     folder = ServerFolder(args.folder.expanduser().resolve())
     if args.action == "init":
         return _init(args)
     if args.action == "start":
-        server.start_server(folder, show=_print)
+        keeper = Keeper(folder, show=_print, finished=write_federated_card)
+        server.start_server(folder, each=keeper.look, show=_print)
     elif args.action in ("run", "report"):
-        event = server.run(folder, _config(args), detach=args.detach, show=_print)
+        kept = args.action == "run" and args.keep
+        event = server.run(folder, _config(args), detach=args.detach, kept=kept, show=_print)
         if event.get("event") == "finished":
             write_federated_card(Path(event["results"]))
         if event.get("event") == "reported":

@@ -19,6 +19,7 @@ from nnunet_fedharm.federation.deploy.app_bundle import app_hash, build_app
 from nnunet_fedharm.federation.deploy.certificates import check_server, days_left, split_address
 from nnunet_fedharm.federation.deploy.consortium import version_differences
 from nnunet_fedharm.federation.deploy.control import Operator, ServerOffError, local_address, operator
+from nnunet_fedharm.federation.deploy.kept_run import keep, kept_run, let_go
 from nnunet_fedharm.federation.deploy.keys import parse_node_key
 from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals, watch
 from nnunet_fedharm.federation.deploy.resuming import choose_sites
@@ -41,8 +42,11 @@ _WARN_DAYS = 30
 Show = Callable[[str], None]
 
 
-def start_server(folder: ServerFolder, *, show: Show = print) -> None:
+def start_server(folder: ServerFolder, *, each: Callable[[], None] | None = None, show: Show = print) -> None:
     """Run the SuperLink until a signal comes. Everything that it needs after a crash is in the folder.
+
+    Args:
+        each: called twice a second while it runs; looks after the kept run.
 
     Raises:
         SetupError: the folder is not whole, or its server runs already.
@@ -85,7 +89,7 @@ def start_server(folder: ServerFolder, *, show: Show = print) -> None:
             ],
         )
         show(f"{consortium.name}: sites may connect to {' or '.join(consortium.addresses)}. Ctrl-C stops the server.")
-        watch(family, stopped)
+        watch(family, stopped, each)
         show("Stopping.")
 
 
@@ -144,8 +148,14 @@ def remove_site(folder: ServerFolder, site: str) -> bool:
     return _sync_if_running(folder)
 
 
-def run(folder: ServerFolder, config: RunConfig, *, detach: bool = False, show: Show = print) -> Mapping[str, Any]:
+def run(
+    folder: ServerFolder, config: RunConfig, *, detach: bool = False, kept: bool = False, show: Show = print
+) -> Mapping[str, Any]:
     """Submit a run and follow it to its end; the same configuration once more resumes it.
+
+    Args:
+        kept: `server start` submits it again after a crash, a reboot or a failure, until it has ended well. Another run, kept
+            or not, takes its place.
 
     Returns:
         The last event; an empty one where nobody waited for it.
@@ -154,25 +164,45 @@ def run(folder: ServerFolder, config: RunConfig, *, detach: bool = False, show: 
         SetupError: the server does not run, or a site is not registered.
         FederationError: another run goes on, or this one stopped; its sentence.
     """
-    consortium = folder.consortium()
-    fedharm = folder.results / "fedharm"
+    with operator(folder) as connection:
+        _wait_for_former_run(folder, connection, show)
+        if isinstance(config, FederateConfig):
+            let_go(folder)
+        run_id, offset = submit(folder, connection, config, show)
+        if kept and isinstance(config, FederateConfig):
+            keep(folder, config, offset)
+            show(
+                f"Kept: `server start` resumes it until it has ended; `nnunet-fedharm server stop {folder.path}` lets go."
+            )
+        if detach:
+            show(f"Submitted. `nnunet-fedharm server watch {folder.path}` shows it.")
+            return {}
+        show("Flower starts its server app.")
+        return follow(folder, connection, run_id, folder.results / "fedharm" / EVENTS_FILE, offset, show)
+
+
+def submit(folder: ServerFolder, connection: Operator, config: RunConfig, show: Show) -> tuple[int, int]:
+    """Submit a run for the sites that it is for.
+
+    Returns:
+        Flower's number of the run, and the byte of the event log at which its events begin.
+
+    Raises:
+        SetupError: a site is not registered.
+        FederationError: Flower refused.
+    """
+    consortium, fedharm = folder.consortium(), folder.results / "fedharm"
     mend = f"`nnunet-fedharm server register {folder.path} SITE KEYFILE`."
     sites = choose_sites(config, fedharm, folder.registered(), mend, show)
     config = replace(config, root="", server_root=str(folder.results), sites=sites)
     events = fedharm / EVENTS_FILE
-    with operator(folder) as connection:
-        _wait_for_former_run(folder, connection, show)
-        offset = events.stat().st_size if events.exists() else 0
-        missing = sorted(set(consortium.sites) - set(folder.registered()))
-        if missing:
-            show(f"expected but not registered: {', '.join(missing)}")
-        still_there = [site for site in config.site_names if site in folder.registered()]
-        run_id = connection.start_run(consortium.app_sha256, config.to_run_config())
-        if detach:
-            show(f"Submitted. `nnunet-fedharm server watch {folder.path}` shows it.")
-            return {}
-        show(f"Submitted for {', '.join(still_there)}; Flower starts its server app.")
-        return follow(folder, connection, run_id, events, offset, show)
+    offset = events.stat().st_size if events.exists() else 0
+    missing = sorted(set(consortium.sites) - set(folder.registered()))
+    if missing:
+        show(f"expected but not registered: {', '.join(missing)}")
+    run_id = connection.start_run(consortium.app_sha256, config.to_run_config())
+    show(f"Submitted for {', '.join(site for site in config.site_names if site in folder.registered())}.")
+    return run_id, offset
 
 
 def watch_run(folder: ServerFolder, *, show: Show = print) -> Mapping[str, Any]:
@@ -185,13 +215,15 @@ def watch_run(folder: ServerFolder, *, show: Show = print) -> Mapping[str, Any]:
     with operator(folder) as connection:
         active = connection.active_runs()
         if not active:
-            raise FederationError("No run is going on. `nnunet-fedharm server run` starts one.")
+            waits = " The kept run waits for its next try; `server start` says when." if kept_run(folder) else ""
+            raise FederationError(f"No run is going on.{waits} `nnunet-fedharm server run` starts one.")
         run_id, submitted = next(iter(active.items()))
         return follow(folder, connection, run_id, events, last_start(events, since=submitted), show)
 
 
 def stop_runs(folder: ServerFolder) -> int:
-    """Stop every run; returns how many. The same `server run` resumes at the round that was not completed."""
+    """Stop every run, and keep none; returns how many. The same `server run` resumes at the round that was not completed."""
+    let_go(folder)
     with operator(folder) as connection:
         active = connection.active_runs()
         for number in active:

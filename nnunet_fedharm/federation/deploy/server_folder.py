@@ -93,6 +93,10 @@ class ServerFolder:
         return self.path / "logs"
 
     @property
+    def kept_run(self) -> Path:
+        return self.path / "kept-run.json"
+
+    @property
     def results(self) -> Path:
         return self.path / "server"
 

@@ -81,6 +81,7 @@ def write_server_units(folder: ServerFolder) -> list[Path]:
         SetupError: the folder cannot be written.
     """
     port = folder.settings()["port"]
+    # `server start` resumes the kept run too: one unit brings back all that the server's machine had.
     return _write(
         folder.path / "deploy",
         name="nnunet-fedharm-server",

@@ -46,9 +46,17 @@ class RealConsortium:
         self.network = Proxy(self.inside.port)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def join(self, site: str, *, file: Path | None = None, authority: ServerFolder | None = None) -> SiteFolder:
-        """Join, with the site's own door to the network."""
-        made = join(file or self.server.consortium_file, self.root / site, JoinOptions(site=site, device="cpu"))[0]
+    def join(
+        self, site: str, *, file: Path | None = None, authority: ServerFolder | None = None, processes: int | None = 1
+    ) -> SiteFolder:
+        """Join, with the site's own door to the network.
+
+        Args:
+            processes: for fingerprint and preprocessing. More than one imports torch in each, which for a few tiny cases takes
+                half of a run's time; None: what `site join` chooses.
+        """
+        options = JoinOptions(site=site, device="cpu", num_processes=processes)
+        made = join(file or self.server.consortium_file, self.root / site, options)[0]
         if self.recorded:
             text = made.settings_file.read_text()
             own = f"localhost:{self.server.settings()['port']}"
@@ -78,11 +86,13 @@ class RealConsortium:
         return done.returncode, done.stdout + done.stderr
 
     def start(self, name: str, *words: str) -> None:
-        """Start a command that stays; its output goes to NAME.out."""
+        """Start a command of ours that stays; its output goes to NAME.out."""
+        self.start_command(name, [sys.executable, "-m", "nnunet_fedharm.cli", *words])
+
+    def start_command(self, name: str, command: list[str]) -> None:
+        """The same for any command."""
         with (self.root / f"{name}.out").open("ab") as stream:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "nnunet_fedharm.cli", *words], stdout=stream, stderr=subprocess.STDOUT
-            )
+            self.processes[name] = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
 
     def output(self, name: str) -> str:
         return (self.root / f"{name}.out").read_text(errors="replace")
@@ -117,9 +127,9 @@ class RealConsortium:
         status, text = self.command("server", "register", *words)
         assert status == 0, text
 
-    def admit(self, site: str, *, min_patients: int = 2) -> None:
+    def admit(self, site: str, *, min_patients: int = 2, processes: int | None = 1) -> None:
         """Join under a policy that takes so few patients, and be let in."""
-        folder = self.join(site)
+        folder = self.join(site, processes=processes)
         folder.policy_file.write_text(f"[patients]\nmin_patients = {min_patients}\n")
         self.register(folder)
 

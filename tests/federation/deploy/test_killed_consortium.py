@@ -1,14 +1,21 @@
-"""The deployed server under SIGKILL, as in a power cut, over TLS and in the middle of a run."""
+"""The deployed server, and all of the consortium, under SIGKILL, as in a power cut, over TLS and in the middle of a run."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nnunet_fedharm.federation.daemon import descendants
+from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
+from nnunet_fedharm.federation.deploy.units import write_server_units, write_site_units
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from tests.federation.deploy.real import TINY, RealConsortium
 from tests.federation.test_flower import check_results
@@ -29,7 +36,7 @@ def real(tmp_path: Path, make_raw_dataset: Callable[..., Path]) -> Iterator[Real
     made = RealConsortium(tmp_path, SITES, recorded=False)
     try:
         for site in SITES:
-            made.admit(site)
+            made.admit(site, processes=None if site == SITES[0] else 1)
         made.open(SITES)
         yield made
     finally:
@@ -68,3 +75,45 @@ def test_a_run_goes_on_after_the_server_was_killed(real: RealConsortium) -> None
     assert rounds == [1, 2, 3], "none is lost, none is trained twice"
     for home in (real.server.results, *(real.root / site for site in SITES)):
         check_results(home / RESULTS)
+
+
+def cut_the_power(real: RealConsortium) -> None:
+    """Everything that runs is killed, and no process has a word to say."""
+    family = [number for process in real.processes.values() for number in (process.pid, *descendants(process.pid))]
+    for number in family:
+        os.kill(number, signal.SIGKILL)
+    for process in real.processes.values():
+        process.wait(30)
+    real.processes.clear()
+
+
+def boot(real: RealConsortium) -> None:
+    """What systemd does at boot: the units' own commands, which restart where they end."""
+    units = {"server": write_server_units(real.server)[0]}
+    units |= {site: write_site_units(SiteFolder(real.root / site))[0] for site in SITES}
+    for name, unit in units.items():
+        (line,) = [line for line in unit.read_text().splitlines() if line.startswith("ExecStart=")]
+        real.start_command(name, shlex.split(line.removeprefix("ExecStart=")))
+
+
+def test_a_kept_run_goes_on_after_a_power_cut_and_nobody_types_a_word(real: RealConsortium) -> None:
+    status, text = real.command(*words(real), "--keep", "--detach", seconds=200)
+    assert status == 0, text
+    wait_for(real, "round_end")
+    cut_the_power(real)
+    boot(real)
+    wait_for(real, "finished")
+    assert events(real, "started")[-1]["resumed"]
+    assert [event["round"] for event in events(real, "round_end")] == [1, 2, 3], "none is lost, none is trained twice"
+    real.wait_for("server", "The kept run has ended", seconds=60)
+    real.wait_for("server", "The model card", seconds=60)
+    assert not real.server.kept_run.exists()
+    for home in (real.server.results, *(real.root / site for site in SITES)):
+        check_results(home / RESULTS)
+
+
+def wait_for(real: RealConsortium, name: str, *, seconds: float = 600) -> None:
+    end = time.monotonic() + seconds
+    while not events(real, name):
+        assert time.monotonic() < end, (name, real.output("server"))
+        time.sleep(0.2)
