@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-np", "--num-processes", type=int, default=min(8, os.cpu_count() or 1), help="worker processes"
     )
+    parser.add_argument(
+        "--cases-per-site",
+        type=int,
+        metavar="N",
+        help="measure at most N cases of each site, one a patient, spread over their names, and as many travelling subjects "
+        "(default: all)",
+    )
     parser.add_argument("--image-region", action="store_true", help="features of the whole body in the image too")
     parser.add_argument("--channels", nargs="+", metavar="NAME", help="channels of dataset.json (default: all)")
     parser.add_argument(
@@ -138,6 +145,7 @@ def report_options(args: argparse.Namespace, dataset: Path) -> ReportOptions:
         ),
         statistics=statistics_options(args.seed, args.permutations, args.bootstrap),
         slices=not args.no_slices,
+        cases_per_site=args.cases_per_site,
         num_processes=args.num_processes,
         device=str(torch_device(args.device)) if args.model else "cpu",
     )

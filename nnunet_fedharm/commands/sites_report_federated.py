@@ -51,6 +51,8 @@ def federated_findings(args: argparse.Namespace) -> tuple[Findings, Path]:
 
     if args.model:
         raise DataError("--model needs the images in one place; leave out --root or --model.")
+    if args.cases_per_site is not None:
+        raise DataError("--cases-per-site chooses among images in one place; leave out --root or --cases-per-site.")
     options: dict[str, Any] = {name: getattr(args, name) for name in OWN_OPTIONS if getattr(args, name) is not None}
     options |= {name: ",".join(getattr(args, name)) for name in LISTS if getattr(args, name)}
     if args.bootstrap is not None:

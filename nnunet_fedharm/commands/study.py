@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,18 +125,36 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_estimate(study, cells, device, parallel)
         return 0
+    hours = study.subject.hours if args.hours is None else args.hours
+    bounded = bool(hours) or args.hours is not None
+    if not args.only:
+        hours -= _compare_sites(study, hours if bounded else math.inf)
     if not cells:
         count_waiting_lesions(study, device=device, show=_say)
         print("Every cell has its result. Next: nnunet-fedharm study report " + str(args.folder))
         return 0
-    hours = study.subject.hours if args.hours is None else args.hours
-    if hours or args.hours is not None:
+    if bounded:
         cells = _within(study, cells, device, hours * parallel)
     failed = run_missing(study, cells, device=device, devices=args.gpus, parallel=parallel, show=_say)
     count_waiting_lesions(study, device=device, show=_say)
     for item in failed:
         print(f"\n{item.cell.name} failed; the end of its log.txt:\n{item.reason}")
     return 1 if failed else 0
+
+
+def _compare_sites(study: StudyFile, hours: float) -> float:
+    """The site report before the first cell, if it fits; the hours that it took."""
+    from nnunet_fedharm.study.estimate import estimate_site_report
+    from nnunet_fedharm.study.site_report import make_site_report, site_report_missing
+
+    if not site_report_missing(study):
+        return 0.0
+    began = time.monotonic()
+    if hours < math.inf and (estimate_site_report(study).seconds or 0.0) > 3600 * hours:
+        _say("How different the sites are is left for another run: by the estimate it does not fit into the hours.")
+    else:
+        make_site_report(study, show=_say)
+    return (time.monotonic() - began) / 3600
 
 
 def _run_cell(study: StudyFile, name: str, device: str) -> int:
@@ -216,10 +236,12 @@ def _report(args: argparse.Namespace) -> int:
     from nnunet_fedharm.study.report.build import write_report
     from nnunet_fedharm.study.results import read_results
     from nnunet_fedharm.study.runner import count_waiting_lesions
+    from nnunet_fedharm.study.site_report import make_site_report
 
     study = _study(args.folder)
     device = _device("cpu" if study.subject.device == "cpu" else "auto")  # a report may be made where no GPU is
     count_waiting_lesions(study, device=device, show=_say)
+    make_site_report(study, show=_say)  # cells that a cluster ran left it to this command
     results = read_results(study)
     if not results.finished:
         raise DataError(
@@ -252,24 +274,26 @@ def _device(asked: str) -> str:
 def _print_estimate(study: StudyFile, cells: Sequence[Cell], device: str, parallel: int) -> None:
     from rich.table import Table
 
-    from nnunet_fedharm.study.estimate import Estimator
+    from nnunet_fedharm.study.estimate import Estimator, estimate_site_report
     from nnunet_fedharm.study.results import read_results
+    from nnunet_fedharm.study.site_report import site_report_missing
 
     estimator = Estimator(study, read_results(study), device)
     estimates = [estimator.of(cell) for cell in cells]
+    before = estimate_site_report(study) if site_report_missing(study) else None
     table = Table(title=f"{len(cells)} cells without a result, on {device}", title_justify="left")
     for name in ("cell", "minutes", "from"):
         table.add_column(name)
-    for cell, item in zip(cells, estimates, strict=True):
-        table.add_row(cell.name, "?" if item.seconds is None else f"{item.seconds / 60:.1f}", item.basis)
+    rows = [("(how different the sites are)", before)] if before else []
+    for name, item in [*rows, *((cell.name, item) for cell, item in zip(cells, estimates, strict=True))]:
+        table.add_row(name, "?" if item.seconds is None else f"{item.seconds / 60:.1f}", item.basis)
     _console().print(table)
     known = [item.seconds for item in estimates if item.seconds is not None]
     unknown = len(cells) - len(known)
     if known or not cells:
+        hours = ((before.seconds or 0.0) if before else 0.0) / 3600 + sum(known) / 3600 / parallel
         which = f" for the {len(known)} whose time is known" if unknown else ""
-        print(
-            f"About {sum(known) / 3600 / parallel:.1f} hours{which}, with {parallel} at once; prediction is not counted."
-        )
+        print(f"About {hours:.1f} hours{which}, with {parallel} at once; prediction is not counted.")
     if unknown:
         which = f"How long {unknown} of them take" if known else "How long they take"
         print(f"{which} is not known before the data are prepared: nnunet-fedharm study prepare {study.folder}")

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from nnunet_fedharm.errors import FedHarmError
 from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.sites.files import read_dataset_json, read_json
 from nnunet_fedharm.study.data import BASE_PLANS, StudyData
 from nnunet_fedharm.study.matrix import Arm, Cell
 from nnunet_fedharm.study.results import StudyResults
+from nnunet_fedharm.study.site_report import seconds_of_site_report
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.trainers.names import trainer_name_for
 
@@ -60,7 +62,9 @@ class Estimator:
         )
 
     def _finished(self, arms: Sequence[Arm]) -> float | None:
-        took = [result.cost.train_s for arm in arms for result in self.results.by_arm[arm]]
+        took = [
+            result.cost.train_s + (result.cost.adapt_s or 0.0) for arm in arms for result in self.results.by_arm[arm]
+        ]
         return median(took) if took else None
 
     def _steps(self, arm: Arm) -> float:
@@ -79,6 +83,14 @@ class Estimator:
                 return None
             self._step = _time_step(data, read_json(plans, what="The study's plans"), self.device)
         return self._step
+
+
+def estimate_site_report(study: StudyFile) -> Estimate:
+    """Time of the site report that is missing; unknown where something is in its way, which is then the basis."""
+    try:
+        return Estimate(seconds_of_site_report(study), "one measured case")
+    except FedHarmError as error:
+        return Estimate(None, str(error))
 
 
 def _alike(finished: Arm, asked: Arm) -> bool:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from nnunet_fedharm.differences.notes import APPROXIMATE
 from nnunet_fedharm.errors import CheckpointError, DataError
 from nnunet_fedharm.harmonizers import KINDS
 from nnunet_fedharm.planning.section import CONFIGURATIONS
@@ -205,6 +206,11 @@ def _check(study: StudyFile, path: Path) -> None:
         raise DataError(f"{path}: seeds must be different whole numbers from 0 on, got {list(subject.seeds)}.")
     if not 0 <= subject.hours < math.inf:
         raise DataError(f"{path}: hours must be a number from 0 on, got {subject.hours}.")
+    if subject.site_report_cases and subject.site_report_cases < APPROXIMATE:
+        raise DataError(
+            f"{path}: site_report_cases must be 0 or at least {APPROXIMATE}, got {subject.site_report_cases}: a site with fewer "
+            "patients is not judged."
+        )
     if len(study.sites) < 2:
         raise DataError(f"{study.raw_dataset / SITES_FILE} lists {len(study.sites)} site; a study needs two or more.")
     _check_held_out(study, path)

@@ -34,6 +34,9 @@ class Subject:
     held_out_cases: tuple[str, ...] = ()
     """Labelled cases that are kept for testing whatever is drawn, with all cases of the same patients: an official test set, for
     example. They do not count for held_out_fraction, which may be 0 where every site has some."""
+    site_report_cases: int = 15
+    """Cases of each site that `study run` measures to tell how different the sites are, one a patient, and as many travelling
+    subjects: radiomics and image quality as scanned, with pyradiomics; 0: none. A site report that is there stays."""
     hours: float = 0.0
     """`study run` starts no cell that would end later than so many hours after its start, by the estimate; 0: no limit."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -16,6 +16,7 @@ from nnunet_fedharm import __version__
 from nnunet_fedharm.differences.findings import Failure, Findings, PartFinding, SiteCard, VariantFinding
 from nnunet_fedharm.differences.options import Progress, StatisticsOptions
 from nnunet_fedharm.differences.statistics import find_differences
+from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.evaluation.site_report.models import harmonize_cases, model_folders
 from nnunet_fedharm.evaluation.site_report.slices import (
     Array,
@@ -26,7 +27,7 @@ from nnunet_fedharm.evaluation.site_report.slices import (
     typical_slices,
 )
 from nnunet_fedharm.evaluation.site_report.words import keys
-from nnunet_fedharm.sites.features.cases import ListedCase, list_cases
+from nnunet_fedharm.sites.features.cases import ListedCase, list_cases, spread_cases
 from nnunet_fedharm.sites.features.extraction import measure_dataset
 from nnunet_fedharm.sites.features.options import FeatureOptions
 from nnunet_fedharm.sites.features.table import FeatureTable
@@ -48,9 +49,15 @@ class ReportOptions:
     statistics: StatisticsOptions = field(default_factory=StatisticsOptions)
     slices: bool = True
     """Pictures of typical volumes, and a classifier that looks at slices."""
+    cases_per_site: int | None = None
+    """Measure at most so many cases of each site, see `spread_cases`; None: all."""
     num_processes: int = 1
     device: str = "cpu"
     """Where harmonizers run."""
+
+    def __post_init__(self) -> None:
+        if self.cases_per_site is not None and self.cases_per_site < 1:
+            raise DataError(f"At least one case of each site has to be measured, got {self.cases_per_site}.")
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,8 @@ def build_report(
     dataset_json = read_dataset_json(raw_dataset, site=raw_dataset.name)
     registry = SitesFile.load(raw_dataset / SITES_FILE)
     listed = list_cases(raw_dataset, dataset_json, registry)
+    if options.cases_per_site is not None:
+        listed = spread_cases(listed, options.cases_per_site)
     sites = list(dict.fromkeys(item.site for item in listed))
     for model in models:
         model_folders(model, sites)
@@ -146,6 +155,7 @@ def _measure_all(
             cache=folder / CACHE,
             num_processes=options.num_processes,
             images=images,
+            cases=sites,
         )
         cut = small_slices(cases, dataset_json, num_processes=options.num_processes) if options.slices else {}
         return _Measured(table, failures, cut, [], {case.case: case for case in cases})
@@ -222,6 +232,7 @@ def _settings(options: ReportOptions, models: Sequence[str]) -> dict[str, Any]:
     return {
         "nnunet_fedharm": __version__,
         "models": [Path(model).name for model in models],
+        "cases_per_site": options.cases_per_site,
         "features": options.features.to_dict(),
         "statistics": options.statistics.to_dict(),
     }

@@ -45,11 +45,12 @@ def write_report(
     if findings.mode == "federated":
         findings, tables, slices = without_cases(findings), {}, ()
     page = folder / PAGE
-    write_text(json.dumps(to_json(findings), indent=1, allow_nan=False) + "\n", folder / JSON)
     write_text(differences_csv(findings), folder / DIFFERENCES)
     for index, (variant, table) in enumerate((tables or {}).items()):
         write_table(table, folder / (FEATURES if index == 0 else f"features_{_file_name(variant)}.csv"))
     write_text(render_site_report(findings, sentences=describe(findings), slices=slices), page)
+    # Last: a folder with it holds a whole report.
+    write_text(json.dumps(to_json(findings), indent=1, allow_nan=False) + "\n", folder / JSON)
     return page
 
 

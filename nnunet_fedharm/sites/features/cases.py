@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.sites.files import CaseFiles, cases_in, labelled_cases, unlabelled_cases
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
@@ -55,6 +57,39 @@ def list_cases(raw_dataset: Path, dataset_json: Mapping[str, Any], registry: Sit
             )
         names.add(item.files.case)
     return listed
+
+
+def spread_cases(listed: Sequence[ListedCase], per_site: int) -> list[ListedCase]:
+    """At most so many cases of each site: one a patient, spread evenly over their names, labelled ones first.
+
+    Travelling subjects come first, at most `per_site` of them, with all their scans: their comparison needs the same patients
+    everywhere. The rest is drawn by name and not at random, so that a second call chooses the same.
+
+    Args:
+        listed: as `list_cases` returns them; the order stays.
+    """
+    travelled = sorted({item.patient for item in listed if item.travelling})
+    chosen_travellers = set(_spread(travelled, per_site))
+    chosen = {item.files.case for item in listed if item.patient in chosen_travellers}
+    for site in dict.fromkeys(item.site for item in listed):
+        home = [item for item in listed if item.site == site and not item.travelling]
+        room = per_site - len({item.patient for item in home if item.files.case in chosen})
+        for labelled in (True, False):
+            first: dict[str, str] = {}
+            for item in sorted(home, key=lambda item: item.files.case):
+                if (item.files.label is not None) == labelled and item.patient not in chosen_travellers:
+                    first.setdefault(item.patient, item.files.case)
+            taken = {item.patient for item in home if item.files.case in chosen}
+            more = _spread([case for patient, case in first.items() if patient not in taken], max(0, room))
+            chosen.update(more)
+            room -= len(more)
+    return [item for item in listed if item.files.case in chosen]
+
+
+def _spread(names: Sequence[str], most: int) -> list[str]:
+    """At most so many, first and last among them, with even steps between."""
+    indices = np.linspace(0, len(names) - 1, min(len(names), most)).round().astype(int)
+    return [names[index] for index in dict.fromkeys(indices.tolist())]
 
 
 def missing_cases(raw_dataset: Path, registry: SitesFile, listed: Sequence[ListedCase], ending: str) -> list[str]:

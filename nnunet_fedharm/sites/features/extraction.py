@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -72,6 +72,7 @@ def measure_dataset(
     cache: Path,
     num_processes: int,
     images: Mapping[str, Sequence[Path]] | None = None,
+    cases: Collection[str] | None = None,
 ) -> tuple[FeatureTable, list[Failure]]:
     """Measure imagesTr, imagesUnlabelled and imagesTravelling of a raw dataset.
 
@@ -85,6 +86,7 @@ def measure_dataset(
         num_processes: 1 stays in this process.
         images: case -> files of each channel to measure instead of the scanned ones (harmonized volumes on the same grid);
             cases that it does not name are left out. Regions still come from the scanned images and labels.
+        cases: only these; None: all.
 
     Returns:
         The table, rows in the order labelled, unlabelled, travelling cases, and what could not be measured.
@@ -97,7 +99,7 @@ def measure_dataset(
     dataset_json = read_dataset_json(raw_dataset, site="all")
     registry = SitesFile.load(raw_dataset / SITES_FILE) if registry is None else registry
     listed = list_cases(raw_dataset, dataset_json, registry)
-    work = _work(listed, images)
+    work = [item for item in _work(listed, images) if cases is None or item.case.files.case in cases]
     if not work:
         raise DataError(f"{raw_dataset} has no case to measure in imagesTr, imagesUnlabelled or imagesTravelling.")
     context = _context(raw_dataset, dataset_json, work, options, cache)

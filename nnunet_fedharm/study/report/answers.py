@@ -98,7 +98,7 @@ def how_different(found: StudyFindings, sites: Findings | None) -> Answer:
     """From the site report, and from what plain nnU-Net loses away from its labels."""
     own, more = _plain(found), _gaps(found)
     if sites is None:
-        missing = f"Differences between the images were {NOT_MEASURED}: `nnunet-fedharm sites report` measures them."
+        missing = f"Differences between the images were {NOT_MEASURED}: `nnunet-fedharm study run` measures them."
         return Answer(QUESTIONS[0], own or missing, (*([missing] if own else []), *more), measured=bool(own))
     said = describe(sites)
     return Answer(QUESTIONS[0], said[0], (*said[1:3], *([own] if own else []), *more))

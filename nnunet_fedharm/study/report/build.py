@@ -13,10 +13,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from nnunet_fedharm.differences.findings import Findings, to_json
-from nnunet_fedharm.differences.findings_file import from_json
+from nnunet_fedharm.differences.findings import to_json
 from nnunet_fedharm.errors import DataError, SetupError
-from nnunet_fedharm.sites.files import read_json, write_text
+from nnunet_fedharm.sites.files import write_text
 from nnunet_fedharm.study.cell_card import write_cell_card
 from nnunet_fedharm.study.report.answers import answer_all
 from nnunet_fedharm.study.report.files import write_tables
@@ -26,11 +25,10 @@ from nnunet_fedharm.study.report.pdf import print_pdf
 from nnunet_fedharm.study.report.pictures import before_and_after, label_names
 from nnunet_fedharm.study.report.references import bibtex
 from nnunet_fedharm.study.results import StudyResults
+from nnunet_fedharm.study.site_report import read_site_report
 from nnunet_fedharm.study.statistics import analyse
 
 PAGE, PDF, JSON, METHODS, REFERENCES = "report.html", "report.pdf", "study.json", "methods.md", "references.bib"
-SITE_REPORT = ("findings.json", "report.json")
-"""Names under which the folder `site-report` of a study may hold the site report's numbers."""
 
 
 def write_report(
@@ -59,7 +57,7 @@ def write_report(
     found = analyse(results)
     sites = read_site_report(results.study.folder)
     strips, notes = before_and_after(results)
-    written = methods(results, found)
+    written = methods(results, found, sites)
     extras = Extras(sites, strips, notes, label_names(results), written, bibtex(written))
     content = {**to_json(found), "answers": to_json(answer_all(found, sites))}
     for cell in results.finished:
@@ -84,16 +82,3 @@ def _remove(path: Path) -> None:
         raise SetupError(
             f"Cannot replace {path}: {error.strerror}. Close or remove it, or choose another folder."
         ) from error
-
-
-def read_site_report(study: Path) -> Findings | None:
-    """Numbers of the site report in the study's folder; None if there is none.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    for name in SITE_REPORT:
-        path = study / "site-report" / name
-        if path.is_file():
-            return from_json(Findings, read_json(path, what="The site report"))
-    return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fedharm.differences.agreement import GOOD
+from nnunet_fedharm.differences.findings import Findings
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.distances import CONVENTIONS
 from nnunet_fedharm.evaluation.fidelity import SSIM_WINDOW
@@ -34,12 +35,17 @@ BASELINES = {
 }
 
 
-def methods(results: StudyResults, found: StudyFindings) -> str:
-    """The section as Markdown."""
+def methods(results: StudyResults, found: StudyFindings, sites: Findings | None = None) -> str:
+    """The section as Markdown.
+
+    Args:
+        sites: the site report of the dataset, where there is one.
+    """
     study = results.study
     parts = [
         "## Methods",
         "### Data\n\n" + _data(study, found),
+        *(["### Differences between the sites\n\n" + _differences(sites)] if sites and sites.variants else []),
         "### Compared trainings\n\n" + _arms(study, found),
         "### Training\n\n" + _training(study),
         *(["### Federation\n\n" + _federation(study)] if "federated" in study.arms.modes else []),
@@ -83,6 +89,19 @@ def _held_out(found: StudyFindings) -> str:
         f"{left_out(found.held_out)}: neither images nor labels, style or fingerprint from there were used. Each finished model "
         f"with a harmonizer was adapted there {ADAPTED_WITH}: style, polarity and gate were measured, and no weight was changed. "
         "Models without a harmonizer were used as they were. "
+    )
+
+
+def _differences(sites: Findings) -> str:
+    """Of the tests that the first answer stands on."""
+    volumes, most = count(sum(card.n_cases for card in sites.sites), "volume"), sites.settings.get("cases_per_site")
+    chosen = "" if most is None else f" (at most {most} cases of each site, one a patient, evenly spread by name)"
+    return (
+        f"How the sites differ was measured on {volumes} as scanned{chosen}: radiomics features "
+        "[@vangriethuysen2017radiomics] of labelled regions, z-scored, and image quality. Features were compared by "
+        "Kruskal-Wallis tests with false discovery rates after Benjamini and Hochberg, pairs of sites by Wasserstein distances "
+        "and a permutation test of the maximum mean discrepancy (Holm), and classifiers told the site in cross-validation by "
+        "patient against shuffled sites (Bonferroni). Shape features are the control."
     )
 
 

@@ -62,7 +62,7 @@ def render_study(found: StudyFindings, extras: Extras) -> str:
         ("quality", "Harmonization quality", tables.quality_tables(found), _QUALITY),
         ("lesions", "Lesion safety", tables.lesion_table(found), _LESIONS),
         ("controls", "Controls", tables.control_table(found), _CONTROLS),
-        ("sites", "Differences between the sites", _sites(extras.sites), ""),
+        ("sites", "Differences between the sites", _sites(extras.sites), _sites_lead(extras.sites)),
         ("tests", "All comparisons", tables.comparison_tables(found), _TESTS),
         ("cost", "Cost", tables.cost_table(found), _COST),
     ]
@@ -220,6 +220,13 @@ def _sites(sites: Findings | None) -> str:
     return said + distances + block("Scanners", scanner_table(sites))
 
 
+def _sites_lead(sites: Findings | None) -> str:
+    most = None if sites is None else sites.settings.get("cases_per_site")
+    return (
+        "" if most is None else f"Measured on at most {most} cases of each site, one a patient, chosen by name alone."
+    )
+
+
 def _methods(extras: Extras) -> Html:
     references = folded("References, as BibTeX", f"<pre>{escape(extras.bibtex)}</pre>") if extras.bibtex else ""
     return Html(f'<div class="methods">{to_html(extras.methods)}</div>{references}')
@@ -260,7 +267,14 @@ _TESTS = (
     "excludes 0. "
     "Intervals over patients and trainings."
 )
-_COST = "Means over trainings. Time includes planning and preprocessing that no other arm had done; bytes are those of weights."
+_COST = (
+    "Means over trainings. Shared before: fingerprint, plans and preprocessing that were made once for several cells, and that a "
+    "user of this arm alone waits for too; training has what the cell planned and preprocessed itself. Adaptation: all held-out "
+    "sites together. Sites of a federation take turns on this machine, where hospitals work side by side and wait for the "
+    "network. A site alone takes the plans of the pooled cases, whose time is not in its own. Not counted: the training of "
+    "weights that all arms start from, and what only the study needs, harmonized volumes and their quality. Bytes are those of "
+    "weights, energy that of the training alone."
+)
 _DISTANCES = "Median shift of the features between two sites, in standard deviations over all volumes."
 
 _PAGE = """<!doctype html>
