@@ -21,7 +21,7 @@ from nnunet_fedharm.study.cell_files import COST_FILE, ENVIRONMENT_FILE, METRICS
 from nnunet_fedharm.study.data import StudyData
 from nnunet_fedharm.study.energy import Energy, measured
 from nnunet_fedharm.study.matrix import Cell
-from nnunet_fedharm.study.new_site import ADAPTED, adapt_to_held_out, adapted_sites
+from nnunet_fedharm.study.new_site import ADAPTED, adapt_seconds, adapt_to_held_out, adapted_sites
 from nnunet_fedharm.study.quality import keeps_harmonized, measure_quality, predict
 from nnunet_fedharm.study.settings import check_settings, settings_of
 from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile
@@ -69,6 +69,8 @@ def run_cell(study: StudyFile, cell: Cell, *, device: str, show: Callable[[str],
     metrics = _score(data, trained, folder, cell.seed)
     cost = {
         **spent,
+        "shared_s": trained.shared_s,
+        "adapt_s": adapt_seconds(study, cell.arm, folder),
         "predict_s": per_volume,
         "bytes_up": trained.bytes_up,
         "bytes_down": trained.bytes_down,

@@ -6,12 +6,14 @@ data/pooled/…                    the consortium's cases in one nnU-Net root, p
 data/adapt/<SITE>/               images of a held-out site that finished models are adapted with: no labels, no test case
 data/test/<SITE>/{images,labels} test cases, travelling subjects among them
 data/federated/<SITE>/…          preprocessed cases that federated cells share; see `shared_cases`
+data/clock.json                  how long that took; see `shared_time`
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ from nnunet_fedharm.sites.files import (
 )
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
 from nnunet_fedharm.sites.split import SplitOptions, place, split_dataset
+from nnunet_fedharm.study.shared_time import write_prepared
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import CONTROL
 
@@ -154,10 +157,13 @@ class StudyData:
             plan=plan_options(study, BASE_PLANS),
             num_processes=training.num_processes,
         )
+        began = time.monotonic()
         plans = plan_central(self.pooled, self.dataset_name, options)
+        pooled_s, own_s = time.monotonic() - began, dict[str, float]()
         for site in study.own_sites if self._needs_own else ():
             from nnunet_fedharm.planning.preprocess import preprocess_site
 
+            began = time.monotonic()
             preprocess_site(
                 self.own(site),
                 self.dataset_name,
@@ -165,6 +171,8 @@ class StudyData:
                 study.subject.configuration,
                 num_processes=training.num_processes,
             )
+            own_s[site] = time.monotonic() - began
+        write_prepared(self.folder, pooled_s=pooled_s, own_s=own_s)
 
     @property
     def _needs_own(self) -> bool:

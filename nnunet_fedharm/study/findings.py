@@ -166,6 +166,7 @@ class CostFinding:
         bytes_up, bytes_down: of weights, all sites together.
         epsilon: the largest that any training spent; delta: its chance to fail.
         without_noise: releases about patients that have no epsilon.
+        shared_s, adapt_s: as in `results.Cost`, of the trainings that recorded them; None where none did.
         energy_j: of the trainings that were measured; None where none was. counters: what was read.
     """
 
@@ -180,6 +181,8 @@ class CostFinding:
     devices: tuple[str, ...]
     energy_j: float | None = None
     counters: tuple[str, ...] = ()
+    shared_s: float | None = None
+    adapt_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,10 @@ class Cost:
     """What a cell took.
 
     Attributes:
-        train_s: seconds of planning, preprocessing and training.
+        train_s: seconds of the cell's own planning, preprocessing and training.
         predict_s: seconds of prediction per volume.
+        shared_s: of planning and preprocessing that was done before for this and other cells; None where it was not recorded.
+        adapt_s: of the adaptations to held-out sites, all of them together; None where they were not recorded.
         bytes_up, bytes_down: of weights, all sites together; 0 where nothing is sent.
         epsilon, delta: spent by each patient of the site that spent most; None without differential privacy.
         without_noise: releases about patients that have no epsilon.
@@ -45,6 +47,8 @@ class Cost:
 
     train_s: float
     predict_s: float
+    shared_s: float | None = None
+    adapt_s: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
     epsilon: float | None = None

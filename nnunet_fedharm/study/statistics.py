@@ -278,7 +278,6 @@ def _cost(results: StudyResults, arm: Arm) -> CostFinding:
     costs = [cell.cost for cell in results.by_arm[arm]]
     spent = [cost.epsilon for cost in costs if cost.epsilon is not None]
     deltas = [cost.delta for cost in costs if cost.delta is not None]
-    energies = [cost.energy_j for cost in costs if cost.energy_j is not None]
     return CostFinding(
         arm=arm.name,
         train_s=float(np.mean([cost.train_s for cost in costs])),
@@ -289,9 +288,16 @@ def _cost(results: StudyResults, arm: Arm) -> CostFinding:
         delta=max(deltas, default=None),
         without_noise=tuple(dict.fromkeys(name for cost in costs for name in cost.without_noise)),
         devices=tuple(dict.fromkeys(cost.device for cost in costs)),
-        energy_j=float(np.mean(energies)) if energies else None,
+        energy_j=_mean_of_known([cost.energy_j for cost in costs]),
+        shared_s=_mean_of_known([cost.shared_s for cost in costs]),
+        adapt_s=_mean_of_known([cost.adapt_s for cost in costs]),
         counters=tuple(dict.fromkeys(name for cost in costs for name in cost.counters)),
     )
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _sum(parts: Sequence[Drawn]) -> Drawn:

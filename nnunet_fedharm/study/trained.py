@@ -26,6 +26,7 @@ class Trained:
         bytes_up, bytes_down: of weights.
         epsilon: spent by each patient of the site that spent most; None without differential privacy.
         without_noise: releases about patients that have no epsilon.
+        shared_s: seconds of planning and preprocessing that were spared, as an earlier step had done them; None: not recorded.
     """
 
     models: Mapping[str, str]
@@ -34,6 +35,7 @@ class Trained:
     bytes_down: int = 0
     epsilon: float | None = None
     without_noise: tuple[str, ...] = ()
+    shared_s: float | None = None
 
 
 def write_trained(folder: Path, trained: Trained, spent: Mapping[str, Any]) -> None:

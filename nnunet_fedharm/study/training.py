@@ -23,6 +23,7 @@ from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.study.data import BASE_PLANS, StudyData, plan_options
 from nnunet_fedharm.study.matrix import Cell
 from nnunet_fedharm.study.shared_cases import keep_cases, take_cases
+from nnunet_fedharm.study.shared_time import central_seconds, federated_seconds, seconds_before_rounds
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import CONTROL
 from nnunet_fedharm.study.trained import Trained
@@ -74,7 +75,13 @@ def _central(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
     # a held-out site.
     known = () if arm.site else study.training_sites
     styles = {site: site if site in known else "stored" for site in sites}
-    return Trained(dict.fromkeys(sites, str(model)), styles, epsilon=spent[0], without_noise=spent[1])
+    return Trained(
+        dict.fromkeys(sites, str(model)),
+        styles,
+        epsilon=spent[0],
+        without_noise=spent[1],
+        shared_s=central_seconds(data.folder, arm.site),
+    )
 
 
 def _run_nnunet(data: StudyData, trainer_name: str, model: Path, device: str) -> None:
@@ -124,6 +131,7 @@ def _federated(data: StudyData, cell: Cell, folder: Path, device: str) -> Traine
         bytes_down=sum(int(event["bytes_down"]) for event in rounds),
         epsilon=spent[0],
         without_noise=spent[1],
+        shared_s=federated_seconds(data.folder, seconds_before_rounds(events)),
     )
 
 

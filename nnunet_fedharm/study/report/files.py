@@ -26,6 +26,8 @@ COSTS = (
     "devices",
     "energy_j",
     "counters",
+    "shared_s",
+    "adapt_s",
 )
 
 
@@ -98,6 +100,8 @@ def _costs(found: StudyFindings) -> Iterator[Line]:
             " ".join(item.devices),
             item.energy_j,
             " ".join(item.counters),
+            item.shared_s,
+            item.adapt_s,
         )
 
 

@@ -211,6 +211,8 @@ def cost_table(found: StudyFindings) -> Html:
     """Time, energy, traffic and epsilon of each arm."""
     rows = []
     measured = any(cost.energy_j is not None for cost in found.costs)
+    shared = any(cost.shared_s is not None for cost in found.costs)
+    adapted = any(cost.adapt_s for cost in found.costs)
     for cost in found.costs:
         arm = found.arm(cost.arm)
         spent = DASH if cost.epsilon is None else f"{cost.epsilon:.2f}"
@@ -218,7 +220,9 @@ def cost_table(found: StudyFindings) -> Html:
         rows.append(
             (
                 arm.title,
-                f"{cost.train_s / 60:.1f}",
+                *([_minutes(cost.shared_s)] if shared else ()),
+                _minutes(cost.train_s),
+                *([_minutes(cost.adapt_s or None)] if adapted else ()),
                 *([DASH if cost.energy_j is None else f"{cost.energy_j / 3600:.1f}"] if measured else ()),
                 f"{cost.predict_s:.2f}",
                 _bytes(cost.bytes_up),
@@ -230,7 +234,9 @@ def cost_table(found: StudyFindings) -> Html:
         )
     head = (
         "arm",
+        *(("shared before, minutes",) if shared else ()),
         "training, minutes",
+        *(("adaptation, minutes",) if adapted else ()),
         *(("training, Wh",) if measured else ()),
         "prediction, s per volume",
         "sent by sites",
@@ -240,6 +246,10 @@ def cost_table(found: StudyFindings) -> Html:
         "device",
     )
     return table(head, rows)
+
+
+def _minutes(seconds: float | None) -> str:
+    return DASH if seconds is None else f"{seconds / 60:.1f}"
 
 
 def _bytes(size: int) -> str:
