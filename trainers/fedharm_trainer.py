@@ -28,7 +28,7 @@ from nnunet_fedharm.trainers.names import trainer_name_for
 from nnunet_fedharm.trainers.patches import PatchSampler, list_cases
 from nnunet_fedharm.trainers.patient_loader import PatientDraw
 from nnunet_fedharm.trainers.phases import GroupedPolyLRScheduler, HarmonizerPhase, give_own_group
-from nnunet_fedharm.trainers.private_hooks import PrivateHooks
+from nnunet_fedharm.trainers.private_hooks import PrivateHooks, refuse_processes
 from nnunet_fedharm.trainers.seeds import patch_seed, seed_everything
 from nnunet_fedharm.trainers.start_weights import refuse_foreign_styles, start_from
 from nnunet_fedharm.trainers.weights import bare_module
@@ -39,6 +39,7 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
 
     Raises:
         PlanError: no `fedharm` section, a cascade or another configuration, or a kind that this class does not train.
+        PrivacyError: differential privacy in several processes.
     """
 
     kind: str | None = None
@@ -53,6 +54,7 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
     ) -> None:
         # Checked before the base class creates folders and logs, so that a refused run leaves nothing behind.
         self.section = self._checked_section(plans, configuration)
+        refuse_processes(self.section)
         self.continued = bool(plans.get("continue_training", False))
         super().__init__(plans, configuration, fold, dataset_json, device)
         schedule = self.section.schedule

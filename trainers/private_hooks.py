@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch.distributed as dist
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.nnunet_root import environment
 from nnunet_fedharm.planning.private_fingerprint import fingerprint_file
+from nnunet_fedharm.planning.section import FedHarmSection
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
 from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.sites.files import read_json, write_json
@@ -24,6 +27,19 @@ if TYPE_CHECKING:
 
 WITHHELD = 0.0
 """Stands for every loss and Dice in nnU-Net's log, which each checkpoint carries."""
+
+
+def refuse_processes(section: FedHarmSection) -> None:
+    """Refuse a private training in several processes, before anything is made for it.
+
+    Raises:
+        PrivacyError: it is one. Their gradients are averaged within each backward pass, before a patient's is clipped.
+    """
+    if section.privacy is not None and dist.is_available() and dist.is_initialized():
+        raise PrivacyError(
+            "Differential privacy trains in one process: several would mix their patients' gradients before these are clipped. "
+            "Start it without -num_gpus."
+        )
 
 
 class PrivateHooks(PlainPatches):

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 from nnunet_fedharm.planning.section import reads_styles
@@ -57,7 +56,7 @@ class PrivateTraining:
         shared: the segmenter's noise is shared with other sites and not added here, see `clipped_sum`; None adds all of it here.
 
     Raises:
-        PrivacyError: several processes, batch norm, a delta too large for the patients, or a budget that does not last.
+        PrivacyError: batch norm, a delta too large for the patients, or a budget that does not last.
     """
 
     def __init__(
@@ -69,8 +68,6 @@ class PrivateTraining:
         run_id: str,
         shared: SharedSteps | None = None,
     ) -> None:
-        if trainer.is_ddp:
-            raise PrivacyError("Differential privacy trains in one process: start it without -num_gpus.")
         refuse_mixing_layers(trainer.network)
         self.trainer = trainer
         self.options = options
