@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Message
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 
@@ -28,7 +29,7 @@ from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from tests.federation.deploy.real import TINY, RealConsortium, listening
 from tests.federation.deploy.recording import http_parts, messages_from_sites
-from tests.federation.deploy.wire import FLEET, REPLIES, REPORT_REPLIES, check_message, known_tensors
+from tests.federation.deploy.wire import FLEET, REPLIES, REPORT_REPLIES, Allowed, allowed, check_message
 from tests.federation.test_flower import check_results
 
 pytestmark = [
@@ -61,18 +62,6 @@ def run(real: RealConsortium, *words: str) -> tuple[int, str]:
     return real.command(*command, seconds=600)
 
 
-def test_a_run_that_a_policy_forbids_ends_with_the_rule_at_the_server(real: RealConsortium) -> None:
-    policy = real.root / SITES[0] / "fedharm" / "policy.toml"
-    former = policy.read_text()
-    policy.write_text('[work]\nharmonizers = ["curve"]\n')
-    status, text = run(real)
-    policy.write_text(former)
-    assert status == 2
-    assert (
-        "Site hospital-north refuses by the rule work.harmonizers of its own policy: none is not among curve." in text
-    )
-
-
 def events_of(real: RealConsortium, name: str) -> list[dict[str, Any]]:
     return [event for event in read_events(real.server.results / "fedharm" / EVENTS_FILE)[0] if event["event"] == name]
 
@@ -100,14 +89,19 @@ def test_a_site_opens_no_port_but_on_loopback(trained: RealConsortium) -> None:
         assert {address for address, _ in sockets} == {"0100007F"}, sockets
 
 
+def messages_of_sites(real: RealConsortium) -> list[Message]:
+    """All that were recorded, but Flower's own errors, which have no content."""
+    return [message for message in messages_from_sites(real.inside) if message.has_content()]
+
+
+def allowed_by(real: RealConsortium) -> Allowed:
+    return allowed(real.server.results / "fedharm", [real.root / site for site in SITES])
+
+
 def test_everything_that_left_a_site_fits_its_schema_and_no_tensor_is_an_image(trained: RealConsortium) -> None:
-    known, least = known_tensors(trained)
-    seen: set[str] = set()
-    for message in messages_from_sites(trained.inside):
-        if not message.has_content():
-            continue  # Flower's own error, without any content
-        seen.add(check_message(message, known, least))
-    assert seen >= set(REPLIES), "every kind of message was recorded"
+    sent = messages_of_sites(trained)
+    allows = allowed_by(trained)
+    assert {check_message(message, allows) for message in sent} >= set(REPLIES), "every kind of message was recorded"
 
 
 def test_no_other_request_than_flowers_own_left_a_site(trained: RealConsortium) -> None:
@@ -124,6 +118,34 @@ def test_the_network_sees_neither_tensors_nor_names(trained: RealConsortium) -> 
         data = word.encode("latin-1")
         assert data in plain, f"{word} went by"
         assert data not in wire, f"{word} was readable"
+
+
+@pytest.mark.long
+def test_a_run_that_a_policy_forbids_ends_with_the_rule_at_the_server(real: RealConsortium) -> None:
+    policy = real.root / SITES[0] / "fedharm" / "policy.toml"
+    former = policy.read_text()
+    policy.write_text('[work]\nharmonizers = ["curve"]\n')
+    status, text = run(real)
+    policy.write_text(former)
+    assert status == 2
+    assert (
+        "Site hospital-north refuses by the rule work.harmonizers of its own policy: none is not among curve." in text
+    )
+
+
+@pytest.mark.long
+def test_no_image_leaves_a_site_under_a_learned_harmonizer(real: RealConsortium) -> None:
+    """The other kinds, noise and secure sums are looked at message by message in `tests/federation/test_wire.py`."""
+    before = len(messages_of_sites(real))
+    words = ("--harmonizer", "polarity", "--reference", SITES[0], "--harmonizer-rounds", "1", "--segmenter-rounds", "1")
+    status, text = run(real, *words)
+    assert status == 0, text
+    assert "harmonizer round 1/1 done" in text
+    sent, allows = messages_of_sites(real), allowed_by(real)
+    assert len(sent) - before >= 2 * 7, "two rounds and five other messages at each site"
+    assert any("harmonizer.polarity_judge." in name for name in allows.shapes)
+    for message in sent:
+        check_message(message, allows)
 
 
 @pytest.mark.long
@@ -154,9 +176,9 @@ def test_a_site_report_over_the_deployment_is_at_the_server_and_at_every_site(re
     for site in SITES:
         (kept,) = (real.root / site / "fedharm" / "site-report").glob("*/report.json")
         assert f"{site}case000" in (kept.parent / "features.csv").read_text()
-    sent = [one for one in messages_from_sites(real.inside) if one.metadata.message_type in REPORT_REPLIES]
-    seen = {check_message(message, {}, 0) for message in sent if message.has_content()}
-    assert seen == set(REPORT_REPLIES)
+    sent = [one for one in messages_of_sites(real) if one.metadata.message_type in REPORT_REPLIES]
+    allows = allowed_by(real)
+    assert {check_message(message, allows) for message in sent} == set(REPORT_REPLIES)
 
 
 @pytest.mark.long
