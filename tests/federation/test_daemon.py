@@ -49,7 +49,11 @@ def _fork_and_raise(child: BaseProcess) -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.slow
+def test_rays_workers_are_told_to_be_no_less_urgent(tmp_path: Path) -> None:
+    assert flower_environment(tmp_path, device="cpu", parallel_sites=1)["RAY_worker_niceness"] == "0"
+
+
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="no niceness")
 def test_simulated_sites_are_as_urgent_as_whoever_started_them(tmp_path: Path) -> None:
     """Ray's own choice lets a simulation next to other work all but stand still."""

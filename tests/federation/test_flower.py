@@ -74,7 +74,9 @@ def test_a_simulation_ends_with_standard_results_at_the_server_and_every_site(
     tmp_path: Path, make_consortium: Callable[..., Path]
 ) -> None:
     root = make_consortium(tmp_path, {"A": (2, 0), "B": (2, 0), "C": (0, 2)})
-    config = tiny(root, harmonizer="curve", harmonizer_rounds=1, iterations_per_epoch=2, parallel_sites=2)
+    config = tiny(
+        root, harmonizer="curve", harmonizer_rounds=1, segmenter_rounds=1
+    )  # more rounds, more sites at once: long ones
     lines: list[str] = []
     results = federate(config, show=lines.append)
     assert results == root / "server" / RESULTS / "fold_all"
@@ -90,13 +92,11 @@ def test_a_simulation_ends_with_standard_results_at_the_server_and_every_site(
     )
     text = "\n".join(lines)
     assert "harmonizer round 1/1 done: loss" in text
-    assert "segmenter round 2/2 done: loss" in text
+    assert "segmenter round 1/1 done: loss" in text
     log = root / "server" / "fedharm" / "events.jsonl"
     assert "case0" not in log.read_text(), "no case identifier leaves a site"
     trained = [(event["phase"], event["site"]) for event in read_events(log)[0] if event["event"] == "site_trained"]
-    assert sorted(trained) == sorted(
-        [("harmonizer", site) for site in "ABC"] + [("segmenter", site) for site in "AB"] * 2
-    )
+    assert sorted(trained) == sorted([("harmonizer", site) for site in "ABC"] + [("segmenter", site) for site in "AB"])
     assert not (root / "flower" / "daemon.json").exists()
 
 

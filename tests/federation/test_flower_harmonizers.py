@@ -176,7 +176,7 @@ class Watched:
 
 @pytest.mark.parametrize("kind", list(SMALL))
 def test_a_missing_site_undoes_nothing_and_its_row_waits_for_it(consortium: Path, kind: str) -> None:
-    config = replace(learned(consortium, kind, rounds=3), iterations_per_epoch=8)
+    config = replace(learned(consortium, kind, rounds=3), iterations_per_epoch=4, batch_size=2)
     clients = real_sites(config, 3)
     reference, upright = Watched(clients[100], fails_in=(1,)), Watched(clients[101])
     inverted = Watched(clients[102], fails_in=(2,))

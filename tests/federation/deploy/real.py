@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from nnunet_fedharm.cli import main
-from nnunet_fedharm.federation.daemon import free_port
+from nnunet_fedharm.federation.daemon import descendants, free_port
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, ServerOptions, init_server
 from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
 from nnunet_fedharm.federation.deploy.site_join import JoinOptions, join
+from nnunet_fedharm.federation.deploy.units import write_server_units, write_site_units
 from tests.federation.deploy.recording import Proxy
 
 TINY = (
@@ -146,6 +149,24 @@ class RealConsortium:
         process.send_signal(number)
         return process.wait(seconds)
 
+    def cut_the_power(self) -> None:
+        """Everything that runs is killed, and no process has a word to say."""
+        family = [number for process in self.processes.values() for number in (process.pid, *descendants(process.pid))]
+        for number in family:
+            with suppress(ProcessLookupError):  # ended with its parent
+                os.kill(number, signal.SIGKILL)
+        for process in self.processes.values():
+            process.wait(30)
+        self.processes.clear()
+
+    def boot(self, sites: tuple[str, ...]) -> None:
+        """What systemd does at boot: the commands of the units. It would start one that ends again; here none may end."""
+        units = {"server": write_server_units(self.server)[0]}
+        units |= {site: write_site_units(SiteFolder(self.root / site))[0] for site in sites}
+        for name, unit in units.items():
+            (line,) = [line for line in unit.read_text().splitlines() if line.startswith("ExecStart=")]
+            self.start_command(name, shlex.split(line.removeprefix("ExecStart=")))
+
     def close(self) -> None:
         for process in self.processes.values():
             process.send_signal(signal.SIGTERM)
@@ -157,8 +178,6 @@ class RealConsortium:
 
 def listening(pid: int) -> list[tuple[str, int]]:
     """Address and port of every TCP socket on which a process and its descendants listen (Linux)."""
-    from nnunet_fedharm.federation.daemon import descendants
-
     inodes = set()
     for number in (pid, *descendants(pid)):
         for link in Path(f"/proc/{number}/fd").glob("*"):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from nnunet_fedharm.federation.daemon import descendants
-from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
-from nnunet_fedharm.federation.deploy.units import write_server_units, write_site_units
 from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from tests.federation.deploy.real import TINY, RealConsortium
 from tests.federation.test_flower import check_results
@@ -77,31 +71,12 @@ def test_a_run_goes_on_after_the_server_was_killed(real: RealConsortium) -> None
         check_results(home / RESULTS)
 
 
-def cut_the_power(real: RealConsortium) -> None:
-    """Everything that runs is killed, and no process has a word to say."""
-    family = [number for process in real.processes.values() for number in (process.pid, *descendants(process.pid))]
-    for number in family:
-        os.kill(number, signal.SIGKILL)
-    for process in real.processes.values():
-        process.wait(30)
-    real.processes.clear()
-
-
-def boot(real: RealConsortium) -> None:
-    """What systemd does at boot: the units' own commands, which restart where they end."""
-    units = {"server": write_server_units(real.server)[0]}
-    units |= {site: write_site_units(SiteFolder(real.root / site))[0] for site in SITES}
-    for name, unit in units.items():
-        (line,) = [line for line in unit.read_text().splitlines() if line.startswith("ExecStart=")]
-        real.start_command(name, shlex.split(line.removeprefix("ExecStart=")))
-
-
 def test_a_kept_run_goes_on_after_a_power_cut_and_nobody_types_a_word(real: RealConsortium) -> None:
     status, text = real.command(*words(real), "--keep", "--detach", seconds=200)
     assert status == 0, text
     wait_for(real, "round_end")
-    cut_the_power(real)
-    boot(real)
+    real.cut_the_power()
+    real.boot(SITES)
     wait_for(real, "finished")
     assert events(real, "started")[-1]["resumed"]
     assert [event["round"] for event in events(real, "round_end")] == [1, 2, 3], "none is lost, none is trained twice"

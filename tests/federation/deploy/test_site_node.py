@@ -85,17 +85,7 @@ def test_settings_that_cannot_be_changed_line_by_line_stay(join_site: Callable[.
     assert site.settings_file.read_text() == text
 
 
-@pytest.mark.parametrize(
-    ("device", "why"),
-    [
-        ("cuda", "and no GPU is here: set device = "),
-        ("cuda:7", "and there are fewer GPUs here"),
-        ("gpu", "which is no device: write cuda"),
-    ],
-)
 def test_a_site_without_its_gpu_joins_with_a_warning_and_is_not_ready(
-    device: str,
-    why: str,
     server: ServerFolder,
     join_site: Callable[..., SiteFolder],
     monkeypatch: pytest.MonkeyPatch,
@@ -103,14 +93,24 @@ def test_a_site_without_its_gpu_joins_with_a_warning_and_is_not_ready(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     site = join_site()
-    words = ["--site", SITES[0], "--site-root", str(site.root), "--device", device]
+    words = ["--site", SITES[0], "--site-root", str(site.root), "--device", "cuda"]
     assert main(["site", "join", str(server.consortium_file), *words]) == 0
-    said = f'{site.settings_file} says device = "{device}", {why}'
+    said = f'{site.settings_file} says device = "cuda", and no GPU is here: set device = '
     assert said in capsys.readouterr().out
     assert main(["site", "check", str(site.root)]) == 2
     assert said in capsys.readouterr().err
     with pytest.raises(SetupError, match="says device"):
         start_site(site)
+
+
+@pytest.mark.parametrize(
+    ("device", "why"), [("cuda:7", "and there are fewer GPUs here"), ("gpu", "which is no device: write cuda")]
+)
+def test_other_devices_that_are_not_here_have_sentences_of_their_own(
+    device: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert f'site.toml says device = "{device}", {why}' in devices.device_trouble(device, file=tmp_path / "site.toml")
 
 
 def test_a_device_that_is_there_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
