@@ -46,6 +46,29 @@ def dice_figure(found: StudyFindings) -> Html:
     return Html(key(marks) + wide) if any(charts) else Html("")
 
 
+def lesion_figure(found: StudyFindings) -> Html:
+    """What harmonization did to the lesions of travelling subjects: recall and false ones, harmonized less as scanned."""
+    rows = []
+    for name, report in found.quality.items():
+        lesions: Mapping[str, Any] = report.get("lesions") or {}
+        arm = found.arm(name)
+        for site in ["all"] if "all" in lesions else lesions:
+            changes = {key: lesions[site][key]["change"] for key in ("lesion_recall", "false_lesions")}
+            values = {key: Estimate(**change) for key, change in changes.items() if change["value"] is not None}
+            where = "" if site == "all" else f", {site}"
+            rows.append(Row(group_of(arm), f"{row_name(arm)}{where}", style_of(arm), values))
+    if not any(row.values for row in rows):
+        return Html("")
+    line = (("control", 0.0, "as scanned"),)
+    columns = [
+        Column("lesion_recall", "lesions found, change of the share", "below 0: lesions are lost", line, (-0.1, 0.1)),
+        Column("false_lesions", "false lesions per volume, change", "above 0: lesions are made up", line, (-0.5, 0.5)),
+    ]
+    return Html(
+        f'<div class="scroll wide">{dot_plot(rows, columns, label="Lesions found and made up, harmonized less as scanned")}</div>'
+    )
+
+
 def gap_figure(found: StudyFindings) -> Html:
     """Share of the gap that each arm recovers."""
     rows = [

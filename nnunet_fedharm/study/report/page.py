@@ -22,7 +22,14 @@ from nnunet_fedharm.evaluation.words import count, day
 from nnunet_fedharm.study.findings import FEWEST_SEEDS, StudyFindings
 from nnunet_fedharm.study.report import tables
 from nnunet_fedharm.study.report.answers import NOT_MEASURED, Answer, answer_all
-from nnunet_fedharm.study.report.figures import answer_figure, dice_figure, epsilon_figure, federated_figure, gap_figure
+from nnunet_fedharm.study.report.figures import (
+    answer_figure,
+    dice_figure,
+    epsilon_figure,
+    federated_figure,
+    gap_figure,
+    lesion_figure,
+)
 from nnunet_fedharm.study.report.markdown import to_html
 from nnunet_fedharm.study.report.names import place
 from nnunet_fedharm.study.report.pictures import SiteStrip
@@ -60,7 +67,7 @@ def render_study(found: StudyFindings, extras: Extras) -> str:
         ("privacy", "Dice and radiomics against epsilon", epsilon_figure(found), _EPSILON),
         ("pictures", "Before and after", _strips(extras), _PICTURES),
         ("quality", "Harmonization quality", tables.quality_tables(found), _QUALITY),
-        ("lesions", "Lesion safety", tables.lesion_table(found), _LESIONS),
+        ("lesions", "Lesion safety", lesion_figure(found) + tables.lesion_table(found), _LESIONS),
         ("controls", "Controls", tables.control_table(found), _CONTROLS),
         ("sites", "Differences between the sites", _sites(extras.sites), _sites_lead(extras.sites)),
         ("tests", "All comparisons", tables.comparison_tables(found), _TESTS),
