@@ -51,6 +51,7 @@ class Recipe:
         patches: of a patient in a step.
         lr, clip, momentum: of the optimizer.
         judge_epochs, judge_lr: of `polarity`'s judge, trained on A's private patients; 0 takes the start's, which is public.
+    judge: which one.
     """
 
     start: str
@@ -63,7 +64,8 @@ class Recipe:
     clip: float = 0.1
     momentum: float = 0.9
     judge_epochs: int = 0
-    judge_lr: float = 3e-3
+    judge_lr: float = 2e-3
+    judge: str = "network"
 
     @property
     def private(self) -> tuple[str, ...]:
@@ -74,7 +76,7 @@ RECIPES = {
     "simulated-all": Recipe("simulated", lr=0.6),
     "simulated-large-batch": Recipe("simulated", patients=64.0, lr=0.8),
     "simulated-long": Recipe("simulated", steps=96, patients=32.0, lr=0.3),
-    "simulated-polarity": Recipe("simulated", "polarity", lr=0.6, judge_epochs=30),
+    "simulated-polarity": Recipe("simulated", "polarity", lr=0.6, judge_epochs=6, judge="linear"),
     "simulated-norm-heads": Recipe("simulated", groups="norm,heads", lr=1.5),
     "random-all": Recipe("", lr=0.6),
     "public-all": Recipe("public", "polarity", lr=0.1),
@@ -172,11 +174,19 @@ class PrivateBench:
         for folder in (self.work / "states").glob(f"{name}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def plans(self, kind: str, planned: Schedule, privacy: PrivacyOptions | None, styles: Mapping[str, Style]) -> Any:
+    def plans(
+        self,
+        kind: str,
+        planned: Schedule,
+        privacy: PrivacyOptions | None,
+        styles: Mapping[str, Style],
+        judge: str = "network",
+    ) -> Any:
         plans = self.bench.plans("3d")
         section = read_section(plans["configurations"][CONFIGURATION])
         changed = replace(
-            section, kind=kind, harmonizer={}, reference="A", schedule=planned, privacy=privacy,
+            section, kind=kind, harmonizer={"judge": judge} if kind == "polarity" else {}, reference="A", schedule=planned,
+            privacy=privacy,
             styles={**section.styles, **styles},
         )  # fmt: skip
         return with_section(plans, changed, (CONFIGURATION,))

@@ -59,7 +59,7 @@ MODES = ("central", "federated", "shared")
 EPSILONS = {
     "simulated-all": (8.0, 1.0, NO_NOISE, 3.0, 32.0),
     "public-all": (8.0, 1.0),
-    "simulated-polarity": (8.0, 1.0, 3.0),
+    "simulated-polarity": (8.0, 1.0, 3.0, NO_NOISE),
     "simulated-norm-heads": (8.0, 1.0),
     "simulated-large-batch": (8.0,),
     "simulated-long": (8.0,),
@@ -85,7 +85,7 @@ def run_private(own: PrivateBench, arm: Arm) -> tuple[Any, Weights, dict[str, An
         harmonizer_epochs=recipe.judge_epochs or int(recipe.kind == "polarity"),
     )  # fmt: skip
     styles = private_styles(own, places, privacy) if recipe.kind == "polarity" else {}
-    plans = own.plans(recipe.kind, planned, privacy, styles)
+    plans = own.plans(recipe.kind, planned, privacy, styles, recipe.judge)
     start = own.start(recipe.start)
     trainer = trainer_name_for(recipe.kind)
     weights = initial_weights(plans, own.bench.description(), CONFIGURATION, trainer, arm.seed, start)
@@ -93,7 +93,7 @@ def run_private(own: PrivateBench, arm: Arm) -> tuple[Any, Weights, dict[str, An
         weights = vote(own, plans, arm, places, weights)
     train = {"central": train_central, "federated": train_federated, "shared": train_shared}[arm.mode]
     weights, found = train(own, plans, arm, places, weights)
-    public = own.plans(recipe.kind, planned, None, styles)
+    public = own.plans(recipe.kind, planned, None, styles, recipe.judge)
     return public, weights, found
 
 
@@ -192,12 +192,12 @@ def run_start(own: PrivateBench, recipe: Recipe, seed: int) -> tuple[Any, Weight
     privacy = PrivacyOptions(epsilon=8.0, delta=DELTA, fingerprint_noise=0.0)
     places = own.world(arm.name, {site: own.bench.own_root(site) for site in recipe.private})
     styles = private_styles(own, places, privacy) if recipe.kind == "polarity" else {}
-    plans = own.plans(recipe.kind, planned, privacy, styles)
+    plans = own.plans(recipe.kind, planned, privacy, styles, recipe.judge)
     start = own.start(recipe.start)
     weights = initial_weights(plans, own.bench.description(), CONFIGURATION, trainer_name_for(recipe.kind), seed, start)
     if recipe.kind == "polarity":
         weights = vote(own, plans, arm, places, weights)
-    return own.plans(recipe.kind, planned, None, styles), weights
+    return own.plans(recipe.kind, planned, None, styles, recipe.judge), weights
 
 
 def run_arm(own: PrivateBench, arm: Arm) -> None:

@@ -63,8 +63,8 @@ class CycleGANConfig:
     """At the reference, use its images in another site's quantiles (and inverted, if that site is) as what is to be mapped."""
     polarity: bool = True
     """Let a judge trained at the reference vote on whether a site's contrast is inverted, and start from the inverse there."""
-    judge_trained: str = "all"
-    """all; or last, the judge's last layer upon random features: what differential privacy's noise leaves something of."""
+    judge: str = "network"
+    """network, or linear: one direction learned upon random features, which differential privacy's noise leaves something of."""
     share_backward: bool = False
     """Export and average B and D_s too, as an exact split of CycleGAN over sites does; off: they never leave the site."""
     one_sided: bool = False
@@ -105,7 +105,7 @@ class CycleGANHarmonizer(JudgedHarmonizer):
 
     def __init__(self, setting: Setting, config: CycleGANConfig) -> None:
         judge_width = config.discriminator_width if config.polarity else None
-        super().__init__(setting, judge_width=judge_width, judge_trained=config.judge_trained)
+        super().__init__(setting, judge_width=judge_width, judge=config.judge)
         self.config = config
         self.generator = self.new_generator()
         self.reference_discriminator = self.new_discriminator(conditional=False)

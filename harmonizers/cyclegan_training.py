@@ -27,7 +27,8 @@ from torch.nn import functional
 
 from nnunet_fedharm.harmonizers.appearance import AppearanceOptions, random_noise, random_sharpness
 from nnunet_fedharm.harmonizers.base import Source
-from nnunet_fedharm.harmonizers.polarity import dress, dressed_references, expand, polarity_step
+from nnunet_fedharm.harmonizers.judges import dress, expand
+from nnunet_fedharm.harmonizers.polarity import dressed_references, polarity_step
 from nnunet_fedharm.harmonizers.resnet import PatchDiscriminator, ResidualNetwork
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining, is_distributed
 

@@ -62,8 +62,8 @@ class FlowConfig:
     Without it, inverted_share has to teach the network to tell from the surroundings, which takes far longer."""
     judge_width: int = 12
     """Channels of the judge's first convolution."""
-    judge_trained: str = "all"
-    """all; or last, the judge's last layer upon random features: what differential privacy's noise leaves something of."""
+    judge: str = "network"
+    """network, or linear: one direction learned upon random features, which differential privacy's noise leaves something of."""
     block: int = 16
     """Voxels along each axis of the blocks that patches are cut into, each with an appearance of its own."""
     block_share: float = 0.5
@@ -116,7 +116,7 @@ class FlowHarmonizer(JudgedHarmonizer):
 
     def __init__(self, setting: Setting, config: FlowConfig) -> None:
         judge_width = config.judge_width if config.polarity else None
-        super().__init__(setting, judge_width=judge_width, judge_trained=config.judge_trained)
+        super().__init__(setting, judge_width=judge_width, judge=config.judge)
         num_channels, spatial_dims = setting.num_channels, setting.spatial_dims
         self.config = config
         self.process: Process = DDIMProcess(config.ddim_start) if config.process == "ddim" else FlowProcess()

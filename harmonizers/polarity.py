@@ -9,111 +9,16 @@ Every site then lets it vote on its own patches. Judge and votes are shared; ima
 from __future__ import annotations
 
 import torch
-from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, Harmonizer, Setting, Source, patch_quantiles
-from nnunet_fedharm.harmonizers.resnet import MirrorConv, PatchDiscriminator
-from nnunet_fedharm.harmonizers.smooth import random_log_gain
-from nnunet_fedharm.harmonizers.tone import apply_displacement, quantile_map
+from nnunet_fedharm.harmonizers.judges import JUDGES, dress, expand
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining, average_over_processes
 
 VOTE_MOMENTUM = 0.05
 """Share of a batch's vote in the running mean."""
-
-FIELD = 0.15
-"""Standard deviation of the random log gain that the judge has to look through."""
-
-SHARPNESS = 5.0
-"""Factor on the mean score: the mean over a patch starts so small that the judge would first have to learn to speak up."""
-
-JUDGE_PARTS = ("all", "last")
-"""What of a judge may be trained: all of its layers, or the last one upon random features."""
-
-GAIN = 2.0
-"""Factor on the kernels that the judge begins with. At 1, and in batches of a few slices, the score falls to zero before it has
-learned anything, and the loss has a plateau there (docs/experiments/polarity-judge).
-"""
-
-
-def dress(
-    image: Float[Tensor, "b c *spatial"],
-    own: Float[Tensor, "b c q"],
-    wanted: Float[Tensor, "b c q"],
-    inverted: Bool[Tensor, "b c"],
-) -> Float[Tensor, "b c *spatial"]:
-    """The image in the wanted quantiles, after a change of sign where `inverted` says so; zeros stay zero.
-
-    Args:
-        image: z-scored.
-        own: its quantiles.
-        wanted: quantiles to map to.
-        inverted: per sample and channel.
-    """
-    turned_own = torch.where(inverted[..., None], -own.flip(-1), own)
-    turned = torch.where(expand(inverted, image), -image, image)
-    return turned + (image != 0) * apply_displacement(turned, quantile_map(turned_own, wanted).to(image.dtype))
-
-
-def expand(value: Tensor, image: Tensor) -> Tensor:
-    """(B,) or (B, C) with trailing axes of length 1, so that it broadcasts over the image."""
-    return value.reshape(*value.shape, *([1] * (image.ndim - value.ndim)))
-
-
-class PolarityJudge(nn.Module):
-    """Scores how much a patch looks the right way up, one channel at a time.
-
-    Args:
-        channels: C; the judge is told which channel it sees.
-        spatial_dims: 2 or 3.
-        width: channels after the first convolution.
-        trained: one of `JUDGE_PARTS`.
-
-    Raises:
-        PlanError: no such part.
-    """
-
-    def __init__(self, *, channels: int, spatial_dims: int, width: int, trained: str = "all") -> None:
-        super().__init__()
-        if trained not in JUDGE_PARTS:
-            raise PlanError(f"harmonizer.judge_trained must be one of {', '.join(JUDGE_PARTS)}, got {trained!r}.")
-        self.channels = channels
-        self.trained = trained
-        self.network = PatchDiscriminator(channels=1, spatial_dims=spatial_dims, width=width, style_size=channels)
-        with torch.no_grad():
-            for module in self.network.modules():
-                if isinstance(module, MirrorConv):
-                    module.weight.mul_(GAIN)
-
-    def taught(self) -> list[nn.Parameter]:
-        """The parameters that are trained."""
-        return list((self.network if self.trained == "all" else self.network.last).parameters())
-
-    def forward(
-        self,
-        image: Float[Tensor, "b c *spatial"],
-        own: Float[Tensor, "b c q"],
-        reference: Float[Tensor, "b c q"],
-    ) -> Float[Tensor, "b c"]:
-        """Log odds that each channel is the right way up; changes sign with the image."""
-        inverted = torch.zeros(image.shape[:2], dtype=torch.bool, device=image.device)
-        upright, upset = dress(image, own, reference, inverted), dress(image, own, reference, ~inverted)
-        return self._score(upright) - self._score(upset)
-
-    def _score(self, image: Tensor) -> Float[Tensor, "b c"]:
-        which = repeat(torch.eye(self.channels, device=image.device), "c d -> (b c) d", b=len(image))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained == "all"):
-            features = self.network.features(rearrange(image, "b c ... -> (b c) 1 ..."), which)
-        scores = self.network.last(features)
-        return SHARPNESS * rearrange(scores.flatten(1).mean(dim=1), "(b c) -> b c", b=len(image))
-
-    def loss(self, image: Tensor, reference: Float[Tensor, "b c q"], generator: torch.Generator) -> Float[Tensor, ""]:
-        """Cross-entropy on the reference's own patches, under a random smooth field."""
-        field = torch.exp(random_log_gain(image, FIELD, generator))
-        return functional.softplus(-self(image * field, reference, reference)).mean()
 
 
 class JudgedHarmonizer(Harmonizer):
@@ -121,20 +26,21 @@ class JudgedHarmonizer(Harmonizer):
 
     Args:
         judge_width: channels of the judge's first convolution; None does without a judge, and nothing is inverted.
-        judge_trained: what of it is trained, one of `JUDGE_PARTS`. "last" has some 30 weights, which learn under noise
-            that thousands do not survive (docs/experiments/private-harmonizer).
+        judge: one of `JUDGES`.
         setting: arguments of `Harmonizer`.
 
     Raises:
-        PlanError: no such part.
+        PlanError: no such judge.
     """
 
-    def __init__(self, setting: Setting, *, judge_width: int | None, judge_trained: str = "all") -> None:
+    def __init__(self, setting: Setting, *, judge_width: int | None, judge: str = "network") -> None:
         super().__init__(setting)
+        if judge not in JUDGES:
+            raise PlanError(f"harmonizer.judge must be one of {', '.join(JUDGES)}, got {judge!r}.")
         self.polarity_judge = None
         if judge_width is not None:
-            self.polarity_judge = PolarityJudge(
-                channels=self.num_channels, spatial_dims=self.spatial_dims, width=judge_width, trained=judge_trained
+            self.polarity_judge = JUDGES[judge](
+                channels=self.num_channels, spatial_dims=self.spatial_dims, width=judge_width
             )
 
     def judge_parameters(self) -> list[nn.Parameter]:

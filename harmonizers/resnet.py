@@ -151,13 +151,8 @@ class PatchDiscriminator(nn.Module):
         layers += [MirrorConv(2 * width, 2 * width, spatial_dims=spatial_dims), nn.LeakyReLU(0.2)]
         self.rest = nn.Sequential(*layers, _pointwise(2 * width, 1, spatial_dims))
 
-    @property
-    def last(self) -> nn.Module:
-        """The layer that weighs the features."""
-        return self.rest[-1]
-
     def forward(self, image: Float[Tensor, "b c *s"], style: Tensor | None = None) -> Float[Tensor, "b 1 *out"]:
-        result: Tensor = self.last(self.features(image, style))
+        result: Tensor = self.rest[-1](self.features(image, style))
         return result
 
     def features(self, image: Float[Tensor, "b c *s"], style: Tensor | None = None) -> Float[Tensor, "b f *out"]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers.base import Setting, Source
-from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer, dress, dressed_references, polarity_step
+from nnunet_fedharm.harmonizers.judges import dress
+from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer, dressed_references, polarity_step
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 
 _LEARNED = 0.9
@@ -33,8 +34,8 @@ the inverted one as it was ended at .91 of it and more, one that found it at .47
 class PolarityConfig:
     judge_width: int = 16
     """Channels of the judge's first convolution."""
-    judge_trained: str = "all"
-    """all; or last, the judge's last layer upon random features: what differential privacy's noise leaves something of."""
+    judge: str = "network"
+    """network, or linear: one direction learned upon random features, which differential privacy's noise leaves something of."""
 
     def __post_init__(self) -> None:
         if self.judge_width < 1:
@@ -47,7 +48,7 @@ class PolarityHarmonizer(JudgedHarmonizer):
     learned = True
 
     def __init__(self, setting: Setting, config: PolarityConfig) -> None:
-        super().__init__(setting, judge_width=config.judge_width, judge_trained=config.judge_trained)
+        super().__init__(setting, judge_width=config.judge_width, judge=config.judge)
         self.gate.zero_()
 
     def transform(self, image: Tensor, mask: Tensor, source: Source) -> Tensor:

@@ -128,7 +128,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"  site {site}: style of {style.n_cases} training cases")
     print_explained(plans, device)
     print(f"The same explanations: {explanation_file(root, plans)}")
-    if against := private_judge(section.kind, private=section.privacy is not None, start_from=section.start_from):
+    if against := private_judge(
+        section.kind, section.harmonizer, private=section.privacy is not None, start_from=section.start_from
+    ):
         print(f"warning: {against}")
     print("Train with:")
     trainer = trainer_name_for(options.kind)

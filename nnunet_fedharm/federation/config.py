@@ -323,6 +323,11 @@ def warnings_of(config: FederateConfig) -> list[str]:
         )
     if config.device != "cpu" and config.parallel_sites > config.gpus:
         found.append(f"{config.parallel_sites} sites share {config.gpus} of {config.device} at the same time.")
-    if judge := private_judge(config.harmonizer, private=config.privacy is not None, start_from=config.start_from):
+    if judge := private_judge(
+        config.harmonizer,
+        {"judge": "linear", **config.harmonizer_settings},  # what the preparation chooses where nothing was asked for
+        private=config.privacy is not None,
+        start_from=config.start_from,
+    ):
         found.append(judge)
     return found + strategy_warnings(config)

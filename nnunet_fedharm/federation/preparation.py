@@ -168,7 +168,7 @@ class Preparation:
             reference=config.reference,
             styles=styles,
             device=device,
-            private=config.privacy is not None,
+            private=config.privacy is not None and not config.start_from,
         )
         section = FedHarmSection(
             kind=config.harmonizer,

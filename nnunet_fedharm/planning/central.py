@@ -27,6 +27,7 @@ from nnunet_fedharm.planning.section import (
     FedHarmSection,
     Schedule,
     check_plans_name,
+    judge_of,
     reads_styles,
     with_section,
 )
@@ -235,10 +236,10 @@ def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], opti
             reference=options.reference,
             styles=styles,
             device=options.device,
-            private=options.privacy is not None,
+            private=options.privacy is not None and not options.start_from,
         )
         harmonizer = complete_options(situation, harmonizer)
-        schedule = complete_schedule(situation, schedule)
+        schedule = complete_schedule(replace(situation, judge=judge_of(harmonizer)), schedule)
     return FedHarmSection(
         kind=options.kind,
         harmonizer=harmonizer,

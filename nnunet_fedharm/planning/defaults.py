@@ -50,6 +50,9 @@ LENGTHS = {
 }
 """By kind; docs/experiments trained 120 to 400 steps each (the judge of polarity needed 120 to 500)."""
 
+LINEAR_JUDGE = Length(least=60, patches_per_image=4, lr=2e-3)
+"""Of `polarity` whose judge is linear: docs/experiments/private-harmonizer."""
+
 SEGMENTER_SHARE = 50
 """The harmonizer trains at least this part of the segmenter's steps: beside a long training more costs next to nothing."""
 
@@ -104,9 +107,9 @@ def suggest_options(situation: Situation, given: Mapping[str, Any]) -> dict[str,
 
 
 def _judge(situation: Situation, given: Mapping[str, Any]) -> dict[str, Choice]:
-    if not situation.private or situation.kind not in AT_REFERENCE or "judge_trained" in given:
+    if not situation.private or situation.kind not in AT_REFERENCE or "judge" in given:
         return {}
-    return {"judge_trained": Choice("last", "differential privacy's noise drowns what the thousands of others learn")}
+    return {"judge": Choice("linear", "differential privacy's noise drowns what a network learns")}
 
 
 def _sizes(situation: Situation, given: Mapping[str, Any]) -> dict[str, Choice]:
@@ -205,12 +208,12 @@ def _schedule_rules(situation: Situation, values: Mapping[str, Any]) -> Iterator
 def _harmonizer_epochs(situation: Situation, iterations: int, segmenter_steps: int) -> Choice:
     if situation.kind not in LEARNED:
         return Choice(0, f"the harmonizer {situation.kind} has nothing to learn")
-    length, images = LENGTHS[situation.kind], situation.learning_images
+    length, images = _length(situation), situation.learning_images
     steps, why = (
         length.patches_per_image * images // situation.batch_size,
         f"{length.patches_per_image} patches per image",
     )
-    if steps < segmenter_steps // SEGMENTER_SHARE:
+    if steps < segmenter_steps // SEGMENTER_SHARE and not _linear(situation):
         steps, why = segmenter_steps // SEGMENTER_SHARE, f"a {SEGMENTER_SHARE}th of the segmenter's"
     if steps < length.least:
         steps, why = length.least, "the least that the experiments call for"
@@ -228,10 +231,19 @@ def _harmonizer_epochs(situation: Situation, iterations: int, segmenter_steps: i
 def _harmonizer_lr(situation: Situation, steps: int) -> Choice:
     if situation.kind not in LEARNED:
         return Choice(1e-3, "not used")
-    lr = LENGTHS[situation.kind].lr
+    lr = _length(situation).lr
     if steps > LONG_HARMONIZER:
         return Choice(lr / 2, f"half of the {lr:g} of the short experiments, as {steps} steps leave time")
     return Choice(lr, "as in the experiments")
+
+
+def _length(situation: Situation) -> Length:
+    return LINEAR_JUDGE if _linear(situation) else LENGTHS[situation.kind]
+
+
+def _linear(situation: Situation) -> bool:
+    """Whether a linear judge is all that is learned; each of its steps would cost the segmenter privacy."""
+    return situation.kind == "polarity" and situation.judge == "linear"
 
 
 def _name(device: Device) -> str:

@@ -6,7 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from nnunet_fedharm.harmonizers.flow import FlowConfig
 from nnunet_fedharm.harmonizers.upright import PolarityConfig
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.defaults import Choice, suggest_options, suggest_schedule
-from nnunet_fedharm.planning.section import SECTION, FedHarmSection, Schedule
+from nnunet_fedharm.planning.section import SECTION, FedHarmSection, Schedule, judge_of
 from nnunet_fedharm.planning.situation import Device, Situation, situation_of
 from nnunet_fedharm.sites.files import write_text
 
@@ -61,8 +61,9 @@ def explain(plans: Mapping[str, Any], device: Device) -> dict[str, list[Explaine
                 reference=section.reference,
                 styles=section.styles,
                 device=device,
-                private=section.privacy is not None,
+                private=section.privacy is not None and not section.start_from,
             )
+            situation = replace(situation, judge=judge_of(section.harmonizer))
             found[name] = [*_network(configuration), *_harmonizer(section, situation), *_schedule(section, situation)]
     return found
 
@@ -87,9 +88,7 @@ def _harmonizer(section: FedHarmSection, situation: Situation) -> list[Explained
     if section.kind not in CONFIGS:
         return rows
     config, given = CONFIGS[section.kind], section.harmonizer
-    free = {
-        name: value for name, value in given.items() if name not in (*CHOSEN.get(section.kind, ()), "judge_trained")
-    }
+    free = {name: value for name, value in given.items() if name not in (*CHOSEN.get(section.kind, ()), "judge")}
     meanings, choices = field_docstrings(config), suggest_options(situation, free)
     own = {item.name: item.default for item in fields(config)}
     for name, choice in choices.items():

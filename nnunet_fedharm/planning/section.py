@@ -138,14 +138,26 @@ def reads_styles(kind: str) -> bool:
     return kind != "none"
 
 
-def private_judge(kind: str, *, private: bool, start_from: str) -> str:
-    """What stands against a judge of contrast that has to learn privately from random weights; empty where none does."""
+def judge_of(options: Mapping[str, Any]) -> str:
+    """Judge of contrast that a harmonizer's options ask for, one of `harmonizers.judges.JUDGES`."""
+    return str(options.get("judge", "network"))
+
+
+def private_judge(kind: str, options: Mapping[str, Any], *, private: bool, start_from: str) -> str:
+    """What stands against a judge of contrast that has to learn privately from random weights; empty where nothing does.
+
+    Args:
+        options: of the harmonizer.
+    """
     if not private or start_from or kind not in AT_REFERENCE:
         return ""
+    if judge_of(options) == "linear" or not options.get("polarity", True):
+        return ""
     return (
-        f"The judge of {kind} starts from random weights and is trained under differential privacy. On 42 patients it missed "
-        "the inverted site at epsilon 8 and guessed at 3 and below, and a judge that guesses turns sites over at random. Give "
-        "start-from: a model of the same kind of public images of the same contrast, whose judge is taken."
+        f"The judge of {kind} is a network that starts from random weights and is trained under differential privacy. On 42 "
+        "patients it missed the inverted site at epsilon 8 and guessed at 3 and below, and a judge that guesses turns sites over "
+        'at random. Ask for judge "linear" in the harmonizer\'s options, or give start-from: a model of the same kind of public '
+        "images of the same contrast, whose judge is taken."
     )
 
 

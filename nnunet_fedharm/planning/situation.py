@@ -59,7 +59,8 @@ class Situation:
         images: site -> training images, with and without labels.
         reference_sites: sites whose images are the reference's.
         device: what the training will run on.
-        private: whether it is under differential privacy.
+        private: whether it starts from random weights under differential privacy.
+        judge: of contrast, one of `harmonizers.judges.JUDGES`, where there is one.
     """
 
     kind: str
@@ -71,6 +72,7 @@ class Situation:
     reference_sites: tuple[str, ...]
     device: Device
     private: bool = False
+    judge: str = "network"
 
     @property
     def learning_images(self) -> int:

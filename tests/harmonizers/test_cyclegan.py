@@ -24,7 +24,8 @@ from nnunet_fedharm.harmonizers.cyclegan_training import (
     fake_loss,
     real_loss,
 )
-from nnunet_fedharm.harmonizers.polarity import dress, dressed_references
+from nnunet_fedharm.harmonizers.judges import dress
+from nnunet_fedharm.harmonizers.polarity import dressed_references
 from nnunet_fedharm.harmonizers.resnet import MirrorConv, PatchDiscriminator, ResidualNetwork
 from tests.harmonizers.test_harmonizers import style
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers import doubt
-from nnunet_fedharm.harmonizers.polarity import INVERTED_BELOW, PolarityJudge, dress, polarity_step, vote
+from nnunet_fedharm.harmonizers.base import INVERTED_BELOW
+from nnunet_fedharm.harmonizers.judges import Judge, LinearJudge, NetworkJudge, dress
+from nnunet_fedharm.harmonizers.polarity import polarity_step, vote
 from tests.harmonizers.test_cyclegan import CLINIC, REFERENCE, gan, training
 from tests.harmonizers.test_harmonizers import make, padded_noise
 
@@ -28,6 +30,14 @@ def quantiles(image: Tensor) -> Tensor:
     return torch.quantile(image.flatten(2), levels, dim=2).movedim(0, -1).mean(dim=0, keepdim=True)
 
 
+def outspoken(kind: type[Judge], channels: int = 2) -> Judge:
+    """A judge with some opinion, as learned."""
+    judge = kind(channels=channels, spatial_dims=2, width=4)
+    if isinstance(judge, LinearJudge):
+        torch.nn.init.normal_(judge.direction, std=1e-3, generator=torch.Generator().manual_seed(3))
+    return judge
+
+
 def test_dressing_and_undressing_gives_the_image_back() -> None:
     image = lakes(0)
     own, other = quantiles(image).expand(8, -1, -1), torch.linspace(-2, 2, 33).expand(8, 1, -1)
@@ -38,16 +48,18 @@ def test_dressing_and_undressing_gives_the_image_back() -> None:
     torch.testing.assert_close(back, image, atol=0.15, rtol=0)
 
 
-def test_the_judge_changes_sign_with_the_image() -> None:
-    judge = PolarityJudge(channels=2, spatial_dims=2, width=4)
+@pytest.mark.parametrize("kind", [NetworkJudge, LinearJudge])
+def test_the_judge_changes_sign_with_the_image(kind: type[Judge]) -> None:
+    judge = outspoken(kind)
     image = torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     flat = torch.linspace(-2, 2, 33).expand(3, 2, -1)
     with torch.no_grad():
         torch.testing.assert_close(judge(-image, flat, flat), -judge(image, flat, flat), atol=1e-5, rtol=1e-4)
 
 
-def test_a_channel_is_judged_by_itself() -> None:
-    judge = PolarityJudge(channels=2, spatial_dims=2, width=4)
+@pytest.mark.parametrize("kind", [NetworkJudge, LinearJudge])
+def test_a_channel_is_judged_by_itself(kind: type[Judge]) -> None:
+    judge = outspoken(kind)
     image = torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     flat = torch.linspace(-2, 2, 33).expand(3, 2, -1)
     other = image.clone()
@@ -72,15 +84,17 @@ def test_an_untrained_judge_inverts_nothing() -> None:
     assert not (trained.harmonizer.bank_polarity < INVERTED_BELOW).any()
 
 
-@pytest.mark.parametrize(("upset", "taught"), [(True, "all"), (False, "all"), (True, "last"), (False, "last")])
-def test_an_inverted_site_is_found_and_turned_over(upset: bool, taught: str) -> None:
-    harmonizer = gan(discriminator_width=12, judge_trained=taught)
+@pytest.mark.parametrize(
+    ("upset", "judge"), [(True, "network"), (False, "network"), (True, "linear"), (False, "linear")]
+)
+def test_an_inverted_site_is_found_and_turned_over(upset: bool, judge: str) -> None:
+    harmonizer = gan(discriminator_width=12, judge=judge)
     reference = quantiles(lakes(0, 64))
     harmonizer.reference_quantiles.copy_(reference[0])
     site = lambda seed: (-1 if upset else 1) * lakes(seed).sign() * lakes(seed).abs() ** 0.8  # noqa: E731 - another tone
     for index in range(len(harmonizer.bank_quantiles)):
         harmonizer.bank_quantiles[index] = reference[0] if index == REFERENCE else quantiles(site(99))[0] + 0.01 * index
-    trained = training(harmonizer, lr=3e-3 if taught == "all" else 0.1)
+    trained = training(harmonizer, lr=3e-3)
     for seed in range(80):
         drawn = torch.Generator().manual_seed(seed)
         polarity_step(trained, site(seed), torch.full((8,), CLINIC), drawn, lakes(seed + 1000), judge_steps=3)
@@ -127,22 +141,43 @@ def test_a_judge_alone_is_trained_at_the_reference_and_votes_elsewhere() -> None
 
 
 @pytest.mark.parametrize("kind", ["polarity", "cyclegan", "diffusion"])
-def test_of_a_judge_upon_random_features_the_last_layer_alone_is_moved(kind: str) -> None:
-    harmonizer = make(kind, judge_trained="last")
-    judge = harmonizer.polarity_judge
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_of_a_linear_judge_the_direction_alone_is_moved(kind: str, spatial_dims: int) -> None:
+    harmonizer = make(kind, spatial_dims, judge="linear")
+    judge, images = harmonizer.polarity_judge, torch.cat([padded_noise(spatial_dims)] * 2)
     before = {name: value.clone() for name, value in judge.state_dict().items()}
     trained = harmonizer.make_training(lr=0.1, total_epochs=1)
-    trained.step(lakes(0), torch.full((8,), REFERENCE), torch.Generator().manual_seed(0), lakes(1))
+    trained.step(images, torch.full((len(images),), REFERENCE), torch.Generator().manual_seed(0), images)
     moved = {name for name, value in judge.state_dict().items() if not torch.equal(value, before[name])}
-    last = f"network.rest.{len(judge.network.rest) - 1}"
-    assert moved == {f"{last}.weight"}  # the difference of two scores has no bias
-    assert all(parameter.grad is None for name, parameter in judge.named_parameters() if not name.startswith(last))
+    assert moved == {"direction"}
+    assert judge.network.first.weight.grad is None
+
+
+def test_a_linear_judge_has_no_opinion_before_it_learned_and_is_the_same_everywhere() -> None:
+    judges = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        judges.append(LinearJudge(channels=2, spatial_dims=2, width=4))
+    assert all(torch.equal(a, b) for a, b in zip(*(judge.state_dict().values() for judge in judges), strict=True))
+    flat = torch.linspace(-2, 2, 33).expand(8, 2, -1)
+    assert judges[0](lakes(0).expand(-1, 2, -1, -1), flat, flat).abs().max() == 0
+
+
+def test_no_patch_moves_a_linear_judge_further_than_another() -> None:
+    judge = LinearJudge(channels=1, spatial_dims=2, width=4)
+    flat = torch.linspace(-2, 2, 33).expand(1, 1, -1)
+    lengths = []
+    for scale in (0.01, 1.0, 100.0):
+        loss = torch.nn.functional.softplus(-judge(scale * lakes(0, 1), flat, flat)).mean()
+        (gradient,) = torch.autograd.grad(loss, judge.taught())
+        lengths.append(float(gradient.norm()))
+    assert lengths == pytest.approx([lengths[0]] * 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["polarity", "cyclegan", "diffusion"])
-def test_an_unknown_part_of_the_judge_is_refused(kind: str) -> None:
-    with pytest.raises(PlanError, match="judge_trained must be one of all, last, got 'first'"):
-        make(kind, judge_trained="first")
+def test_an_unknown_judge_is_refused(kind: str) -> None:
+    with pytest.raises(PlanError, match="judge must be one of network, linear, got 'fair'"):
+        make(kind, judge="fair")
 
 
 def test_a_judge_that_still_guesses_is_doubted_and_a_voting_site_is_not() -> None:

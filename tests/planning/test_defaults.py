@@ -80,13 +80,13 @@ def situation(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_private_judge_is_trained_in_its_last_layer_unless_asked_otherwise(kind: str) -> None:
+def test_a_private_judge_is_linear_unless_asked_otherwise(kind: str) -> None:
     public = situation(kind, SMALL)
     private = replace(public, private=True)
-    added = {} if kind not in AT_REFERENCE else {"judge_trained": "last"}
+    added = {} if kind not in AT_REFERENCE else {"judge": "linear"}
     assert complete_options(private, {}) == {**complete_options(public, {}), **added}
     if added:
-        assert complete_options(private, {"judge_trained": "all"})["judge_trained"] == "all"
+        assert complete_options(private, {"judge": "network"})["judge"] == "network"
         build_harmonizer(
             kind, complete_options(private, {}), num_channels=1, spatial_dims=3, styles=list(STYLES.values()),
             reference=STYLES["A"],

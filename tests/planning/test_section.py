@@ -76,6 +76,9 @@ def test_epsilon_and_delta_stand_beside_their_unit() -> None:
 
 
 def test_only_a_private_judge_from_random_weights_is_warned_of() -> None:
-    assert "The judge of cyclegan starts from random weights" in private_judge("cyclegan", private=True, start_from="")
+    against = private_judge("cyclegan", {}, private=True, start_from="")
+    assert "The judge of cyclegan is a network that starts from random weights" in against
     for kind, private, start in (("curve", True, ""), ("cyclegan", False, ""), ("polarity", True, "public")):
-        assert private_judge(kind, private=private, start_from=start) == ""
+        assert private_judge(kind, {}, private=private, start_from=start) == ""
+    for options in ({"judge": "linear"}, {"polarity": False}):
+        assert private_judge("diffusion", options, private=True, start_from="") == ""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nnunet_fedharm.harmonizers import polarity
-from nnunet_fedharm.harmonizers.polarity import PolarityJudge
+from nnunet_fedharm.harmonizers.judges import NetworkJudge
 from nnunet_fedharm.harmonizers.resnet import MirrorConv
 from nnunet_fedharm.harmonizers.training import GRADIENT_CLIP
 from nnunet_fedharm.trainers.patches import random_patch
@@ -59,7 +59,7 @@ def train(sites: dict[str, list[Volume]], seed: int, args: argparse.Namespace) -
     """One judge; what came of it."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    judge = PolarityJudge(channels=1, spatial_dims=args.dims, width=16)
+    judge = NetworkJudge(channels=1, spatial_dims=args.dims, width=16)
     with torch.no_grad():
         for module in judge.modules():
             if isinstance(module, MirrorConv):

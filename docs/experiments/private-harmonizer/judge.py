@@ -26,15 +26,17 @@ from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.trainers.results import initial_weights
 
 
-def run(own: PrivateBench, epsilon: float, steps: int, lr: float, patients: float, seed: int) -> dict[str, object]:
-    name = f"judge-{epsilon:g}-{steps}-{lr:g}-{patients:g}-{seed}"
+def run(
+    own: PrivateBench, judge: str, epsilon: float, steps: int, lr: float, patients: float, seed: int
+) -> dict[str, object]:
+    name = f"judge-{judge}-{epsilon:g}-{steps}-{lr:g}-{patients:g}-{seed}"
     places = own.world(name, {site: own.bench.own_root(site) for site in SITES})
     privacy = PrivacyOptions(
         epsilon=epsilon, delta=DELTA, clip=0.1, patients_per_step=patients, patches_per_patient=2, fingerprint_noise=0.0
     )
     planned = schedule(steps, 1, 0.1, 0.9, harmonizer_epochs=1, harmonizer_lr=lr)
     styles = private_styles(own, places, privacy)
-    plans = own.plans("polarity", planned, privacy, styles)
+    plans = own.plans("polarity", planned, privacy, styles, judge)
     assert read_section(plans["configurations"][CONFIGURATION]).privacy == privacy
     weights = initial_weights(
         plans, own.bench.description(), CONFIGURATION, "nnUNetTrainerFedHarmPolarity", seed, own.start("simulated")
@@ -47,7 +49,7 @@ def run(own: PrivateBench, epsilon: float, steps: int, lr: float, patients: floa
     voted = vote(own, plans, Arm(name, "judge", epsilon, seed), others, reply.weights)
     found = {site: float(voted["harmonizer.bank_polarity"][SITES.index(site), 0]) for site in SITES}
     entry = {
-        "epsilon": epsilon, "steps": steps, "lr": lr, "patients": patients, "seed": seed, "votes": found,
+        "judge": judge, "epsilon": epsilon, "steps": steps, "lr": lr, "patients": patients, "seed": seed, "votes": found,
         "spent": spent(places["A"]), "cpu_s": round(seconds, 1),
     }  # fmt: skip
     own.forget(name)
@@ -58,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--judges", nargs="*", default=["network", "linear"], choices=("network", "linear"))
     parser.add_argument("--epsilons", nargs="*", type=float, default=[1000.0, 8.0, 3.0, 1.0])
     parser.add_argument("--steps", nargs="*", type=int, default=[120])
     parser.add_argument("--rates", nargs="*", type=float, default=[1e-3])
@@ -69,14 +72,14 @@ def main() -> None:
     own = PrivateBench(arguments.data, arguments.work.resolve())
     own.ready(["simulated"])
     log = own.work / "judge.jsonl"
-    keys = ("epsilon", "steps", "lr", "patients", "seed")
+    keys = ("judge", "epsilon", "steps", "lr", "patients", "seed")
     done = (
         {tuple(json.loads(line)[key] for key in keys) for line in log.read_text().splitlines()}
         if log.exists()
         else set()
     )
     for seed, *setting in itertools.product(
-        arguments.seeds, arguments.epsilons, arguments.steps, arguments.rates, arguments.patients
+        arguments.seeds, arguments.judges, arguments.epsilons, arguments.steps, arguments.rates, arguments.patients
     ):
         if (*setting, seed) in done:
             continue
