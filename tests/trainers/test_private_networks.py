@@ -1,4 +1,4 @@
-"""Differential privacy with nnU-Net's residual encoder, and where several processes train."""
+"""Differential privacy of networks: the residual encoder, several processes, harmonizer and segmenter in one step."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
 from nnunet_fedharm.trainers.local_training import LocalTraining
+from nnunet_fedharm.trainers.patient_loader import PatientDraw
 from nnunet_fedharm.trainers.results import initial_weights, make_trainer
 from tests.trainers.conftest import NAME, SCHEDULE, Planned
 from tests.trainers.test_trainer import TRAINERS
@@ -133,3 +134,32 @@ def test_several_processes_are_refused_before_anything_is_made(
         make_trainer(TRAINERS["none"], private_plans(active, "none"), "2d", "all", active.dataset_json)
     assert not (tmp_path / "results").exists()
     assert make_trainer(TRAINERS["none"], active.plans["none"], "2d", "all", active.dataset_json).is_ddp
+
+
+def test_one_clip_covers_harmonizer_and_segmenter_where_a_step_trains_both(
+    fresh: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under finetune; two clips with composed accounting learned less (docs/experiments/private-clip)."""
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    plans = private_plans(fresh, "curve")
+    plans["configurations"]["2d"]["fedharm"]["schedule"]["phases"] = "finetune"
+    trainer = make_trainer(TRAINERS["curve"], plans, "2d", "all", fresh.dataset_json)
+    trainer.initialize()
+    trainer.harmonizer.open_gate()
+    trainer.start_private()
+    trainer.on_train_start()
+    gradients, loader = trainer._gradients, trainer.dataloader_train
+    harmonizer = {id(parameter) for parameter in trainer.harmonizer.mapping_parameters()}
+    segmenter = {id(parameter) for parameter in trainer.network.segmenter.parameters()}
+    assert {id(parameter) for parameter in gradients.parameters} == harmonizer | segmenter
+    gradients.clip, gradients.noise_multiplier, gradients.expected_patients = 1e-5, 0.0, 1.0
+    (patient,) = [cases for cases in loader.patients if cases == ("Bcase000",)]  # A is the reference: its gate is shut
+    trainer.private.collect(PatientDraw(iter([loader._load(patient)]), 1), gradients)
+    gradients.release()
+    parts = {"harmonizer": harmonizer, "segmenter": segmenter}
+    norms = {
+        name: torch.stack([p.grad.norm() for p in gradients.parameters if id(p) in members]).norm()
+        for name, members in parts.items()
+    }
+    assert 0 < norms["harmonizer"] < norms["segmenter"]
+    assert float(torch.stack([*norms.values()]).norm()) == pytest.approx(1e-5, rel=1e-2)
