@@ -61,7 +61,7 @@ class Try:
         times: how often.
         outcome: `SAME`, or what was else.
         rounds_lost: complete rounds that were trained once more.
-        recover_s: seconds from each new start to the end of the next round.
+        recover_s: seconds from each new start, or death where all starts at once, to the end of the next round.
         notes: moments, sentences.
     """
 
@@ -172,11 +172,11 @@ def sigkills(root: Path, expected: Results, seed: int, *, longest_s: float) -> T
 def message_deaths(root: Path, expected: Results, seed: int, *, most: int) -> Try:
     """The server, a node, or both die at random messages."""
     config = configuration(make_sites(root), deadline_s=0.5, prepare_deadline_s=0.5)
-    story = run_through_failures(config, 3, Chance(seed, rate=0.15, most=most))
-    lost = rounds_lost(config)
-    return Try(
-        "server, node or both die at a message", len(story.kills), verdict(expected, config), lost, [], story.kills
-    )
+    chance = Chance(seed, rate=0.15, most=most)
+    story = run_through_failures(config, 3, chance)
+    lost, seconds = rounds_lost(config), recovery_seconds(root, chance.moments)
+    what = "server, node or both die at a message"
+    return Try(what, len(story.kills), verdict(expected, config), lost, seconds, story.kills)
 
 
 @contextmanager
@@ -313,7 +313,7 @@ def bad_replies(root: Path) -> list[Try]:
 def late_site(root: Path) -> Try:
     """A site is away from the first round on, loses its disk, and comes back in the segmenter phase: it gets plans and model."""
     config = configuration(make_sites(root), quorum=1, deadline_s=60.0)
-    sites = real_sites(config, 3)
+    sites, back_at = real_sites(config, 3), []
     grid = LocalGrid(sites)
 
     def leaving(message: Message) -> Message | None:
@@ -328,6 +328,7 @@ def late_site(root: Path) -> Try:
             for folder in ("fedharm", "nnUNet_preprocessed"):
                 shutil.rmtree(root / "sites" / "B" / folder, ignore_errors=True)
             grid.clients[201] = sites[101]
+            back_at.append(datetime.now(UTC))
         return sites[100](message)
 
     grid.clients = {**sites, 100: calling, 101: leaving}
@@ -338,6 +339,14 @@ def late_site(root: Path) -> Try:
         for event in events
         if event["event"] == "round_end"
     ]
-    back = [text for text in rounds if "B" in text.split(": ")[1]]
-    outcome = "got plans and the current model; took part from the next round on" if back else "never came back"
-    return Try("site joins late, with nothing of the run on its disk", 1, outcome, rounds_lost(config), [], rounds)
+    with_it = [
+        datetime.fromisoformat(event["time"])
+        for event in events
+        if event["event"] == "round_end"
+        and "B" in event["sites"]
+        and datetime.fromisoformat(event["time"]) > back_at[0]
+    ]
+    outcome = "got plans and the current model; took part from the next round on" if with_it else "never came back"
+    seconds = [round((end - back_at[0]).total_seconds(), 2) for end in with_it[:1]]
+    what = "site joins late, with nothing of the run on its disk"
+    return Try(what, 1, outcome, rounds_lost(config), seconds, rounds)

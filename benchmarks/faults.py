@@ -2,7 +2,7 @@
 
 Run from the repository's root, for example
 `PYTHONPATH=. python benchmarks/faults.py sigkill --seeds 1 2 3 --out faults.jsonl`, then `… faults.py table --out faults.jsonl`.
-Parts: sigkill, messages, replies, late, disk (needs the right to mount), processes (minutes), table.
+Parts: sigkill, messages, replies, late, disk (needs the right to mount), processes (minutes), power (minutes), table.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import fault_tries as tries
+from fault_power import power_cuts
 from fault_processes import process_kills
 from fault_tries import SAME, Try
 
-PARTS = ("sigkill", "messages", "replies", "late", "disk", "processes", "table")
+PARTS = ("sigkill", "messages", "replies", "late", "disk", "processes", "power", "table")
 
 
 def play(part: str, seed: int, scratch: Path, options: argparse.Namespace, expected: tries.Results) -> list[Try]:
@@ -36,6 +37,8 @@ def play(part: str, seed: int, scratch: Path, options: argparse.Namespace, expec
         return [tries.message_deaths(root, expected, seed, most=options.kills)]
     if part == "disk":
         return [tries.full_disk(root, expected, seed, times=options.kills, longest_s=options.longest_s)]
+    if part == "power":
+        return [power_cuts(root, seed, kills=options.kills, longest_s=options.longest_s)]
     return process_kills(root, expected, seed, kills=options.kills, longest_s=options.longest_s)
 
 
@@ -67,12 +70,12 @@ def main() -> None:
         return
     os.environ |= {"nnUNet_compile": "f", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as scratch:
-        expected = {} if options.part in ("replies", "late") else tries.uninterrupted(Path(scratch) / "whole")
+        expected = {} if options.part in ("replies", "late", "power") else tries.uninterrupted(Path(scratch) / "whole")
         for seed in options.seeds:
             for done in play(options.part, seed, Path(scratch), options, expected):
                 with options.out.open("a") as stream:
                     stream.write(json.dumps(asdict(done)) + "\n")
-                good = done.outcome.startswith((SAME, "set aside", "got plans"))
+                good = done.outcome.startswith((SAME, "set aside", "got plans", "came back"))
                 print(f"{'ok ' if good else 'BAD'} {json.dumps(asdict(done))}", flush=True)
 
 

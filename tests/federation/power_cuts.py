@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,20 @@ class Chance:
 
     Attributes:
         hits: fates so far, in order.
+        moments: when they struck, UTC.
     """
 
     def __init__(self, seed: int, *, rate: float, most: int) -> None:
         self._generator, self._rate, self._most = np.random.default_rng(seed), rate, most
         self.hits: list[str] = []
+        self.moments: list[datetime] = []
 
     def draw(self, fates: tuple[str, ...]) -> str:
         """A fate, or an empty text for none."""
         if len(self.hits) >= self._most or self._generator.random() >= self._rate:
             return ""
         self.hits.append(str(self._generator.choice(fates)))
+        self.moments.append(datetime.now(UTC))
         return self.hits[-1]
 
 
