@@ -20,6 +20,7 @@ from nnunet_fedharm.federation.server_app import run_server
 from nnunet_fedharm.planning.private_summary import PRIVATE_VERSION
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.releases import ANNOUNCED, GAUSSIAN, NONE
+from tests.federation.deploy.wire import REPLIES, SECURE_REPLIES, allowed, check_message, check_private
 from tests.federation.local_grid import LocalGrid
 from tests.federation.test_in_process import real_sites, tiny
 from tests.federation.test_secure_in_process import watched
@@ -56,6 +57,11 @@ def test_a_private_run_sends_nothing_about_patients_without_noise(
 ) -> None:
     root = make_consortium(tmp_path / "consortium", {"A": (3, 0), "B": (2, 0), "C": (2, 1)})
     results, seen = run(root, **PRIVATE)
+    allows = allowed(root / "server" / "fedharm", [root / "sites" / site for site in "ABC"])
+    kinds = {check_message(message, allows) for message in seen}
+    assert kinds == (set(REPLIES) - {"train"}) | set(SECURE_REPLIES)
+    for message in seen:
+        check_private(message)
     for answer in values_of(seen, "query.summarize"):
         summary = json.loads(answer["summary"])
         assert summary["version"] == PRIVATE_VERSION

@@ -55,14 +55,15 @@ def test_a_worker_gives_back_what_a_round_took_and_does_not_grow(
             if kind == "train":
                 pid = int(json.loads((site.folder / FOLDER / f"{RUN}.json").read_text())["pid"])
                 most.append(memory(pid)["most"])
-                asked(
-                    "query.preflight", pack(PREFLIGHT, QUESTION)
-                )  # it gives back what a message took before the next one
+                # It gives back what a message took before it takes the next one.
+                asked("query.preflight", pack(PREFLIGHT, QUESTION))
                 after.append(memory(pid)["now"])
             return Message(content, reply_to=message)
 
-        run_server(LocalGrid({100: by_worker}), config)
-        parent.kill()
+        try:
+            run_server(LocalGrid({100: by_worker}), config)
+        finally:
+            parent.kill()
     network = sum(value.nbytes for value in final_weights(config).values()) / MIB
     print(f"network {network:.0f} MiB; after each round {after}; at most {most}")
     assert len(after) == ROUNDS
