@@ -86,6 +86,36 @@ def no_pictures() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fingerprints_in_this_process() -> Iterator[None]:
+    """nnU-Net's fingerprint extractor of tests that plan in this process works in a thread of it, on the same cases.
+
+    Its pool starts a new interpreter that imports torch and nnU-Net: 5 to 10 s for a test's few cases. What tests start as programs
+    of their own (`nnUNetv2_*`, cells of a study, a federation) has the real pool.
+    """
+    import multiprocessing
+    from multiprocessing.pool import ThreadPool
+
+    from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
+
+    class Threads:
+        Pool = ThreadPool
+
+    class Here:
+        """In the place of the module `multiprocessing` there."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(multiprocessing, name)
+
+        def get_context(self, method: str) -> type[Threads]:
+            assert method == "spawn"
+            return Threads
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprint_extractor, "multiprocessing", Here())
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _pictures_where_asked(request: pytest.FixtureRequest, no_pictures: pytest.MonkeyPatch) -> Iterator[None]:
     if request.node.get_closest_marker("pictures") is None:
