@@ -323,11 +323,8 @@ def warnings_of(config: FederateConfig) -> list[str]:
         )
     if config.device != "cpu" and config.parallel_sites > config.gpus:
         found.append(f"{config.parallel_sites} sites share {config.gpus} of {config.device} at the same time.")
-    if judge := private_judge(
-        config.harmonizer,
-        {"judge": "linear", **config.harmonizer_settings},  # what the preparation chooses where nothing was asked for
-        private=config.privacy is not None,
-        start_from=config.start_from,
-    ):
-        found.append(judge)
+    options = {"judge": "linear", **config.harmonizer_settings}  # what the preparation chooses where nothing was asked for
+    private = config.privacy is not None
+    if against := private_judge(config.harmonizer, options, private=private, start_from=config.start_from):
+        found.append(against)
     return found + strategy_warnings(config)
