@@ -13,49 +13,15 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 from nnunet_fedharm.cli import COMMANDS, command_parser, main
+from tests.docs.pages import BLOCKS, REPOSITORY, SHELL, Block
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 LANGUAGES = ("", "json", "toml", "yaml", "python", "text")
-
-
-@dataclass(frozen=True)
-class Block:
-    page: str
-    line: int
-    language: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.line}"
-
-
-def blocks() -> Iterator[Block]:
-    for page in PAGES:
-        name, lines = page.relative_to(REPOSITORY).as_posix(), page.read_text().splitlines()
-        start: int | None = None
-        for number, line in enumerate(lines):
-            if not line.strip().startswith("```"):
-                continue
-            if start is None:
-                start = number
-                continue
-            indent = len(lines[start]) - len(lines[start].lstrip())
-            body = "\n".join(content[indent:] for content in lines[start + 1 : number])
-            yield Block(name, start + 1, lines[start].strip("` "), body)
-            start = None
-        assert start is None, f"{name}: a fence is not closed"
-
-
-BLOCKS = list(blocks())
-SHELL = [block for block in BLOCKS if block.language == "" and re.match(r"[$\w./]", block.text)]
 
 
 def commands(*programs: str) -> list[str]:
