@@ -174,7 +174,7 @@ class Watched:
         return answer
 
 
-@pytest.mark.parametrize("kind", list(SMALL))
+@pytest.mark.parametrize("kind", ["cyclegan", pytest.param("diffusion", marks=pytest.mark.long)])
 def test_a_missing_site_undoes_nothing_and_its_row_waits_for_it(consortium: Path, kind: str) -> None:
     config = replace(learned(consortium, kind, rounds=3), iterations_per_epoch=4, batch_size=2)
     clients = real_sites(config, 3)
