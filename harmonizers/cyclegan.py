@@ -64,7 +64,7 @@ class CycleGANConfig:
     polarity: bool = True
     """Let a judge trained at the reference vote on whether a site's contrast is inverted, and start from the inverse there."""
     judge: str = "network"
-    """network, or linear: one direction learned upon random features, which differential privacy's noise leaves something of."""
+    """network; or linear, one direction learned upon random features, which new plans take (docs/experiments/polarity-judge)."""
     share_backward: bool = False
     """Export and average B and D_s too, as an exact split of CycleGAN over sites does; off: they never leave the site."""
     one_sided: bool = False

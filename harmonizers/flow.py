@@ -63,7 +63,7 @@ class FlowConfig:
     judge_width: int = 12
     """Channels of the judge's first convolution."""
     judge: str = "network"
-    """network, or linear: one direction learned upon random features, which differential privacy's noise leaves something of."""
+    """network; or linear, one direction learned upon random features, which new plans take (docs/experiments/polarity-judge)."""
     block: int = 16
     """Voxels along each axis of the blocks that patches are cut into, each with an appearance of its own."""
     block_share: float = 0.5

@@ -35,7 +35,7 @@ class PolarityConfig:
     judge_width: int = 16
     """Channels of the judge's first convolution."""
     judge: str = "network"
-    """network, or linear: one direction learned upon random features, which differential privacy's noise leaves something of."""
+    """network; or linear, one direction learned upon random features, which new plans take (docs/experiments/polarity-judge)."""
 
     def __post_init__(self) -> None:
         if self.judge_width < 1:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_fedharm.errors import CheckpointError, PlanError
-from nnunet_fedharm.harmonizers import Harmonizer
+from nnunet_fedharm.harmonizers import AT_REFERENCE, Harmonizer
 from nnunet_fedharm.planning.section import FedHarmSection
 from nnunet_fedharm.trainers.weights import bare_module
 
 CHECKPOINT = "checkpoint_final.pth"
-SEGMENTER, HEADS = "segmenter.", ".seg_layers."
+SEGMENTER, HEADS, JUDGE = "segmenter.", ".seg_layers.", "harmonizer.polarity_judge."
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,24 @@ def start_from(network: nn.Module, model: str | Path) -> Start:
         raise CheckpointError(f"{file} holds NaN or infinity; nothing was loaded.")
     bare.load_state_dict({**own, **taken})
     return Start(len({bare.state_dict()[name].data_ptr() for name in taken}), tuple(fresh))
+
+
+def with_judge_of(start: str | Path, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A harmonizer's options with the judge of contrast that its start brings, where none was asked for; plans choose otherwise.
+
+    Args:
+        start: as for `find_checkpoint`; "" brings nothing.
+        kind: of the harmonizer.
+        options: that were asked for.
+
+    Raises:
+        CheckpointError: no readable checkpoint.
+    """
+    if not start or kind not in AT_REFERENCE or "judge" in options:
+        return dict(options)
+    names = [name for name in _read(find_checkpoint(start)) if name.startswith(JUDGE)]
+    judge = "linear" if JUDGE + "direction" in names else "network"
+    return {**options, **({"judge": judge} if names else {})}
 
 
 def refuse_foreign_styles(harmonizer: Harmonizer, section: FedHarmSection) -> None:

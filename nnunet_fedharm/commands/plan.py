@@ -32,7 +32,7 @@ from nnunet_fedharm.planning.situation import Device, find_device
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
 from nnunet_fedharm.trainers.names import trainer_name_for
-from nnunet_fedharm.trainers.start_weights import find_checkpoint
+from nnunet_fedharm.trainers.start_weights import find_checkpoint, with_judge_of
 
 HELP = (
     "Plan a harmonized segmenter for a dataset in nnUNet_raw (all sites' data in one place) and print how to train it."
@@ -110,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
         kind=args.harmonizer,
         reference=args.reference,
         schedule=given_options(args, Schedule),
-        harmonizer=read_harmonizer_options(args.harmonizer, args.harmonizer_options),
+        harmonizer=with_judge_of(
+            args.start_from, args.harmonizer, read_harmonizer_options(args.harmonizer, args.harmonizer_options)
+        ),
         device=device,
         plan=PlanOptions(**size),
         num_processes=args.num_processes,

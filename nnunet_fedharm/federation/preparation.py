@@ -148,6 +148,7 @@ class Preparation:
         from nnunet_fedharm.planning.explain import write_explanation
         from nnunet_fedharm.planning.preprocess import write_descriptions
         from nnunet_fedharm.planning.situation import Device, situation_of
+        from nnunet_fedharm.trainers.start_weights import with_judge_of
 
         config = self.config
         values = {
@@ -168,11 +169,11 @@ class Preparation:
             reference=config.reference,
             styles=styles,
             device=device,
-            private=config.privacy is not None and not config.start_from,
         )
+        options = with_judge_of(config.start_from, config.harmonizer, config.harmonizer_settings)
         section = FedHarmSection(
             kind=config.harmonizer,
-            harmonizer=complete_options(situation, config.harmonizer_settings),
+            harmonizer=complete_options(situation, options),
             reference=config.reference,
             styles=styles,
             schedule=config.schedule,

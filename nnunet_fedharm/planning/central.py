@@ -236,7 +236,6 @@ def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], opti
             reference=options.reference,
             styles=styles,
             device=options.device,
-            private=options.privacy is not None and not options.start_from,
         )
         harmonizer = complete_options(situation, harmonizer)
         schedule = complete_schedule(replace(situation, judge=judge_of(harmonizer)), schedule)

@@ -61,7 +61,6 @@ def explain(plans: Mapping[str, Any], device: Device) -> dict[str, list[Explaine
                 reference=section.reference,
                 styles=section.styles,
                 device=device,
-                private=section.privacy is not None and not section.start_from,
             )
             situation = replace(situation, judge=judge_of(section.harmonizer))
             found[name] = [*_network(configuration), *_harmonizer(section, situation), *_schedule(section, situation)]

@@ -59,7 +59,6 @@ class Situation:
         images: site -> training images, with and without labels.
         reference_sites: sites whose images are the reference's.
         device: what the training will run on.
-        private: whether it starts from random weights under differential privacy.
         judge: of contrast, one of `harmonizers.judges.JUDGES`, where there is one.
     """
 
@@ -71,7 +70,6 @@ class Situation:
     images: Mapping[str, int]
     reference_sites: tuple[str, ...]
     device: Device
-    private: bool = False
     judge: str = "network"
 
     @property
@@ -107,7 +105,6 @@ def situation_of(
     reference: str,
     styles: Mapping[str, Style],
     device: Device,
-    private: bool = False,
 ) -> Situation:
     """Read the situation from a planned configuration and the style bank, which counts the sites' images."""
     channels = len(configuration["normalization_schemes"])
@@ -120,7 +117,6 @@ def situation_of(
         images={site: style.n_cases for site, style in styles.items()},
         reference_sites=_reference_sites(reference, styles),
         device=device,
-        private=private,
     )
 
 

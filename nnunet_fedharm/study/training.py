@@ -28,6 +28,7 @@ from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import CONTROL
 from nnunet_fedharm.study.trained import Trained
 from nnunet_fedharm.trainers.names import trainer_name_for
+from nnunet_fedharm.trainers.start_weights import with_judge_of
 
 WEEK_S = 7 * 86400.0
 
@@ -55,6 +56,7 @@ def _central(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
         configurations=(study.subject.configuration,),
         kind=arm.harmonizer,
         reference=study.subject.reference if arm.harmonizer != CONTROL else CONSENSUS,
+        harmonizer=with_judge_of(study.start, arm.harmonizer, {}),
         schedule=asdict(schedule),  # a mapping: the harmonizer's sizes follow the same rules as in a federation
         device=find_device(device),
         plan=plan_options(study, DEFAULT_PLANS),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers import AT_REFERENCE, KINDS, LEARNED, build_harmonizer
+from nnunet_fedharm.harmonizers.judges import JUDGES
 from nnunet_fedharm.harmonizers.style import QUANTILE_LEVELS, Style
 from nnunet_fedharm.planning.cost import Convolution, cost_ratio, harmonizer_convolutions, segmenter_convolutions
 from nnunet_fedharm.planning.defaults import (
@@ -80,17 +81,19 @@ def situation(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_private_judge_is_linear_unless_asked_otherwise(kind: str) -> None:
-    public = situation(kind, SMALL)
-    private = replace(public, private=True)
-    added = {} if kind not in AT_REFERENCE else {"judge": "linear"}
-    assert complete_options(private, {}) == {**complete_options(public, {}), **added}
-    if added:
-        assert complete_options(private, {"judge": "network"})["judge"] == "network"
-        build_harmonizer(
-            kind, complete_options(private, {}), num_channels=1, spatial_dims=3, styles=list(STYLES.values()),
-            reference=STYLES["A"],
-        )  # fmt: skip
+def test_the_judge_is_linear_unless_asked_otherwise(kind: str) -> None:
+    case = situation(kind, SMALL)
+    if kind not in AT_REFERENCE:
+        assert "judge" not in complete_options(case, {})
+        return
+    assert complete_options(case, {})["judge"] == "linear"
+    assert complete_options(case, {"judge": "network"})["judge"] == "network"
+    steps = {judge: complete_schedule(replace(case, judge=judge), {}).harmonizer_epochs for judge in JUDGES}
+    assert steps["linear"] < steps["network"] if kind == "polarity" else steps["linear"] == steps["network"]
+    build_harmonizer(
+        kind, complete_options(case, {}), num_channels=1, spatial_dims=3, styles=list(STYLES.values()),
+        reference=STYLES["A"],
+    )  # fmt: skip
 
 
 def test_the_count_of_convolutions_is_the_networks_own() -> None:
@@ -154,14 +157,14 @@ def test_sizes_keep_to_the_limits_of_cost_or_are_the_cheapest(
 
 def test_the_experiments_size_is_kept_where_it_is_cheap_enough() -> None:
     choices = suggest_options(situation("diffusion"), {})
-    assert {name: choice.value for name, choice in choices.items()} == {"width": 16, "depth": 3}
+    assert {name: choice.value for name, choice in choices.items()} == {"width": 16, "depth": 3, "judge": "linear"}
     assert "as in the experiments; a training step about 1." in choices["width"].reason
 
 
 def test_a_given_width_is_kept_and_the_depth_follows_it() -> None:
     choices = suggest_options(situation("diffusion", SMALL), {"width": 8})
-    assert set(choices) == {"depth"}
-    assert suggest_options(situation("diffusion", SMALL), {"width": 10}) == {}
+    assert set(choices) == {"depth", "judge"}
+    assert set(suggest_options(situation("diffusion", SMALL), {"width": 10})) == {"judge"}
     assert suggest_options(situation("curve", SMALL), {}) == {}
 
 

@@ -18,7 +18,7 @@ from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.groups import group_tensors, tensors_of
 from nnunet_fedharm.trainers.local_training import LocalTraining
 from nnunet_fedharm.trainers.results import initial_weights, make_trainer, trainer_class
-from nnunet_fedharm.trainers.start_weights import find_checkpoint, start_from
+from nnunet_fedharm.trainers.start_weights import find_checkpoint, start_from, with_judge_of
 from nnunet_fedharm.trainers.weights import unique_tensors
 from tests.trainers.conftest import NAME, Planned
 from tests.trainers.test_trainer import TRAINERS
@@ -70,6 +70,19 @@ def segmenter_of(network: nn.Module) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_start_brings_its_judge_where_none_was_asked_for(make: Make, model: Path) -> None:
+    assert with_judge_of(model, "polarity", {}) == {"judge": "network"}
+    assert with_judge_of(model, "polarity", {"judge": "linear"}) == {"judge": "linear"}
+    assert with_judge_of(model, "curve", {}) == {}
+    assert with_judge_of("", "polarity", {"judge_width": 8}) == {"judge_width": 8}
+    found = []
+    for kind, options in (("polarity", {"judge": "linear"}), ("none", {})):
+        trainer = make(kind, schedule={"seed": 7, "segmenter_epochs": 1}, harmonizer=options)
+        trainer.run_training()
+        found.append(with_judge_of(trainer.output_folder, "polarity", {}))
+    assert found == [{"judge": "linear"}, {}]
 
 
 def test_weights_come_from_the_model_and_styles_from_the_plans(make: Make, model: Path) -> None:

@@ -19,8 +19,7 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
-from nnunet_fedharm.harmonizers import polarity
-from nnunet_fedharm.harmonizers.judges import NetworkJudge
+from nnunet_fedharm.harmonizers.judges import GAIN, JUDGES
 from nnunet_fedharm.harmonizers.resnet import MirrorConv
 from nnunet_fedharm.harmonizers.training import GRADIENT_CLIP
 from nnunet_fedharm.trainers.patches import random_patch
@@ -59,12 +58,12 @@ def train(sites: dict[str, list[Volume]], seed: int, args: argparse.Namespace) -
     """One judge; what came of it."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    judge = NetworkJudge(channels=1, spatial_dims=args.dims, width=16)
+    judge = JUDGES[args.judge](channels=1, spatial_dims=args.dims, width=16)
     with torch.no_grad():
         for module in judge.modules():
             if isinstance(module, MirrorConv):
-                module.weight.mul_(args.gain / polarity.GAIN)
-    adam = torch.optim.Adam(judge.parameters(), lr=args.rate)
+                module.weight.mul_(args.gain / GAIN)
+    adam = torch.optim.Adam(judge.taught(), lr=args.rate)
     reference = quantiles(sites["A"])
     wanted = reference.expand(args.batch, -1, -1)
     losses: list[float] = []
@@ -75,7 +74,7 @@ def train(sites: dict[str, list[Volume]], seed: int, args: argparse.Namespace) -
         loss = judge.loss(draw(sites["A"], args.dims, args.batch, rng), wanted, generator)
         adam.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(judge.parameters(), GRADIENT_CLIP)
+        torch.nn.utils.clip_grad_norm_(judge.taught(), GRADIENT_CLIP)
         adam.step()
         losses.append(float(loss.detach()))
         running += 0.05 * (losses[-1] - running)
@@ -86,18 +85,20 @@ def train(sites: dict[str, list[Volume]], seed: int, args: argparse.Namespace) -
         for site in "BCD":
             own = quantiles(sites[site]).expand(64, -1, -1)
             score = judge(draw(sites[site], args.dims, 64, rng), own, reference.expand(64, -1, -1))
-            votes.append(f"{float(torch.tanh(score / 2).mean()):+.2f}")
+            right = float((score < 0 if site == "D" else score > 0).float().mean())
+            votes.append(f"{float(torch.tanh(score / 2).mean()):+.2f} ({right:.0%} right)")
     return f"seed {seed}: learned at step {learned}, loss {np.mean(losses[-EPOCH:]):.3f}, votes of B, C, D {' '.join(votes)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--judge", choices=tuple(JUDGES), default="network")
     parser.add_argument("--dims", type=int, choices=(2, 3), default=2)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--gain", type=float, default=polarity.GAIN)
+    parser.add_argument("--gain", type=float, default=GAIN, help="of a network")
     parser.add_argument("--rate", type=float, default=2e-3)
     args = parser.parse_args()
     sites = {site: load(args.data, site) for site in "ABCD"}
