@@ -50,7 +50,8 @@ class Recipe:
         patients: expected in one step, over all sites together.
         patches: of a patient in a step.
         lr, clip, momentum: of the optimizer.
-        judge_epochs, judge_lr: of `polarity`'s judge, trained on A's private patients; 0 takes the start's, which is public.
+        judge_steps, judge_lr: of `polarity`'s judge in a federation, trained on A's private patients; 0 takes the start's, which is
+        public. Centrally four times as many of A's patients are drawn in a step, so a quarter of the steps is as long.
     judge: which one.
     """
 
@@ -63,7 +64,7 @@ class Recipe:
     lr: float = 0.2
     clip: float = 0.1
     momentum: float = 0.9
-    judge_epochs: int = 0
+    judge_steps: int = 0
     judge_lr: float = 2e-3
     judge: str = "network"
 
@@ -76,7 +77,7 @@ RECIPES = {
     "simulated-all": Recipe("simulated", lr=0.6),
     "simulated-large-batch": Recipe("simulated", patients=64.0, lr=0.8),
     "simulated-long": Recipe("simulated", steps=96, patients=32.0, lr=0.3),
-    "simulated-polarity": Recipe("simulated", "polarity", lr=0.6, judge_epochs=6, judge="linear"),
+    "simulated-polarity": Recipe("simulated", "polarity", lr=0.6, judge_steps=32, judge="linear"),
     "simulated-norm-heads": Recipe("simulated", groups="norm,heads", lr=1.5),
     "random-all": Recipe("", lr=0.6),
     "public-all": Recipe("public", "polarity", lr=0.1),

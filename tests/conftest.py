@@ -90,8 +90,8 @@ def no_pictures() -> Iterator[pytest.MonkeyPatch]:
 def fingerprints_in_this_process() -> Iterator[None]:
     """nnU-Net's fingerprint extractor of tests that plan in this process works in a thread of it, on the same cases.
 
-    Its pool starts a new interpreter that imports torch and nnU-Net: 5 to 10 s for a test's few cases. What tests start as programs
-    of their own (`nnUNetv2_*`, cells of a study, a federation) has the real pool.
+    Its pool starts a new interpreter that imports torch and nnU-Net: 5 to 10 s for a test's few cases. What tests start as
+    programs of their own (`nnUNetv2_*`, cells of a study, a federation) has the real pool.
     """
     import multiprocessing
     from multiprocessing.pool import ThreadPool

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +75,17 @@ def voting_sites(trainer: nnUNetTrainerFedHarm) -> dict[int, list[Cases]]:
     cases, patient_of = trainer.all_patches(np.random.default_rng()).cases, _patient_of(trainer)
     foreign = sorted({case.site for case in cases} - set(harmonizer.reference_sites()))
     return {site: by_patient([case.name for case in cases if case.site == site], patient_of) for site in foreign}
+
+
+def most_votes_of_a_patient(trainer: nnUNetTrainerFedHarm, voters: Mapping[int, Sequence[Cases]]) -> int:
+    """Largest number of sites in whose votes one patient is; 0 where nobody votes.
+
+    Args:
+        voters: as `voting_sites` gives them.
+    """
+    patient_of = _patient_of(trainer)
+    counts = Counter(patient_of.get(cases[0], cases[0]) for patients in voters.values() for cases in patients)
+    return max(counts.values(), default=0)
 
 
 def _harmonizer_cases(trainer: nnUNetTrainerFedHarm) -> list[str]:

@@ -33,7 +33,13 @@ from nnunet_fedharm.privacy.votes import private_votes
 from nnunet_fedharm.trainers.patches import PatchSampler
 from nnunet_fedharm.trainers.patient_loader import Cases
 from nnunet_fedharm.trainers.private_card import write_privacy_card
-from nnunet_fedharm.trainers.private_sampling import HARMONIZER, SEGMENTER, sampling_of, voting_sites
+from nnunet_fedharm.trainers.private_sampling import (
+    HARMONIZER,
+    SEGMENTER,
+    most_votes_of_a_patient,
+    sampling_of,
+    voting_sites,
+)
 
 if TYPE_CHECKING:
     from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
@@ -97,7 +103,7 @@ class PrivateTraining:
         parts = tuple((phase.sample_rate, phase.steps_per_epoch * phase.epochs) for phase in self.phases.values())
         settled = (
             *self.options.statistics_part(styled=reads_styles(self.trainer.section.kind)),
-            *map(self.vote_noise, self._voters),
+            *(Noise(release.noise_multiplier) for release in self._vote_releases),
         )
         return common_noise(self.options.epsilon, self.options.delta, parts, settled)
 
@@ -112,7 +118,7 @@ class PrivateTraining:
             if what in self.phases and epochs > 0:
                 planned.append(self._release(what, steps=epochs * self.phases[what].steps_per_epoch))
         if harmonizer_epochs > 0:
-            planned += [self._vote_release(count) for count in self._voters]
+            planned += self._vote_releases
         self.ledger.refuse_beyond(self.options.budget, planned)
 
     def record(self, what: str) -> None:
@@ -231,31 +237,37 @@ class PrivateTraining:
         return found
 
     def vote_noise(self, patients: int) -> Noise:
-        """Of the votes of so many patients; one of them moves the sum of the votes of C channels by at most sqrt(C)."""
-        channels = self.trainer.harmonizer.num_channels
-        return Noise(max(VOTE_NOISE, VOTE_ERROR * patients / math.sqrt(channels)))
+        """Of a site's votes; one of so many patients moves the sum of the votes of C channels by at most sqrt(C).
+
+        Who was scanned at m sites is in the votes of each: all noise is sqrt(m) times as large then, as that of styles.
+        """
+        sites = max(1, most_votes_of_a_patient(self.trainer, self._voting_sites))
+        return Noise(math.sqrt(sites) * self._least_vote_noise(patients))
+
+    def _least_vote_noise(self, patients: int) -> float:
+        return max(VOTE_NOISE, VOTE_ERROR * patients / math.sqrt(self.trainer.harmonizer.num_channels))
 
     def _vote(self, sampler: PatchSampler) -> None:
         """Mean vote of each site's patients, with noise, where it is due and is a release."""
+        for release in self._vote_releases:
+            self.ledger.record(release, within=self.options.budget)
         for site, votes in self.votes(sampler).items():
             multiplier = self.vote_noise(len(votes)).noise_multiplier
             told = private_votes(votes, noise_multiplier=multiplier, noise=self.noise)
             self.trainer.harmonizer.bank_polarity[site] = told
-            self.ledger.record(self._vote_release(len(votes)), within=self.options.budget)
 
     @property
-    def _voters(self) -> list[int]:
-        """Patients of each voting site. Sites share no patient, but all are counted together: an upper bound."""
-        return [len(patients) for patients in self._voting_sites.values()]
+    def _vote_releases(self) -> list[Release]:
+        """The votes of all sites here, which cost a patient what those of the own site do: the least noise among them."""
+        least = [self._least_vote_noise(len(patients)) for patients in self._voting_sites.values()]
+        return (
+            [Release(what=VOTES, mechanism=GAUSSIAN, noise_multiplier=min(least), run_id=self.run_id)] if least else []
+        )
 
     @cached_property
     def _voting_sites(self) -> dict[int, list[Cases]]:
         """site -> patients, of the sites that vote."""
         return voting_sites(self.trainer)
-
-    def _vote_release(self, patients: int) -> Release:
-        multiplier = self.vote_noise(patients).noise_multiplier
-        return Release(what=VOTES, mechanism=GAUSSIAN, noise_multiplier=multiplier, run_id=self.run_id)
 
     def _release(self, what: str, *, steps: int) -> Release:
         if self.shared is not None:

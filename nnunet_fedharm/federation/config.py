@@ -323,7 +323,7 @@ def warnings_of(config: FederateConfig) -> list[str]:
         )
     if config.device != "cpu" and config.parallel_sites > config.gpus:
         found.append(f"{config.parallel_sites} sites share {config.gpus} of {config.device} at the same time.")
-    options = {"judge": "linear", **config.harmonizer_settings}  # what the preparation chooses where nothing was asked for
+    options = {"judge": "linear", **config.harmonizer_settings}  # the preparation's choice where none was asked for
     private = config.privacy is not None
     if against := private_judge(config.harmonizer, options, private=private, start_from=config.start_from):
         found.append(against)

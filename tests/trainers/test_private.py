@@ -18,6 +18,7 @@ from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.privacy.accounting import epsilon_of
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
+from nnunet_fedharm.trainers import private_sampling, private_training
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.harmonizer_phase import trainable
 from nnunet_fedharm.trainers.patient_loader import PatientLoader, by_patient
@@ -73,6 +74,24 @@ def test_both_phases_are_trained_and_accounted_for(kind: str, private: Callable[
     card = json.loads((Path(trainer.output_folder) / "privacy.json").read_text())
     assert card["unit"] == "patient"
     assert card["epsilon"] <= 5.0
+
+
+@pytest.mark.parametrize(("travelled", "noise"), [(False, 8.0), (True, 8.0 * 2**0.5)])
+def test_the_votes_of_all_sites_in_one_place_cost_what_those_of_one_do(
+    private: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, travelled: bool, noise: float
+) -> None:
+    voters = {1: [("B_1",), ("B_2", "B_3")], 2: [(f"C_{index}",) for index in range(40)]}
+    monkeypatch.setattr(private_training, "voting_sites", lambda _: voters)
+    monkeypatch.setattr(private_sampling, "_patient_of", lambda _: {"B_2": "anna", "C_1": "anna"} if travelled else {})
+    trainer = private("polarity")
+    trainer.initialize()
+    trainer.start_private()
+    (release,) = trainer.private._vote_releases
+    assert release.noise_multiplier == 8.0, "the least of the sites', as every patient is in one"
+    assert trainer.private.vote_noise(2).noise_multiplier == pytest.approx(noise)
+    many = 100 / 4 / trainer.harmonizer.num_channels**0.5 / 8
+    assert many > 1
+    assert trainer.private.vote_noise(100).noise_multiplier == pytest.approx(noise * many)
 
 
 def test_checkpoints_hold_neither_losses_nor_dice_nor_votes_of_single_patches(private: Callable[..., Any]) -> None:

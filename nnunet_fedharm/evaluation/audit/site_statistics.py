@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from nnunet_fedharm.evaluation.audit.noisy_statistics import (
     Mechanism,
@@ -18,6 +19,7 @@ from nnunet_fedharm.evaluation.audit.noisy_statistics import (
     votes_mechanism,
 )
 from nnunet_fedharm.evaluation.audit.site import AuditedSite, audit_trainer
+from nnunet_fedharm.harmonizers.judges import PACE, LinearJudge
 from nnunet_fedharm.planning.private_summary import measured_channels
 from nnunet_fedharm.planning.section import read_section, reads_styles
 from nnunet_fedharm.planning.style import patient_styles, preprocessed_cases
@@ -115,10 +117,13 @@ def _styles(site: AuditedSite, privacy: PrivacyOptions, registry: SitesFile) -> 
 
 
 def _votes(site: AuditedSite, privacy: PrivacyOptions) -> Found:
-    """Of the judge at its start: which way the patients vote changes nothing of what is audited."""
+    """Of an untaught judge: which way the patients vote changes nothing of what is audited."""
     with audit_trainer(site, privacy, segmenter=False) as trainer:
         assert trainer.private is not None
         sampler = trainer.all_patches(np.random.default_rng(derive_seed(site.seed, "audit", "votes")))
+        judge = getattr(trainer.harmonizer, "polarity_judge", None)
+        if isinstance(judge, LinearJudge):  # it starts without an opinion, and votes of zero would tell nothing
+            torch.nn.init.normal_(judge.direction, std=1 / PACE)
         votes = trainer.private.votes(sampler)
         noises = {index: trainer.private.vote_noise(len(rows)).noise_multiplier for index, rows in votes.items()}
         names = list(trainer.bank)
