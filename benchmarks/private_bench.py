@@ -50,8 +50,8 @@ class Recipe:
         patients: expected in one step, over all sites together.
         patches: of a patient in a step.
         lr, clip, momentum: of the optimizer.
-        judge_steps, judge_lr: of `polarity`'s judge in a federation, trained on A's private patients; 0 takes the start's, which is
-        public. Centrally four times as many of A's patients are drawn in a step, so a quarter of the steps is as long.
+        judge_steps, judge_lr: of `polarity`'s judge in a federation, trained on A's private patients; 0 takes the start's, which
+        is public. Centrally four times as many of A's patients are drawn in a step, so a quarter of the steps is as long.
     judge: which one.
     """
 

@@ -236,6 +236,7 @@ def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], opti
             reference=options.reference,
             styles=styles,
             device=options.device,
+            private=options.privacy is not None,
         )
         harmonizer = complete_options(situation, harmonizer)
         schedule = complete_schedule(replace(situation, judge=judge_of(harmonizer)), schedule)

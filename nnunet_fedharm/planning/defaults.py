@@ -53,6 +53,9 @@ LENGTHS = {
 LINEAR_JUDGE = Length(least=120, patches_per_image=8, lr=2e-3)
 """Of `polarity` whose judge is linear, three times what docs/experiments/polarity-judge needed."""
 
+PRIVATE_JUDGE = Length(least=24, patches_per_image=0, lr=2e-3)
+"""The same under differential privacy, where each step costs the segmenter: docs/experiments/private-harmonizer."""
+
 SEGMENTER_SHARE = 50
 """The harmonizer trains at least this part of the segmenter's steps: beside a long training more costs next to nothing."""
 
@@ -238,11 +241,13 @@ def _harmonizer_lr(situation: Situation, steps: int) -> Choice:
 
 
 def _length(situation: Situation) -> Length:
-    return LINEAR_JUDGE if _linear(situation) else LENGTHS[situation.kind]
+    if _linear(situation):
+        return PRIVATE_JUDGE if situation.private else LINEAR_JUDGE
+    return LENGTHS[situation.kind]
 
 
 def _linear(situation: Situation) -> bool:
-    """Whether a linear judge is all that is learned; each of its steps would cost the segmenter privacy."""
+    """Whether a linear judge is all that is learned: it needs no share of a long training."""
     return situation.kind == "polarity" and situation.judge == "linear"
 
 

@@ -61,6 +61,7 @@ def explain(plans: Mapping[str, Any], device: Device) -> dict[str, list[Explaine
                 reference=section.reference,
                 styles=section.styles,
                 device=device,
+                private=section.privacy is not None,
             )
             situation = replace(situation, judge=judge_of(section.harmonizer))
             found[name] = [*_network(configuration), *_harmonizer(section, situation), *_schedule(section, situation)]

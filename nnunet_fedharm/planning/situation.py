@@ -59,6 +59,7 @@ class Situation:
         images: site -> training images, with and without labels.
         reference_sites: sites whose images are the reference's.
         device: what the training will run on.
+        private: whether the training is under differential privacy.
         judge: of contrast, one of `harmonizers.judges.JUDGES`, where there is one.
     """
 
@@ -70,6 +71,7 @@ class Situation:
     images: Mapping[str, int]
     reference_sites: tuple[str, ...]
     device: Device
+    private: bool = False
     judge: str = "network"
 
     @property
@@ -105,6 +107,7 @@ def situation_of(
     reference: str,
     styles: Mapping[str, Style],
     device: Device,
+    private: bool = False,
 ) -> Situation:
     """Read the situation from a planned configuration and the style bank, which counts the sites' images."""
     channels = len(configuration["normalization_schemes"])
@@ -117,6 +120,7 @@ def situation_of(
         images={site: style.n_cases for site, style in styles.items()},
         reference_sites=_reference_sites(reference, styles),
         device=device,
+        private=private,
     )
 
 

@@ -90,6 +90,8 @@ def test_the_judge_is_linear_unless_asked_otherwise(kind: str) -> None:
     assert complete_options(case, {"judge": "network"})["judge"] == "network"
     steps = {judge: complete_schedule(replace(case, judge=judge), {}).harmonizer_epochs for judge in JUDGES}
     assert steps["linear"] < steps["network"] if kind == "polarity" else steps["linear"] == steps["network"]
+    private = complete_schedule(replace(case, judge="linear", private=True), {"iterations_per_epoch": 8})
+    assert kind != "polarity" or private.harmonizer_epochs == 3, "24 steps: each costs the segmenter privacy"
     build_harmonizer(
         kind, complete_options(case, {}), num_channels=1, spatial_dims=3, styles=list(STYLES.values()),
         reference=STYLES["A"],
