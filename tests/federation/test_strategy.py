@@ -103,9 +103,11 @@ def test_what_cannot_work_is_refused_before_anything_starts(values: dict[str, An
 def test_what_may_surprise_is_a_warning() -> None:
     assert warnings_of(FederateConfig(strategy="median", sites="A,B,C")) == []
     judged: dict[str, Any] = {"harmonizer": "polarity", "harmonizer_rounds": 1, "epsilon": 8.0}
-    assert "turns sites over at random. Give" in warnings_of(FederateConfig(**judged))[0]
+    assert warnings_of(FederateConfig(**judged)) == [], "the preparation takes a linear judge"
+    judged["harmonizer_options"] = '{"judge": "network"}'
+    assert "turns sites over at random. Ask for judge" in warnings_of(FederateConfig(**judged))[0]
     assert warnings_of(FederateConfig(**judged, start_from="public")) == []
-    assert warnings_of(FederateConfig(**{**judged, "harmonizer": "curve"})) == []
+    assert warnings_of(FederateConfig(harmonizer="curve", harmonizer_rounds=1, epsilon=8.0)) == []
     assert "counts all sites alike" in warnings_of(FederateConfig(strategy="median", weighting="cases"))[0]
     assert "own heads and norm: the server's own model" in warnings_of(FederateConfig(local_groups="norm,heads"))[0]
 

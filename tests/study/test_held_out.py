@@ -238,7 +238,7 @@ def test_each_kind_of_arm_meets_a_held_out_site_as_it_should_and_once(
         assert dict(found.models) == {"A": "model", "B": "model", "C": str(folder / "adapted" / "C")}
         assert found.styles == trained.styles
     assert recorded.calls == [(Path("given"), data.adapt("C"), "C")]
-    assert [path.name for path in (folder / "adapted").iterdir()] == ["C"]
+    assert [path.name for path in (folder / "adapted").iterdir() if path.is_dir()] == ["C"]
 
 
 def test_a_servers_folder_that_no_new_hospital_could_use_is_refused(tmp_path: Path) -> None:

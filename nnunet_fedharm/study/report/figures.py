@@ -53,7 +53,8 @@ def lesion_figure(found: StudyFindings) -> Html:
         lesions: Mapping[str, Any] = report.get("lesions") or {}
         arm = found.arm(name)
         for site in ["all"] if "all" in lesions else lesions:
-            changes = {key: lesions[site][key]["change"] for key in ("lesion_recall", "false_lesions")}
+            found_here = {key: lesions[site].get(key) for key in ("lesion_recall", "false_lesions")}
+            changes = {key: entry["change"] for key, entry in found_here.items() if entry}
             values = {key: Estimate(**change) for key, change in changes.items() if change["value"] is not None}
             where = "" if site == "all" else f", {site}"
             rows.append(Row(group_of(arm), f"{row_name(arm)}{where}", style_of(arm), values))
