@@ -21,7 +21,7 @@ from nnunet_fedharm.harmonizers.flow import FlowConfig, FlowHarmonizer
 from nnunet_fedharm.harmonizers.none import IdentityHarmonizer
 from nnunet_fedharm.harmonizers.nyul import NyulHarmonizer
 from nnunet_fedharm.harmonizers.style import Style
-from nnunet_fedharm.harmonizers.upright import PolarityConfig, PolarityHarmonizer, guessing
+from nnunet_fedharm.harmonizers.upright import PolarityConfig, PolarityHarmonizer, guessing, undecided
 
 KINDS: tuple[str, ...] = ("none", "augment", "nyul", "curve", "polarity", "cyclegan", "diffusion")
 """Harmonizers of this release, in the order of what they can do."""
@@ -111,13 +111,15 @@ def build_harmonizer(
                 return IdentityHarmonizer(setting)
 
 
-def doubt(kind: str, losses: Mapping[str, float]) -> str:
-    """What the mean losses of a harmonizer phase's last epoch say against it, in a sentence; empty where they say nothing.
+def doubt(kind: str, losses: Mapping[str, float], votes: Mapping[str, float] | None = None) -> str:
+    """What the end of a harmonizer phase says against it, in a sentence; empty where there is nothing.
 
     Args:
-        losses: as `HarmonizerTraining.step` names them; NaN where a site only votes.
+        losses: means of the last epoch, as `HarmonizerTraining.step` names them; NaN where a site only votes or they are unknown.
+        votes: site -> least polarity over its channels, 1 upright to -1 inverted.
     """
-    return guessing(losses) if kind == "polarity" else ""
+    guesses = guessing(losses) if kind == "polarity" else ""
+    return guesses or (undecided(votes or {}) if kind in AT_REFERENCE else "")
 
 
 def _known(kind: str, options: Mapping[str, Any], config: type | None) -> dict[str, Any]:

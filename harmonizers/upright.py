@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers.base import Setting, Source
+from nnunet_fedharm.harmonizers.base import INVERTED_BELOW, Setting, Source
 from nnunet_fedharm.harmonizers.judges import dress
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer, dressed_references, polarity_step
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
@@ -89,6 +89,22 @@ class PolarityTraining(HarmonizerTraining):
         dressed = dressed_references(self.harmonizer, references)
         loss = polarity_step(self, image, sites, generator, dressed, judge_steps=1)
         return {"loss": float("nan") if loss is None else loss}
+
+
+def undecided(votes: Mapping[str, float]) -> str:
+    """Sites whose votes are too near to neither: what inverts them is a vote below INVERTED_BELOW.
+
+    Args:
+        votes: site -> polarity; 1 before anybody has voted.
+    """
+    unsure = [f"{site} {vote:+.2f}" for site, vote in votes.items() if abs(vote) <= -INVERTED_BELOW]
+    if not unsure:
+        return ""
+    return (
+        f"Whether their contrast is inverted was not decided for {', '.join(unsure)} (the vote; +1 upright, -1 inverted): such "
+        f"sites stay as they are, as a vote has to be below {INVERTED_BELOW}. Plan more harmonizer epochs (in a federation: "
+        "rounds): a vote begins at +1 and needs some 60 steps to arrive. Under differential privacy it carries noise."
+    )
 
 
 def guessing(losses: Mapping[str, float]) -> str:

@@ -31,6 +31,7 @@ from nnunet_fedharm.federation.messages import (
     unpack_reply,
 )
 from nnunet_fedharm.federation.ownership import Ownership
+from nnunet_fedharm.federation.phase_end import doubt_of
 from nnunet_fedharm.federation.requests import common_values, promise_of, scaffolds, train_request
 from nnunet_fedharm.federation.roster import Roster
 from nnunet_fedharm.federation.secure.checks import secures
@@ -48,7 +49,6 @@ from nnunet_fedharm.federation.updates import (
     set_outliers_aside,
     travelling,
 )
-from nnunet_fedharm.harmonizers import doubt
 
 METRICS = ("train_loss", "val_loss", "dice")
 
@@ -133,8 +133,8 @@ class RoundLoop:
         weights = weights | made.weights
         self.checkpoint(state, weights, is_best)
         self.log.write("round_end", rounds=rounds, best=is_best, **entry)
-        loss = metrics["train_loss"] if phase == "harmonizer" and number + 1 == rounds else None
-        if loss is not None and (against := doubt(self.config.harmonizer, {"loss": loss})):
+        ends = phase == "harmonizer" and number + 1 == rounds
+        if ends and (against := doubt_of(self.config, state.plans, metrics["train_loss"], weights)):
             self.log.write("warning", text=against)
         return state, weights
 

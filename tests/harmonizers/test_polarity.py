@@ -185,3 +185,11 @@ def test_a_judge_that_still_guesses_is_doubted_and_a_voting_site_is_not() -> Non
     assert doubt("polarity", {"loss": 0.33}) == ""
     assert doubt("polarity", {"loss": float("nan")}) == ""
     assert doubt("cyclegan", {"loss": 0.692}) == ""
+
+
+def test_a_vote_that_is_near_to_neither_is_doubted() -> None:
+    for kind in ("polarity", "cyclegan", "diffusion"):
+        said = doubt(kind, {"loss": 0.2}, {"A": 1.0, "B": 0.52, "C": -0.24, "D": -0.8})
+        assert "was not decided for C -0.24 (the vote" in said
+        assert doubt(kind, {"loss": 0.2}, {"A": 1.0, "D": -0.26}) == ""
+    assert doubt("curve", {"loss": 0.2}, {"A": 0.0}) == ""
