@@ -75,20 +75,22 @@ def tables(work: Path) -> str:
     dice, rest = load(work)
     by_seed = dice[("", "reference", 0.0)]
     reference = {site: float(np.mean([seed[site] for seed in by_seed.values()])) for site in SITES}
-    # Recipes that begin with the same word start from the same model.
-    starts = {recipe.split("-")[0]: found for (recipe, mode, _), found in dice.items() if mode == "start"}
+    starts = {recipe: found for (recipe, mode, _), found in dice.items() if mode == "start"}
     columns = ["epsilon", "mode", "seeds", *SITES, "mean", "worst site", "of non-private", "gap recovered"]
     parts = []
     for recipe in sorted({key[0] for key in dice if key[0]}):
         entry = next(entries[0]["recipe"] for key, entries in rest.items() if key[0] == recipe)
-        text = ", ".join(f"{name} {value}" for name, value in entry.items() if value not in ("", "none"))
-        rows = [["no privacy", "central, 640 steps", *row(by_seed, reference, starts.get(recipe.split("-")[0], {}))]]
+        told = {
+            name: value for name, value in entry.items() if entry.get("judge_steps") or not name.startswith("judge")
+        }
+        text = ", ".join(f"{name} {value}" for name, value in told.items() if value not in ("", "none"))
+        # Recipes that begin with the same word start from the same model, before which the harmonizer of each stands.
+        like = sorted(other for other in starts if other.split("-")[0] == recipe.split("-")[0])
+        own = starts[recipe if recipe in starts else like[0]] if like else {}
+        rows = [["no privacy", "central, 640 steps", *row(by_seed, reference, own)]]
         keys = [key for key in dice if key[0] == recipe and key[1] in MODES]
         for key in sorted(keys, key=lambda key: (-key[2], list(MODES).index(key[1]))):
-            rows.append(
-                [shown(key[2]), MODES[key[1]], *row(dice[key], reference, starts.get(recipe.split("-")[0], {}))]
-            )
-        own = starts.get(recipe.split("-")[0])
+            rows.append([shown(key[2]), MODES[key[1]], *row(dice[key], reference, own)])
         if own:
             rows.append(["start", "no private label", *row(own, reference, own)])
         costs = []
