@@ -171,9 +171,10 @@ def percentile(histogram: Histogram, grid: Grid, percent: float, *, minimum: flo
         raise PlanError("No site has foreground voxels, so intensity percentiles cannot be computed. Check the labels.")
     keys = sorted(histogram.bins)
     cumulated = np.concatenate([[0.0], np.cumsum([histogram.bins[key] for key in keys])])
-    wanted = cumulated[-1] * percent / 100
-    index = min(int(np.searchsorted(cumulated, wanted, side="right")) - 1, len(keys) - 1)
+    # Weights that were added in another order differ in their last digit, and at a tie that would decide between two bins.
+    shares, wanted = np.round(cumulated / cumulated[-1], 12), percent / 100
+    index = min(int(np.searchsorted(shares, wanted, side="right")) - 1, len(keys) - 1)
     low, high = (float(np.clip(edge, minimum, maximum)) for edge in grid.interval(keys[index][0], histogram.level))
-    start, end = list(pairwise(cumulated))[index]
+    start, end = list(pairwise(shares))[index]
     share = (wanted - start) / (end - start) if end > start else 0.5
     return float(low + min(max(share, 0.0), 1.0) * (high - low))
