@@ -85,11 +85,7 @@ class Judge(nn.Module, ABC):
     def __init__(self, *, channels: int, spatial_dims: int, width: int, style_size: int = 0) -> None:
         super().__init__()
         self.channels = channels
-        self.network = PatchDiscriminator(channels=1, spatial_dims=spatial_dims, width=width, style_size=style_size)
-        with torch.no_grad():
-            for module in self.network.modules():
-                if isinstance(module, MirrorConv):
-                    module.weight.mul_(GAIN)
+        self.network = _network(spatial_dims, width, style_size)
 
     def forward(
         self,
@@ -151,7 +147,7 @@ class LinearJudge(Judge):
 
     def __init__(self, *, channels: int, spatial_dims: int, width: int) -> None:
         super().__init__(channels=channels, spatial_dims=spatial_dims, width=width)
-        self.network.load_state_dict(_random_features(spatial_dims, width))
+        self.network.load_state_dict(_random_network(spatial_dims, width).state_dict())
         self.register_buffer("whitening", _whitening(spatial_dims, width).clone())
         self.direction = nn.Parameter(torch.zeros(channels, 2 * width))
 
@@ -183,33 +179,37 @@ def _mean_features(network: PatchDiscriminator, image: Float[Tensor, "b c *spati
     return rearrange(found.flatten(2).mean(dim=2), "(b c) f -> b c f", b=len(image))
 
 
-@cache
-def _random_features(spatial_dims: int, width: int) -> dict[str, Tensor]:
-    """Weights of a network that nobody trains: the same in every process, as `_whitening` belongs to them."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = PatchDiscriminator(channels=1, spatial_dims=spatial_dims, width=width)
+def _network(spatial_dims: int, width: int, style_size: int = 0) -> PatchDiscriminator:
+    """For one channel, with the kernels that judges begin with."""
+    network = PatchDiscriminator(channels=1, spatial_dims=spatial_dims, width=width, style_size=style_size)
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, MirrorConv):
                 module.weight.mul_(GAIN)
-    return network.state_dict()
+    return network
+
+
+@cache
+def _random_network(spatial_dims: int, width: int) -> PatchDiscriminator:
+    """One that nobody trains: the same in every process, as `_whitening` belongs to it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _network(spatial_dims, width)
 
 
 @cache
 @torch.no_grad()
 def _whitening(spatial_dims: int, width: int) -> Float[Tensor, "f f"]:
     """Inverse Cholesky factor of the differences' second moment over random smooth fields and their inverses."""
-    network = PatchDiscriminator(channels=1, spatial_dims=spatial_dims, width=width)
-    network.load_state_dict(_random_features(spatial_dims, width))
+    network = _random_network(spatial_dims, width)
     fields = torch.cat([_random_field(spatial_dims, index) for index in range(FIELDS)])
     normal = torch.special.ndtri(torch.tensor(QUANTILE_LEVELS, dtype=torch.float32)).expand(FIELDS, 1, -1)
     upright = torch.zeros(FIELDS, 1, dtype=torch.bool)
     seen = [_mean_features(network, dress(fields, normal, normal, turned)) for turned in (upright, ~upright)]
     difference = rearrange(seen[0] - seen[1], "b 1 f -> b f").double()
     moment = difference.mT @ difference / FIELDS
-    ridge = RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     identity = torch.eye(len(moment), dtype=moment.dtype)
+    ridge = RIDGE * moment.diagonal().mean() * identity
     return torch.linalg.solve_triangular(torch.linalg.cholesky(moment + ridge), identity, upper=False).float()
 
 

@@ -71,9 +71,10 @@ class HarmonizerPhase:
         losses = self.epoch(training, sampler, torch_generator(seed, *stream, "harmonizer"), epoch)
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
         trainer.print_to_log_file(f"Harmonizer epoch {epoch}: {parts}")
-        votes = dict(zip(trainer.bank, trainer.harmonizer.bank_polarity.amin(dim=-1).tolist(), strict=True))
-        if epoch == self.schedule.harmonizer_epochs - 1 and (against := doubt(trainer.section.kind, losses, votes)):
-            trainer.print_to_log_file(f"WARNING: {against}")
+        if epoch == self.schedule.harmonizer_epochs - 1:
+            votes = dict(zip(trainer.bank, trainer.harmonizer.bank_polarity.amin(dim=-1).tolist(), strict=True))
+            if against := doubt(trainer.section.kind, losses, votes):
+                trainer.print_to_log_file(f"WARNING: {against}")
 
     def epoch(
         self, training: HarmonizerTraining, sampler: PatchSampler, generator: torch.Generator, number: int

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch.distributed as dist
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunet_fedharm.errors import PrivacyError
+from nnunet_fedharm.harmonizers.training import is_distributed
 from nnunet_fedharm.nnunet_root import environment
 from nnunet_fedharm.planning.private_fingerprint import fingerprint_file
 from nnunet_fedharm.planning.section import FedHarmSection
@@ -35,7 +35,7 @@ def refuse_processes(section: FedHarmSection) -> None:
     Raises:
         PrivacyError: it is one. Their gradients are averaged within each backward pass, before a patient's is clipped.
     """
-    if section.privacy is not None and dist.is_available() and dist.is_initialized():
+    if section.privacy is not None and is_distributed():
         raise PrivacyError(
             "Differential privacy trains in one process: several would mix their patients' gradients before these are clipped. "
             "Start it without -num_gpus."

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnunet_fedharm.errors import PlanError
-from nnunet_fedharm.harmonizers import doubt
+from nnunet_fedharm.harmonizers import doubt, judges
 from nnunet_fedharm.harmonizers.base import INVERTED_BELOW
 from nnunet_fedharm.harmonizers.judges import Judge, LinearJudge, NetworkJudge, dress
 from nnunet_fedharm.harmonizers.polarity import polarity_step, vote
@@ -154,13 +154,20 @@ def test_of_a_linear_judge_the_direction_alone_is_moved(kind: str, spatial_dims:
 
 
 def test_a_linear_judge_has_no_opinion_before_it_learned_and_is_the_same_everywhere() -> None:
-    judges = []
+    made = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        judges.append(LinearJudge(channels=2, spatial_dims=2, width=4))
-    assert all(torch.equal(a, b) for a, b in zip(*(judge.state_dict().values() for judge in judges), strict=True))
+        made.append(LinearJudge(channels=2, spatial_dims=2, width=4))
+    assert all(torch.equal(a, b) for a, b in zip(*(judge.state_dict().values() for judge in made), strict=True))
     flat = torch.linspace(-2, 2, 33).expand(8, 2, -1)
-    assert judges[0](lakes(0).expand(-1, 2, -1, -1), flat, flat).abs().max() == 0
+    assert made[0](lakes(0).expand(-1, 2, -1, -1), flat, flat).abs().max() == 0
+
+
+def test_the_first_harmonizer_of_a_process_begins_as_every_later_one() -> None:
+    judges._random_network.cache_clear()
+    judges._whitening.cache_clear()
+    first, later = (make("cyclegan", judge="linear").state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], later[name]) for name in later)
 
 
 def test_no_patch_moves_a_linear_judge_further_than_another() -> None:
