@@ -117,6 +117,9 @@ def study_file() -> str:
     from nnunet_fedharm.privacy.options import PrivacyOptions
 
     parts.append(f"## [privacy]\n\nOf the arms at `epsilons`.\n\n{field_table(PrivacyOptions, without=('epsilon',))}")
+    parts.append(
+        f"In the same table: {_lower(_first(module.PrivateTraining))}\n\n{field_table(module.PrivateTraining)}"
+    )
     return "\n".join(parts)
 
 
@@ -124,6 +127,10 @@ def _first(part: type) -> str:
     """The docstring's first sentence; a table of the file names itself there, which the heading has said."""
     words = re.sub(r"^`\[\w+\]`: ", "", inspect.getdoc(part) or "")
     return words[:1].upper() + words[1:]
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
 
 
 def field_table(part: type, *, without: Sequence[str] = ()) -> str:

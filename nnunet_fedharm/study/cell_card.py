@@ -10,7 +10,7 @@ from nnunet_fedharm.sites.files import read_dataset_json, read_json
 from nnunet_fedharm.study.card_beside import write_card
 from nnunet_fedharm.study.cell_files import ENVIRONMENT_FILE
 from nnunet_fedharm.study.held_out import ADAPTED_WITH, left_out
-from nnunet_fedharm.study.matrix import Arm
+from nnunet_fedharm.study.matrix import Arm, augmented
 from nnunet_fedharm.study.model_card import CardFacts, CardPrivacy
 from nnunet_fedharm.study.model_facts import read_scores, scanner_sites
 from nnunet_fedharm.study.new_site import adapted_sites
@@ -34,7 +34,8 @@ def write_cell_card(study: StudyFile, result: CellResult) -> Path:
 
 def cell_facts(study: StudyFile, result: CellResult) -> CardFacts:
     """What a cell tells about its model."""
-    arm, training = result.cell.arm, study.training
+    arm = result.cell.arm
+    training = study.training_at(arm.epsilon)
     description = read_dataset_json(study.raw_dataset, site="study")
     environment = result.folder / ENVIRONMENT_FILE
     recorded = read_json(environment, what="The environment of a cell") if environment.is_file() else {}
@@ -62,7 +63,7 @@ def cell_facts(study: StudyFile, result: CellResult) -> CardFacts:
         scores=read_scores(result.metrics),
         score_source="Test cases held out by the study; intervals by bootstrap over cases.",
         privacy=_privacy(result),
-        trained=trained + ("" if arm.augmentation else ", without nnU-Net's augmentation"),
+        trained=trained + ("" if augmented(study, arm) else ", without nnU-Net's augmentation"),
         versions=recorded.get("versions") or {},
         notes=(
             "It was trained for a comparison, for as long as every other arm: it may not be the best model of this data.",

@@ -58,6 +58,11 @@ class Cell:
         return f"{self.arm.name}_seed-{self.seed}"
 
 
+def augmented(study: StudyFile, arm: Arm) -> bool:
+    """Whether an arm trains with nnU-Net's augmentation."""
+    return arm.augmentation and (arm.epsilon is None or study.private_training.augmentation)
+
+
 def control_arm(study: StudyFile) -> Arm:
     """Plain nnU-Net, central where the study has that mode."""
     return Arm("central" if "central" in study.arms.modes else "federated", CONTROL)

@@ -8,7 +8,7 @@ from typing import Any
 from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.sites.files import read_json
 from nnunet_fedharm.study.cell_files import ENVIRONMENT_FILE, cell_folder
-from nnunet_fedharm.study.matrix import Arm, Cell
+from nnunet_fedharm.study.matrix import Arm, Cell, augmented
 from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile
 
 _OF_THE_MACHINE = ("num_processes", "gpu_memory_gb")
@@ -17,8 +17,11 @@ _OF_THE_MACHINE = ("num_processes", "gpu_memory_gb")
 
 def settings_of(study: StudyFile, arm: Arm) -> dict[str, Any]:
     """Key -> value, as JSON gives it back."""
-    training = {name: value for name, value in asdict(study.training).items() if name not in _OF_THE_MACHINE}
+    sizes = asdict(study.training_at(arm.epsilon))
+    training = {name: value for name, value in sizes.items() if name not in _OF_THE_MACHINE}
     privacy = {} if arm.epsilon is None else {f"[privacy] {name}": value for name, value in study.privacy.items()}
+    if arm.augmentation and not augmented(study, arm):
+        privacy["[privacy] augmentation"] = False
     found = {"reference": study.subject.reference, "fold": study.subject.fold, **training, **privacy}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 

@@ -17,7 +17,16 @@ from nnunet_fedharm.planning.section import CONFIGURATIONS
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
-from nnunet_fedharm.study.study_tables import BASELINES, CONTROL, MODES, Arms, Report, Subject, Training
+from nnunet_fedharm.study.study_tables import (
+    BASELINES,
+    CONTROL,
+    MODES,
+    Arms,
+    PrivateTraining,
+    Report,
+    Subject,
+    Training,
+)
 from nnunet_fedharm.trainers.start_weights import find_checkpoint
 
 STUDY_FILE = "study.toml"
@@ -33,6 +42,7 @@ class StudyFile:
     Attributes:
         folder: where study.toml lies and everything is written.
         privacy: options of private trainings but epsilon, as `PrivacyOptions` names them.
+        private_training: what private trainings do otherwise than `training` says.
     """
 
     folder: Path
@@ -41,6 +51,7 @@ class StudyFile:
     training: Training = field(default_factory=Training)
     report: Report = field(default_factory=Report)
     privacy: Mapping[str, Any] = field(default_factory=dict)
+    private_training: PrivateTraining = field(default_factory=PrivateTraining)
 
     @property
     def raw_dataset(self) -> Path:
@@ -106,6 +117,10 @@ class StudyFile:
         """Options of a private training."""
         return PrivacyOptions(epsilon=epsilon, **self.privacy)
 
+    def training_at(self, epsilon: float | None) -> Training:
+        """Size and length of an arm; None: without differential privacy."""
+        return self.training if epsilon is None else self.private_training.of(self.training)
+
 
 def read_study(folder: Path) -> StudyFile:
     """The study of a folder.
@@ -124,13 +139,15 @@ def read_study(folder: Path) -> StudyFile:
     for key in content:
         if key not in known:
             raise DataError(f"{path} has the unknown table [{key}]. Known tables: {', '.join(known)}.")
+    privacy, private_training = _read_privacy(content.get("privacy", {}), path)
     study = StudyFile(
         folder.resolve(),
         _read(Subject, content.get("study", {}), "study", path),
         _read(Arms, content.get("arms", {}), "arms", path),
         _read(Training, content.get("training", {}), "training", path),
         _read(Report, content.get("report", {}), "report", path),
-        _checked_privacy(content.get("privacy", {}), path),
+        privacy,
+        private_training,
     )
     _check(study, path)
     return study
@@ -146,13 +163,16 @@ def _read(part: type[Part], values: Any, table: str, path: Path) -> Part:
     return part(**{name: _value(value, kinds[name], name, table, path) for name, value in values.items()})
 
 
-def _checked_privacy(values: Any, path: Path) -> Mapping[str, Any]:
-    known = [item.name for item in fields(PrivacyOptions) if item.name != "epsilon"]
-    _check_keys(values, known, "privacy", path)
-    kinds = get_type_hints(PrivacyOptions)
+def _read_privacy(values: Any, path: Path) -> tuple[Mapping[str, Any], PrivateTraining]:
+    """Options of privacy and the length of private arms, which share a table."""
+    options = [item.name for item in fields(PrivacyOptions) if item.name != "epsilon"]
+    lengths = [item.name for item in fields(PrivateTraining)]
+    _check_keys(values, [*options, *lengths], "privacy", path)
+    kinds = get_type_hints(PrivacyOptions) | get_type_hints(PrivateTraining)
     checked = {name: _value(value, kinds[name], name, "privacy", path) for name, value in values.items()}
-    PrivacyOptions(epsilon=1.0, **checked)
-    return checked
+    privacy = {name: value for name, value in checked.items() if name in options}
+    PrivacyOptions(epsilon=1.0, **privacy)
+    return privacy, PrivateTraining(**{name: value for name, value in checked.items() if name in lengths})
 
 
 def _check_keys(values: Any, known: Collection[str], table: str, path: Path) -> None:
@@ -232,7 +252,8 @@ def _check(study: StudyFile, path: Path) -> None:
         raise DataError(f"{path}: patch_size needs {axes} values for {subject.configuration}, or none.")
     if not all(size > 0 for size in study.training.patch_size):
         raise DataError(f"{path}: patch_size must be voxel counts above 0, got {list(study.training.patch_size)}.")
-    study.training.schedule(0, harmonizer_epochs=study.training.harmonizer_epochs)
+    for training in (study.training, study.private_training.of(study.training)):
+        training.schedule(0, harmonizer_epochs=training.harmonizer_epochs)
 
 
 def _check_held_out(study: StudyFile, path: Path) -> None:

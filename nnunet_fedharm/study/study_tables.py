@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
+from nnunet_fedharm.errors import DataError
 from nnunet_fedharm.planning.section import Schedule
 
 MODES = ("central", "federated", "local")
@@ -120,6 +122,44 @@ class Training:
             augmentation=augmentation,
             seed=seed,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateTraining:
+    """What private arms do otherwise than `[training]` says.
+
+    Clipped and noisy gradients want another rate and length than others: a comparison at the rate of plain training tells what an
+    untuned private training costs.
+    """
+
+    harmonizer_epochs: int = 0
+    """Epochs of the harmonizer phase in private arms; 0: as in [training]."""
+    segmenter_epochs: int = 0
+    """Epochs of the segmenter phase in private arms; 0: as in [training]."""
+    iterations_per_epoch: int = 0
+    """Optimizer steps of an epoch in private arms; 0: as in [training]."""
+    initial_lr: float = 0.0
+    """Learning rate of the segmenter at the start in private arms; 0: as in [training]."""
+    augmentation: bool = True
+    """nnU-Net's augmentation in private arms."""
+
+    def of(self, training: Training) -> Training:
+        """The training of a private arm.
+
+        Raises:
+            DataError: a negative value.
+        """
+        changed = {
+            name: value
+            for name in ("harmonizer_epochs", "segmenter_epochs", "iterations_per_epoch", "initial_lr")
+            if (value := getattr(self, name))
+        }
+        for name, value in changed.items():
+            if not 0 < value < math.inf:
+                raise DataError(
+                    f"{name} in [privacy] must be a positive number, or 0 for that of [training], got {value}."
+                )
+        return replace(training, **changed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,8 @@ def _text(values: Mapping[str, Mapping[str, Any]]) -> str:
         parts.append("\n".join(lines))
     parts.append(
         "# Differential privacy of the arms at `epsilons`, as `nnunet-fedharm plan --help` explains the options.\n"
-        "[privacy]\n# delta = 1e-5\n# clip = 1.0\n# patients_per_step = 8.0"
+        "# Their training may be another: clipped and noisy gradients want a larger rate and fewer steps of more patients.\n"
+        "[privacy]\n# delta = 1e-5\n# clip = 1.0\n# patients_per_step = 8.0\n# initial_lr = 0.0\n# segmenter_epochs = 0"
     )
     return "\n\n".join(parts) + "\n"
 

@@ -21,7 +21,7 @@ from nnunet_fedharm.planning.section import CONSENSUS
 from nnunet_fedharm.planning.situation import find_device
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.study.data import BASE_PLANS, StudyData, plan_options
-from nnunet_fedharm.study.matrix import Cell
+from nnunet_fedharm.study.matrix import Cell, augmented
 from nnunet_fedharm.study.shared_cases import keep_cases, take_cases
 from nnunet_fedharm.study.shared_time import central_seconds, federated_seconds, seconds_before_rounds
 from nnunet_fedharm.study.study_file import StudyFile
@@ -49,8 +49,8 @@ def _central(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
     study, arm = data.study, cell.arm
     source = data.own(arm.site) if arm.site else data.pooled
     root = linked_root(source, folder, data.dataset_name)
-    schedule = study.training.schedule(
-        cell.seed, harmonizer_epochs=_harmonizer_epochs(data, cell), augmentation=arm.augmentation
+    schedule = study.training_at(arm.epsilon).schedule(
+        cell.seed, harmonizer_epochs=_harmonizer_epochs(data, cell), augmentation=augmented(study, arm)
     )
     options = CentralOptions(
         configurations=(study.subject.configuration,),
@@ -167,7 +167,7 @@ def federate_config(data: StudyData, cell: Cell, folder: Path, *, device: str) -
         FederationError: a value that `federate` refuses.
     """
     study, arm = data.study, cell.arm
-    training, subject = study.training, study.subject
+    training, subject = study.training_at(arm.epsilon), study.subject
     lengths = {"harmonizer": _harmonizer_epochs(data, cell), "segmenter": training.segmenter_epochs}
     for phase, epochs in lengths.items():
         if epochs % training.local_epochs:
@@ -193,6 +193,7 @@ def federate_config(data: StudyData, cell: Cell, folder: Path, *, device: str) -
         local_epochs=training.local_epochs,
         iterations_per_epoch=training.iterations_per_epoch,
         val_iterations=training.val_iterations_per_epoch,
+        augmentation=augmented(study, arm),
         initial_lr=training.initial_lr,
         momentum=training.momentum,
         harmonizer_lr=training.harmonizer_lr,
@@ -237,7 +238,7 @@ def results_folder(root: NnunetRoot, data: StudyData, trainer_name: str) -> Path
 
 
 def _harmonizer_epochs(data: StudyData, cell: Cell) -> int:
-    return data.study.training.harmonizer_epochs if cell.arm.harmonizer in LEARNED else 0
+    return data.study.training_at(cell.arm.epsilon).harmonizer_epochs if cell.arm.harmonizer in LEARNED else 0
 
 
 def _spent(folders: list[Path], cell: Cell, study: StudyFile) -> tuple[float | None, tuple[str, ...]]:

@@ -17,6 +17,7 @@ from nnunet_fedharm.sites.registry import SiteInfo, SitesFile
 from nnunet_fedharm.study.data import StudyData, _recipe
 from nnunet_fedharm.study.estimate import Estimate, Estimator
 from nnunet_fedharm.study.matrix import Arm, Cell, arms_of, cells_of, control_arm
+from nnunet_fedharm.study.settings import settings_of
 from nnunet_fedharm.study.study_file import STUDY_FILE, StudyFile, read_study
 from nnunet_fedharm.study.template import write_template
 from nnunet_fedharm.study.trained import Trained, read_trained, write_trained
@@ -138,6 +139,8 @@ def test_cells_of_the_first_seed_come_first_and_the_control_before_all(tmp_path:
         ),
         ("[privacy]\nepsilon = 8\n", r"unknown key 'epsilon' in \[privacy\]"),
         ("[privacy]\nclip = -1\n", "clip must be a positive number"),
+        ("[privacy]\ninitial_lr = -1\n", r"initial_lr in \[privacy\] must be a positive number, or 0 .* got -1"),
+        ("[privacy]\nsegmenter_epochs = 0.5\n", r"segmenter_epochs in \[privacy\] must be a whole number"),
     ],
 )
 def test_a_wrong_study_is_refused_in_one_sentence(tmp_path: Path, dataset: Path, rest: str, sentence: str) -> None:
@@ -338,6 +341,28 @@ def test_a_federated_cell_takes_the_central_cells_values(tmp_path: Path, dataset
     odd = study_of(tmp_path / "odd", dataset, "[training]\nsegmenter_epochs = 5\nlocal_epochs = 2\n")
     with pytest.raises(DataError, match=r"segmenter_epochs 5 in study\.toml is no multiple of local_epochs 2"):
         federate_config(StudyData(odd), Cell(Arm("federated", "none"), 0), tmp_path, device="cpu")
+
+
+def test_private_arms_may_train_at_another_rate_and_length(tmp_path: Path, dataset: Path) -> None:
+    study = study_of(
+        tmp_path / "s",
+        dataset,
+        "[arms]\nepsilons = [3]\n[training]\nharmonizer_epochs = 4\nsegmenter_epochs = 6\ninitial_lr = 0.1\n"
+        "[privacy]\nclip = 0.5\ninitial_lr = 0.6\nsegmenter_epochs = 2\niterations_per_epoch = 8\naugmentation = false\n",
+    )
+    data, arms = StudyData(study), (Arm("federated", "polarity"), Arm("federated", "polarity", epsilon=3.0))
+    open_, private = (federate_config(data, Cell(arm, 0), tmp_path, device="cpu") for arm in arms)
+    assert (open_.harmonizer_rounds, open_.segmenter_rounds, open_.initial_lr, open_.augmentation) == (4, 6, 0.1, True)
+    assert (private.harmonizer_rounds, private.segmenter_rounds, private.initial_lr) == (4, 2, 0.6)
+    assert not private.augmentation
+    assert private.clip == 0.5
+    differing = {
+        name: (value, settings_of(study, arms[1])[name])
+        for name, value in settings_of(study, arms[0]).items()
+        if value != settings_of(study, arms[1])[name]
+    }
+    assert differing == {"initial_lr": (0.1, 0.6), "segmenter_epochs": (6, 2), "iterations_per_epoch": (250, 8)}
+    assert settings_of(study, arms[1])["[privacy] augmentation"] is False
 
 
 def test_hours_of_cells_whose_time_nobody_knows_are_refused(

@@ -167,7 +167,7 @@ def _federation(study: StudyFile) -> str:
 
 def _privacy(study: StudyFile) -> str:
     options = study.private(study.arms.epsilons[0])
-    return (
+    words = (
         f"Private arms used DP-SGD [@abadi2016dpsgd] with the patient as unit: the gradient of each patient was clipped to norm "
         f"{options.clip:g} over {count(options.patches_per_patient, 'patch', 'patches')}, an expected "
         f"{options.patients_per_step:g} "
@@ -175,6 +175,13 @@ def _privacy(study: StudyFile) -> str:
         f"{joined([f'{e:g}' for e in study.arms.epsilons])} "
         f"at delta {options.delta:g}. The epsilon that is reported is the one spent, at the site that spent most."
     )
+    size = study.training_at(study.arms.epsilons[0])
+    if size != study.training:
+        words += (
+            f" Their segmenters took {size.segmenter_epochs} epochs of {size.iterations_per_epoch} steps (initial learning rate "
+            f"{size.initial_lr:g}), their harmonizers {size.harmonizer_epochs}."
+        )
+    return words + ("" if study.private_training.augmentation else " They were trained without nnU-Net's augmentation.")
 
 
 def _statistics(found: StudyFindings) -> str:
