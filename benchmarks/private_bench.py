@@ -93,10 +93,12 @@ class Arm:
     mode: str
     epsilon: float
     seed: int
+    use: str = ""
+    """Other than Dice; in front of the name, so that folders are apart."""
 
     @property
     def name(self) -> str:
-        return f"{self.recipe}_{self.mode}_eps{self.epsilon:g}_seed{self.seed}"
+        return f"{self.use}{self.recipe}_{self.mode}_eps{self.epsilon:g}_seed{self.seed}"
 
 
 def schedule(steps: int, epochs: int, lr: float, momentum: float, **more: Any) -> Schedule:

@@ -18,20 +18,18 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from hippocampus_sites import NAME
 from learned_training import SITES, Weights
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from private_bench import (
     CONFIGURATION,
     DELTA,
-    LR_FACTOR,
     RECIPES,
     REFERENCE_STEPS,
     Arm,
@@ -41,18 +39,14 @@ from private_bench import (
     schedule,
     spent,
 )
+from private_polarity import ROUNDS, Prepared, prepared, private_styles, vote, votes_of
 from private_shared import train_shared
 
-from nnunet_fedharm.harmonizers.style import Style
-from nnunet_fedharm.nnunet_root import NnunetRoot
-from nnunet_fedharm.planning.style import site_style
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.trainers.names import trainer_name_for
 from nnunet_fedharm.trainers.results import initial_weights
 
 SEEDS = (0, 1, 2)
-ROUNDS = 3
-"""Of FedAvg; with shared noise every step is a round."""
 NO_NOISE = 1000.0
 """Stands for epsilon infinity: clipping, and noise of a tenth of the clipping norm a step."""
 MODES = ("central", "federated", "shared")
@@ -70,94 +64,30 @@ EPSILONS = {
 
 def run_private(own: PrivateBench, arm: Arm) -> tuple[Any, Weights, dict[str, Any]]:
     """Plans, weights and costs of one private training."""
-    recipe = RECIPES[arm.recipe]
-    apart = arm.mode != "central"
-    places = own.world(arm.name, {site: own.bench.own_root(site) for site in recipe.private})
-    privacy = PrivacyOptions(
-        epsilon=arm.epsilon, delta=DELTA, clip=recipe.clip, patches_per_patient=recipe.patches,
-        # Shared noise counts the patients of all sites, as one place does.
-        patients_per_step=recipe.patients / (len(places) if arm.mode == "federated" else 1),
-        fingerprint_noise=-1.0 if apart else 0.0,
-    )  # fmt: skip
-    planned = schedule(
-        recipe.steps, recipe.steps if arm.mode == "shared" else 2 * ROUNDS, recipe.lr * LR_FACTOR.get(arm.epsilon, 1.0),
-        recipe.momentum, trained_groups=recipe.groups, harmonizer_lr=recipe.judge_lr,
-        harmonizer_epochs=judge_epochs(recipe, arm.mode) or int(recipe.kind == "polarity"),
-    )  # fmt: skip
-    styles = private_styles(own, places, privacy) if recipe.kind == "polarity" else {}
-    plans = own.plans(recipe.kind, planned, privacy, styles, recipe.judge)
-    start = own.start(recipe.start)
-    trainer = trainer_name_for(recipe.kind)
-    weights = initial_weights(plans, own.bench.description(), CONFIGURATION, trainer, arm.seed, start)
-    if recipe.kind == "polarity" and not recipe.judge_steps:
-        weights = vote(own, plans, arm, places, weights)
-    train = {"central": train_central, "federated": train_federated, "shared": train_shared}[arm.mode]
-    weights, found = train(own, plans, arm, places, weights)
-    public = own.plans(recipe.kind, planned, None, styles, recipe.judge)
-    return public, weights, found
+    ready = prepared(own, arm)
+    found: dict[str, Any] = {}
+    if arm.mode == "shared":
+        weights, found = train_shared(own, arm, ready)
+    else:
+        weights = train_central(ready) if arm.mode == "central" else train_federated(ready)
+    spending = max(spent(root) for root in ready.roots.values())
+    return ready.public, weights, {"epsilon_spent": spending, **found, **votes_of(weights)}
 
 
-def judge_epochs(recipe: Recipe, mode: str) -> int:
-    """Epochs of the judge's private training; a quarter of them where four times as many patients are in a step."""
-    steps = recipe.judge_steps // (4 if mode == "central" else 1)
-    return steps // (recipe.steps // (2 * ROUNDS))
+def train_central(ready: Prepared) -> Weights:
+    """All epochs in one place."""
+    (training,) = ready.trainings.values()
+    done = training.run(phase="segmenter", round_index=0, first_epoch=0, epochs=2 * ROUNDS, weights=ready.weights)
+    return done.weights
 
 
-def private_styles(own: PrivateBench, places: Mapping[str, NnunetRoot], privacy: PrivacyOptions) -> dict[str, Style]:
-    """Styles of the private sites with noise; those of the plans for the others."""
-    plans, noise = own.bench.plans("3d"), privacy.style_noise
-    return {site: site_style(root, NAME, plans, CONFIGURATION, noise_multiplier=noise) for site, root in places.items()}
-
-
-def vote(own: PrivateBench, plans: Any, arm: Arm, places: Mapping[str, NnunetRoot], weights: Weights) -> Weights:
-    """Each private site's own vote on its polarity, with noise, by a judge of public images."""
-    polarity = weights["harmonizer.bank_polarity"].copy()
-    for site, root in places.items():
-        training = own.training(plans, root, "polarity", site, f"{arm.name}-vote-{site}", arm.seed)
-        last = training.section.schedule.harmonizer_epochs - 1
-        voted = training.run(phase="harmonizer", round_index=0, first_epoch=last, epochs=1, weights=weights).weights
-        row = SITES.index(site)
-        polarity[row] = voted["harmonizer.bank_polarity"][row]
-    return opened({**weights, "harmonizer.bank_polarity": polarity})
-
-
-def opened(weights: Weights) -> Weights:
-    """With the gate of the harmonizer's phase open, as the server opens it when the phase is over."""
-    return {**weights, "harmonizer.gate": np.ones_like(weights["harmonizer.gate"])}
-
-
-def train_central(
-    own: PrivateBench, plans: Any, arm: Arm, _: Mapping[str, NnunetRoot], weights: Weights
-) -> tuple[Weights, dict[str, Any]]:
-    recipe = RECIPES[arm.recipe]
-    (root,) = own.world(arm.name, {"pooled": own.pooled(recipe.private)}).values()
-    training = own.training(plans, root, recipe.kind, "pooled", arm.name, arm.seed)
-    if recipe.judge_steps:
-        epochs = judge_epochs(recipe, "central")
-        judged = training.run(phase="harmonizer", round_index=0, first_epoch=0, epochs=epochs, weights=weights)
-        weights = opened(judged.weights)
-    done = training.run(phase="segmenter", round_index=0, first_epoch=0, epochs=2 * ROUNDS, weights=weights)
-    return done.weights, {"epsilon_spent": spent(root), **votes_of(weights)}
-
-
-def train_federated(
-    own: PrivateBench, plans: Any, arm: Arm, places: Mapping[str, NnunetRoot], weights: Weights
-) -> tuple[Weights, dict[str, Any]]:
+def train_federated(ready: Prepared) -> Weights:
     """FedAvg by cases over rounds of two local epochs."""
-    recipe = RECIPES[arm.recipe]
-    sites = {
-        site: own.training(plans, root, recipe.kind, site, f"{arm.name}-{site}", arm.seed)
-        for site, root in places.items()
-    }
-    if recipe.judge_steps:
-        epochs = judge_epochs(recipe, "federated")
-        judged = sites["A"].run(phase="harmonizer", round_index=0, first_epoch=0, epochs=epochs, weights=weights)
-        others = {site: root for site, root in places.items() if site != "A"}
-        weights = vote(own, plans, arm, others, judged.weights)
+    weights = ready.weights
     for index in range(ROUNDS):
         replies = [
             training.run(phase="segmenter", round_index=index, first_epoch=2 * index, epochs=2, weights=weights)
-            for training in sites.values()
+            for training in ready.trainings.values()
         ]
         counts = [reply.n_cases for reply in replies]
         weights = {
@@ -168,13 +98,7 @@ def train_federated(
             else value
             for name, value in weights.items()
         }
-    return weights, {"epsilon_spent": max(spent(root) for root in places.values()), **votes_of(weights)}
-
-
-def votes_of(weights: Weights) -> dict[str, float]:
-    """What the harmonizer holds of each site's contrast: 1 as at A, -1 its inverse; nothing without one."""
-    rows = weights.get("harmonizer.bank_polarity")
-    return {} if rows is None else {f"vote_{site}": float(rows[i, 0]) for i, site in enumerate(SITES)}
+    return weights
 
 
 def run_reference(own: PrivateBench, seed: int) -> tuple[Any, Weights]:
@@ -248,11 +172,20 @@ def main() -> None:
 
         report(arguments.work, arguments.page)
         return
+    if arguments.modes == ["shared"] and not any(map(sharable, arguments.recipes)):
+        raise SystemExit(
+            "`--patient-noise distributed` refuses harmonizer rounds: no recipe with polarity has the mode shared."
+        )
     os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
     own = PrivateBench(arguments.data, arguments.work.resolve())
     own.ready(sorted({RECIPES[recipe].start for recipe in arguments.recipes}))
     for arm in all_arms(arguments.recipes, arguments.modes, arguments.epsilons, arguments.seeds):
         run_arm(own, arm)
+
+
+def sharable(recipe: str) -> bool:
+    """Whether the product takes it: `--patient-noise distributed` refuses harmonizer rounds, without which nobody votes."""
+    return RECIPES[recipe].kind == "none"
 
 
 def all_arms(
@@ -267,7 +200,7 @@ def all_arms(
         arms += [Arm(recipe, "start", 0.0, seed) for recipe in sorted(firsts.values()) if seed == seeds[0]]
         for recipe in recipes:
             for epsilon in epsilons or EPSILONS.get(recipe, ()):
-                arms += [Arm(recipe, mode, epsilon, seed) for mode in modes]
+                arms += [Arm(recipe, mode, epsilon, seed) for mode in modes if mode != "shared" or sharable(recipe)]
             if recipe == "random-all" and "central" in modes:
                 arms += [Arm(recipe, "central", 8.0, seed)]
     return arms

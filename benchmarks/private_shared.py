@@ -7,17 +7,16 @@ to the last bit (tests/privacy/test_secure_aggregation.py), so the model would b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from hippocampus_sites import NAME
 from learned_training import Weights
-from private_bench import CONFIGURATION, DELTA, RECIPES, Arm, PrivateBench, spent
+from private_bench import CONFIGURATION, DELTA, RECIPES, Arm, PrivateBench
+from private_polarity import Prepared
 
 from nnunet_fedharm.federation.secure.patient_noise import StepSum, step_offer
 from nnunet_fedharm.federation.server_steps import momentum_step
-from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.section import reads_styles
 from nnunet_fedharm.privacy.fixed_point import Share
 from nnunet_fedharm.privacy.ledger import Ledger
@@ -33,15 +32,10 @@ WIDTH = 5
 """Bytes of an entry; the product's own."""
 
 
-def train_shared(
-    own: PrivateBench, plans: Any, arm: Arm, places: Mapping[str, NnunetRoot], weights: Weights
-) -> tuple[Weights, dict[str, Any]]:
+def train_shared(own: PrivateBench, arm: Arm, ready: Prepared) -> tuple[Weights, dict[str, Any]]:
     """DP-FedSGD: as many rounds as the recipe has steps, momentum at the server."""
     recipe, trainer = RECIPES[arm.recipe], trainer_name_for(RECIPES[arm.recipe].kind)
-    sites = {
-        site: own.training(plans, root, recipe.kind, site, f"{arm.name}-{site}", arm.seed)
-        for site, root in places.items()
-    }
+    sites, weights = ready.trainings, ready.weights
     section = next(iter(sites.values())).section
     options = section.privacy
     assert options is not None
@@ -54,8 +48,8 @@ def train_shared(
         least=len(sites),
         colluding=COLLUDING,
     )
-    with next(iter(places.values())).activate():
-        names = trained_names(plans, own.bench.description(), CONFIGURATION, trainer)
+    with next(iter(ready.roots.values())).activate():
+        names = trained_names(ready.plans, own.bench.description(), CONFIGURATION, trainer)
     velocity: Weights = {}
     for number in range(recipe.steps):
         step = StepSum(
@@ -74,15 +68,11 @@ def train_shared(
                     shared.shares.check_grid(offer.entries, len(sites), layout.step(field))
             share = Share(frozenset(offer.noisy), shared.shares.share, SecureNoise().wide)
             assert offer.release is not None
-            Ledger(places[site].path / "fedharm").record(offer.release)
+            Ledger(ready.roots[site].path / "fedharm").record(offer.release)
             total += layout.encode(offer.arrays, 1, share)
         mean = step.mean(layout.decode(total), former)
         assert not mean.clipped
         moved, velocity = momentum_step(former, mean.weights, velocity, lr=1.0, momentum=recipe.momentum)
         weights = {**weights, **moved}
-    alone = max(Ledger(root.path / "fedharm").spent(DELTA).alone for root in places.values())
-    return weights, {
-        "epsilon_spent": max(spent(root) for root in places.values()),
-        "epsilon_alone": alone,
-        "noise_multiplier": shared.noise,
-    }
+    alone = max(Ledger(root.path / "fedharm").spent(DELTA).alone for root in ready.roots.values())
+    return weights, {"epsilon_alone": alone, "noise_multiplier": shared.noise}
