@@ -2,9 +2,9 @@
 
     PYTHONPATH=benchmarks python docs/experiments/private-clip/clips.py --data DATA --work WORK
 
-WORK is that of `private_dice.py`, or is made like it; results go to WORK/clips.jsonl. The steps are the product's
-(`PatientGradients`, `draw_patients`, the trainer's optimizer and loss under `phases` finetune), the loop around them is
-this file's.
+WORK is that of `private_dice.py`, or is made like it; results go to WORK/clips.jsonl, and what is there is not run again. The
+steps are the product's (`PatientGradients`, `draw_patients`, the trainer's optimizer and loss under `phases` finetune), the loop
+around them is this file's. A seed is of the harmonizer's first weights; noise and patients are drawn anew each time.
 
 | symbol | here |
 |---|---|
@@ -46,7 +46,7 @@ ARMS: dict[str, dict[str, float]] = {
 }
 
 
-def prepared(own: PrivateBench) -> tuple[Any, Any, Any]:
+def prepared(own: PrivateBench, seed: int) -> tuple[Any, Any, Any]:
     """Plans, trainer with the start's segmenter behind an identity, and its loader of training patches."""
     planned = schedule(STEPS, 1, LR, 0.9, phases="finetune")
     plans, description, name = own.plans(KIND, planned, None, {}), own.bench.description(), trainer_name_for(KIND)
@@ -55,7 +55,7 @@ def prepared(own: PrivateBench) -> tuple[Any, Any, Any]:
         trainer.disable_checkpointing = True
         trainer.initialize()
         loader = trainer.get_dataloaders()[0].data_loader
-    start = initial_weights(plans, description, CONFIGURATION, name, 0, own.start("simulated"))
+    start = initial_weights(plans, description, CONFIGURATION, name, seed, own.start("simulated"))
     load_weights(trainer.network, start)
     trainer.harmonizer.open_gate()
     return plans, trainer, loader
@@ -109,14 +109,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--data", "--work"):
         parser.add_argument(name, type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
     torch.set_num_threads(1)
     own = PrivateBench(arguments.data, arguments.work.resolve())
-    for seed in range(arguments.seeds):
+    own.ready(["simulated"])
+    log = own.work / "clips.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    done = {(entry["arm"], entry["seed"]) for entry in map(json.loads, lines)}
+    for seed in arguments.seeds:
         for name, arm in ARMS.items():
-            plans, trainer, loader = prepared(own)
+            if (name, seed) in done:
+                continue
+            plans, trainer, loader = prepared(own, seed)
             began = time.process_time()
             numbers = train(trainer, loader, arm)
             numbers["cpu_s"] = time.process_time() - began
@@ -125,7 +131,7 @@ def main() -> None:
             own.forget(folder)
             dice = {site: float(np.mean([case["dice"] for case in cases.values()])) for site, cases in scores.items()}
             line = json.dumps({"arm": name, "seed": seed, **numbers, "dice": dice})
-            with (own.work / "clips.jsonl").open("a") as stream:
+            with log.open("a") as stream:
                 stream.write(line + "\n")
             print(line, flush=True)
 
