@@ -207,7 +207,7 @@ def _private_step(site: Site, request: Unpacked, key: str, question: str) -> Off
     values = request.values
     shared = SharedSteps.from_dict(values["shared_steps"])
     with training_environment(site.device):
-        training, federation = local_training(site, values)
+        training, federation = local_training(site, values, shared_noise=True)
         weights = whole_weights(decode(request.weights, source="the server"), federation, values)
         found = clipped_sum(training, weights, shared, round_index=values["round"])
     return step_offer(key, question, values, shared, found)

@@ -114,6 +114,8 @@ def own_statistics(site: Site, request: Unpacked, run_config: Mapping[str, Any])
     if own is None:
         return request
     changed = values | {"epsilon": own.epsilon, "delta": own.delta, "noise": own.fingerprint_multiplier}
+    if "summed_over" in values:
+        changed |= {"summed_over": 0}  # all of the noise is its own: in such a run nobody else adds a share
     if "styled" in values:
         read = reads_styles(str(run_config.get("harmonizer", "")))
         changed |= {"noise": own.style_noise, "styled": values["styled"] and read}

@@ -13,13 +13,20 @@ if TYPE_CHECKING:
     from nnunet_fedharm.trainers.local_training import LocalTraining
 
 
-def local_training(site: Site, values: dict[str, Any]) -> tuple[LocalTraining, dict[str, Any]]:
-    """This site's LocalTraining and the plans that it stored for the run."""
+def local_training(
+    site: Site, values: dict[str, Any], *, shared_noise: bool = False
+) -> tuple[LocalTraining, dict[str, Any]]:
+    """This site's LocalTraining and the plans that it stored for the run.
+
+    Args:
+        values: of the request; no word of it may switch off what the site's own policy switched on.
+        shared_noise: of a step whose noise all sites add together, which is the run's or nobody's.
+    """
     from nnunet_fedharm.trainers.local_training import LocalTraining
 
     federation = stored_plans(site, values["run_id"], values["plans_hash"])
     plans = federation["plans"]
-    if not values.get("shared_steps"):  # whose noise is the run's, or nobody's
+    if not shared_noise:
         plans = own_plans(site, values["run_id"], plans, values["configuration"])
     training = LocalTraining(
         root=site.root,

@@ -21,7 +21,7 @@ from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.durable import read_json
 from nnunet_fedharm.federation.entries import FACTS
 from nnunet_fedharm.federation.events import read_events
-from nnunet_fedharm.federation.messages import PREFLIGHT, json_hash, pack
+from nnunet_fedharm.federation.messages import PREFLIGHT, SUMMARIZE, TRAIN, json_hash, pack, unpack
 from nnunet_fedharm.federation.own_privacy import OWN_FILE
 from nnunet_fedharm.federation.policy import POLICY_FILE
 from nnunet_fedharm.federation.policy_checks import USE_FILE
@@ -31,6 +31,7 @@ from nnunet_fedharm.privacy.accounting import epsilon_of
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.options import PRIVACY_FILE
 from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
+from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.study.model_card import model_card
 from nnunet_fedharm.study.model_facts import read_card_facts
 from tests.federation.local_grid import Client, LocalGrid
@@ -192,6 +193,35 @@ def test_a_resumed_run_keeps_the_options_that_it_began_with(root: Path) -> None:
     assert ledger(root).spent(DELTA).epsilon <= EPSILON
     use = read_json(root / "sites" / "B" / "fedharm" / USE_FILE)[run_id]
     assert use["epsilon"] == EPSILON, "what the run may cost counts against max_epsilon"
+
+
+@pytest.mark.slow
+def test_no_word_of_a_request_switches_the_sites_own_noise_off(root: Path) -> None:
+    keep_private(root)
+    config = tiny(root)
+    _, question = stopped(config)
+    said = SharedSteps(noise=5.0, sample_rate=1.0, rounds=9, delta=DELTA, least=3, colluding=0).to_dict()
+    asked = unpack(TRAIN, question, source="the server").values | {"shared_steps": said}
+    content = pack(TRAIN, asked, question.array_records["weights"])
+    told = answer("train", content, {"partition-id": 1}, config.to_run_config()).config_records["config"]
+    assert set(json.loads(str(told["metrics"]))) == {"epsilon"}
+    assert "Noise is shared in rounds of one private step" in refused(config, "train.secure", content)
+    assert ledger(root).spent(DELTA).unbounded == ()
+
+
+def test_a_sites_own_noise_is_not_cut_into_shares_that_nobody_completes(root: Path) -> None:
+    keep_private(root)
+    config = tiny(root)
+    run: dict[str, Any] = {"run_id": f"{0:012}-{0:06}"}
+    hello = pack(PREFLIGHT, {**run, "dataset": "1", "check_data": False})
+    values = {**run, "dataset_name": "Dataset001_Blobs", "epsilon": 0.0, "delta": DELTA, "noise": 0.0}
+    question = pack(SUMMARIZE, {**values, "summed_over": 100, "colluding": 0})
+    for kind, content in (("query.preflight", hello), ("query.summarize", question)):
+        told = answer(kind, content, {"partition-id": 1}, full(config).to_run_config()).config_records["config"]
+        assert told["status"] == "ok", told
+    (release,) = (entry for entry in ledger(root).releases() if entry.bounded)
+    assert (release.what, release.noise_alone) == ("fingerprint summary", 0.0)
+    assert not (root / "sites" / "B" / "fedharm" / "secure-sums").exists(), "nothing is offered to a sum"
 
 
 @pytest.mark.slow
