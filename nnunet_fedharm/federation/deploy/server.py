@@ -19,7 +19,7 @@ from nnunet_fedharm.federation.deploy.app_bundle import app_hash, build_app
 from nnunet_fedharm.federation.deploy.certificates import check_server, days_left, split_address
 from nnunet_fedharm.federation.deploy.consortium import version_differences
 from nnunet_fedharm.federation.deploy.control import Operator, ServerOffError, local_address, operator
-from nnunet_fedharm.federation.deploy.kept_run import keep, kept_run, let_go
+from nnunet_fedharm.federation.deploy.kept_run import alone_with, keep, kept_run, let_go
 from nnunet_fedharm.federation.deploy.keys import parse_node_key
 from nnunet_fedharm.federation.deploy.processes import Children, alone, children, stop_signals, watch
 from nnunet_fedharm.federation.deploy.resuming import choose_sites
@@ -166,11 +166,14 @@ def run(
     """
     with operator(folder) as connection:
         _wait_for_former_run(folder, connection, show)
-        if isinstance(config, FederateConfig):
-            let_go(folder)
-        run_id, offset = submit(folder, connection, config, show)
-        if kept and isinstance(config, FederateConfig):
-            keep(folder, config, offset)
+        with alone_with(folder):
+            run_id, offset = submit(folder, connection, config, show)
+            if isinstance(config, FederateConfig):  # only now: a run that is refused takes no other one's place
+                if kept:
+                    keep(folder, config, offset)
+                else:
+                    let_go(folder)
+        if kept:
             show(
                 f"Kept: `server start` resumes it until it has ended; `nnunet-fedharm server stop {folder.path}` lets go."
             )
@@ -223,7 +226,8 @@ def watch_run(folder: ServerFolder, *, show: Show = print) -> Mapping[str, Any]:
 
 def stop_runs(folder: ServerFolder) -> int:
     """Stop every run, and keep none; returns how many. The same `server run` resumes at the round that was not completed."""
-    let_go(folder)
+    with alone_with(folder):
+        let_go(folder)
     with operator(folder) as connection:
         active = connection.active_runs()
         for number in active:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nnunet_fedharm.errors import CheckpointError
+from nnunet_fedharm.errors import CheckpointError, SetupError
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.deploy import keeper as keeping
 from nnunet_fedharm.federation.deploy import server as module
@@ -19,7 +20,7 @@ from nnunet_fedharm.federation.deploy.keeper import Keeper
 from nnunet_fedharm.federation.deploy.kept_run import MOST_FAILURES, KeptRun, keep, kept_run, outcome, save
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder
 from nnunet_fedharm.federation.durable import file_lock
-from nnunet_fedharm.federation.events import EventLog
+from nnunet_fedharm.federation.events import EventLog, read_events
 
 CONFIG = FederateConfig(dataset="1", segmenter_rounds=5, sites="A,B")
 KEPT = KeptRun({}, 0)
@@ -130,7 +131,7 @@ def test_a_failed_run_waits_and_is_let_go_where_it_never_gets_anywhere(desk: Des
     kept = kept_run(desk.server)
     assert kept is not None
     assert kept.failures == 1
-    save(desk.server, replace(kept, failures=MOST_FAILURES))
+    save(desk.server, replace(kept, failures=MOST_FAILURES, counted=False))
     fresh = Keeper(desk.server, show=desk.said.append)
     fresh.look()
     assert kept_run(desk.server) is None
@@ -154,6 +155,108 @@ def test_another_run_or_a_stop_lets_go(desk: Desk) -> None:
     desk.run(kept=True)
     assert module.stop_runs(desk.server) == 0
     assert desk.look() == 0
+
+
+def test_a_run_that_was_taken_up_by_hand_while_it_waited_is_not_submitted_again_at_its_end(desk: Desk) -> None:
+    desk.run(kept=True)
+    desk.write(FAILED)
+    desk.look(1)
+    desk.run(kept=True)  # its cause is mended, and nobody waits for the next try
+    desk.door.runs[2] = "pending"
+    assert desk.look() == 0
+    desk.write(ROUND, FINISHED)
+    desk.door.runs.clear()
+    desk.keeper._next_look = float("-inf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeping.time, "monotonic", lambda: 1e9)  # long after the try that was due
+        assert desk.look() == 0
+    assert desk.cards == [Path("model/fold_all")]
+
+
+def test_a_server_that_is_started_again_while_a_run_waits_counts_its_failure_once(desk: Desk) -> None:
+    desk.run(kept=True)
+    desk.write(FAILED)
+    for _ in range(MOST_FAILURES + 2):
+        Keeper(desk.server, show=desk.said.append).look()
+    kept = kept_run(desk.server)
+    assert kept is not None
+    assert kept.failures == 1
+    assert set(desk.said) == {"The kept run is resumed in 1 min. Too few sites."}
+
+
+def test_a_run_that_cannot_be_submitted_is_let_go_though_it_had_come_far(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.run(kept=True)
+    desk.write(ROUND)
+
+    def refuse(*_: object) -> None:
+        raise SetupError("The SuperLink refused.")
+
+    monkeypatch.setattr(keeping, "submit", refuse)
+    clock = iter(range(0, 10**9, 5000))
+    monkeypatch.setattr(keeping.time, "monotonic", lambda: float(next(clock)))
+    assert desk.look(3 * MOST_FAILURES) == 0
+    assert kept_run(desk.server) is None
+    assert "kept no more. The last reason: The SuperLink refused." in desk.said[-1]
+
+
+def test_a_look_never_ends_the_server_and_says_the_same_trouble_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.run(kept=True)
+    for trouble, words in (
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (KeyError("x"), "KeyError"),
+    ):
+
+        def fail(*_: object, trouble: Exception = trouble) -> None:
+            raise trouble
+
+        with monkeypatch.context() as patch:
+            patch.setattr(keeping, "read_events", fail)
+            before = len(desk.said)
+            assert desk.look(5) == 0
+            assert words in desk.said[-1]
+            assert len(desk.said) == before + 1
+    assert desk.look() == 1, "it goes on when the trouble is over"
+
+
+def test_a_model_that_one_site_lacks_has_its_card_and_is_called_no_failure(desk: Desk) -> None:
+    desk.run(kept=True)
+    desk.write(ROUND, {**FINISHED, "sites_without_model": ["B"]})
+    assert desk.look(1) == 0
+    assert desk.cards == [Path("model/fold_all")]
+    kept = kept_run(desk.server)
+    assert kept is not None
+    save(desk.server, replace(kept, failures=MOST_FAILURES + 1))
+    Keeper(desk.server, show=desk.said.append).look()
+    assert kept_run(desk.server) is None
+    assert "has ended, and was resumed 8 times" in desk.said[-1]
+    assert "B had no connection at the end" in desk.said[-1]
+
+
+def test_a_run_that_is_refused_leaves_the_kept_one_kept(desk: Desk) -> None:
+    desk.run(kept=True)
+    with pytest.raises(SetupError):
+        desk.run(replace(CONFIG, sites="A,C"), kept=False)
+    assert kept_run(desk.server) is not None
+
+
+def test_a_stop_in_the_middle_of_a_look_is_not_undone_by_it(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.run(kept=True)
+    desk.write(FAILED)
+    stopping = threading.Thread(target=module.stop_runs, args=[desk.server])
+
+    def read(*given: Any) -> Any:
+        stopping.start()
+        stopping.join(0.5)  # it stops at once, if nothing keeps it from it
+        return read_events(*given)
+
+    monkeypatch.setattr(keeping, "read_events", read)
+    assert desk.look(1) == 0
+    stopping.join()
+    assert kept_run(desk.server) is None
 
 
 def test_what_cannot_be_done_is_said_and_the_server_goes_on(desk: Desk) -> None:
