@@ -11,7 +11,7 @@ is where it is at least as strict, else refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +44,24 @@ def options_of(policy: Policy) -> PrivacyOptions | None:
     )
 
 
-def settled(site: Site, asked: PrivacyOptions | None, run_id: str) -> PrivacyOptions | None:
+Admit = Callable[[PrivacyOptions | None], None]
+"""Raises where a site does not take part under such options."""
+
+
+def settled(
+    site: Site, asked: PrivacyOptions | None, run_id: str, admit: Admit = lambda options: None
+) -> PrivacyOptions | None:
     """What this site trains with: what the run asks for, or what the policy switches on where it asks for nothing.
+
+    Args:
+        admit: asked about them before the policy's are kept for the run, so that a policy that is refused can be mended.
 
     Raises:
         FederationError: the run's own privacy is weaker than the policy's, or the policy has changed within the run.
     """
     own = options_of(site.policy)
     if asked is None:
-        return own_privacy(site, run_id)
+        return own_privacy(site, run_id, admit)
     if own is not None and (asked.epsilon > own.epsilon or asked.delta > own.delta):
         raise refusal(
             site.name,
@@ -60,11 +69,15 @@ def settled(site: Site, asked: PrivacyOptions | None, run_id: str) -> PrivacyOpt
             f"the run asks for epsilon {asked.epsilon:g} at delta {asked.delta:g}, and its patients give at most epsilon "
             f"{own.epsilon:g} at delta {own.delta:g}; start it with those, or without --epsilon, and it adds its own noise",
         )
+    admit(asked)
     return asked
 
 
-def own_privacy(site: Site, run_id: str) -> PrivacyOptions | None:
+def own_privacy(site: Site, run_id: str, admit: Admit = lambda options: None) -> PrivacyOptions | None:
     """The policy's options in a run that asks for none, kept at the first call of the run.
+
+    Args:
+        admit: as of `settled`.
 
     Raises:
         FederationError: they are others than at the start of the run, or the run began without any.
@@ -72,6 +85,7 @@ def own_privacy(site: Site, run_id: str) -> PrivacyOptions | None:
     """
     now, first = options_of(site.policy), kept_privacy(site, run_id)
     if now == first:
+        admit(now)
         return now
     if now is None or first is not None or _began_without(site, run_id):
         before = "off" if first is None else f"epsilon {first.epsilon:g} and options of its own"
@@ -81,6 +95,7 @@ def own_privacy(site: Site, run_id: str) -> PrivacyOptions | None:
             f"it was {before} when this run began, and noise is made for a whole run; put it back, or start a new run with "
             "--restart",
         )
+    admit(now)
     write_json(site.folder / run_id / OWN_FILE, now.to_dict())
     return now
 

@@ -15,7 +15,7 @@ from nnunet_fedharm.errors import CheckpointError, PrivacyError
 from nnunet_fedharm.federation import messages
 from nnunet_fedharm.federation.durable import read_json, write_json
 from nnunet_fedharm.federation.entries import begin_ledger
-from nnunet_fedharm.federation.own_privacy import RULE, settled
+from nnunet_fedharm.federation.own_privacy import RULE, Admit, settled
 from nnunet_fedharm.federation.policy import refusal
 from nnunet_fedharm.federation.report import site as report_site
 from nnunet_fedharm.federation.site import Site
@@ -67,16 +67,16 @@ def enforce(site: Site, request: str, values: Values, run_config: Values, plans:
         _refuse(site, "work.training", "it takes no part in trainings")
     _check_dataset(site, values)
     if request == messages.PREFLIGHT.name:
-        _check_run(site, run_config, values["run_id"])
+        _check_run(site, run_config, values)
     elif request in (messages.SUMMARIZE.name, messages.PREPARE.name):
         _check_statistics(site, values)
     elif request == messages.STORE_PLANS.name:
         for section in _sections(values["plans"]):
-            _check_section(site, section, values["run_id"])
+            _check_section(site, section, values)
     elif request == messages.TRAIN.name:
         _check_trainer(site, values["trainer_name"])
         held = _section(plans, values["configuration"])
-        privacy = None if held is None else _check_section(site, held, values["run_id"])
+        privacy = None if held is None else _check_section(site, held, values)
         _check_patients(site, values["dataset_name"], labelled_only=values["phase"] == "segmenter")
         _count(site, values, 0.0 if privacy is None else privacy.epsilon)
 
@@ -89,7 +89,7 @@ def _check_statistics(site: Site, values: Values) -> None:
     """Of a fingerprint summary or a style: noise, where the site insists on it and does not add its own."""
     rule = "require_privacy" if site.policy.require_privacy else "private_epsilon" * bool(site.policy.private_epsilon)
     asked = PrivacyOptions(epsilon=values["epsilon"], delta=values["delta"]) if values["epsilon"] else None
-    private = settled(site, asked, values["run_id"]) is not None
+    private = settled(site, asked, values["run_id"], _fits_patients(site, values, own=asked is None)) is not None
     if rule and not values["noise"] and (asked is not None or not private):
         _refuse(site, f"patients.{rule}", "the run asks for statistics without noise")
 
@@ -113,23 +113,30 @@ def _check_dataset(site: Site, values: Values) -> None:
 
 
 def _check_patients(site: Site, dataset: str, *, labelled_only: bool) -> None:
-    from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases
-    from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
-
     least = site.policy.min_patients
-    if not least:
-        return
-    raw = site.raw_dataset(dataset)
-    description = read_dataset_json(raw, site=site.name)
-    files = [*labelled_cases(raw, description), *([] if labelled_only else unlabelled_cases(raw, description))]
-    registry = SitesFile.load(raw / SITES_FILE) if (raw / SITES_FILE).is_file() else SitesFile()
-    if len({registry.patient_of(item.case) for item in files}) < least:  # the number itself does not leave the site
+    if least and site.patients_of(dataset, labelled_only=labelled_only) < least:  # the number stays at the site
         _refuse(
             site, "patients.min_patients", f"it sends nothing about fewer than {least} patients, and here are fewer"
         )
 
 
-def _check_run(site: Site, run_config: Values, run_id: str) -> None:
+def _fits_patients(site: Site, values: Values, *, own: bool) -> Admit:
+    """Refuses a delta that is too large for so many patients as the dataset of a request has.
+
+    Args:
+        own: the site's own policy makes the run private here.
+    """
+
+    def admit(privacy: PrivacyOptions | None) -> None:
+        if privacy is not None:
+            patients = site.patients_of(values.get("dataset_name") or values["dataset"])
+            mend = "Set patients.delta of its policy" if own else "Start the run with --delta"
+            privacy.check_delta(patients, who=f"Site {site.name}", mend=mend)
+
+    return admit
+
+
+def _check_run(site: Site, run_config: Values, values: Values) -> None:
     """What the run config says about a training; keys that are missing are checked when the plans come."""
     known = {key: run_config[key] for key in _RUN_KEYS if key in run_config}
     kind = known.get("harmonizer")
@@ -137,11 +144,15 @@ def _check_run(site: Site, run_config: Values, run_id: str) -> None:
         _one_of(site, "work.harmonizers", site.policy.harmonizers, str(kind))
         _check_trainer(site, trainer_name_for(str(kind)))
     if "epsilon" in known:
-        asked = _privacy_of(known)
-        privacy = settled(site, asked, run_id)
-        _check_privacy(site, privacy, run_id)
-        if privacy is not None:
-            _check_left(site, privacy, run_id, own=asked is None)
+        asked, run_id = _privacy_of(known), values["run_id"]
+
+        def admit(privacy: PrivacyOptions | None) -> None:
+            _check_privacy(site, privacy, run_id)
+            _fits_patients(site, values, own=asked is None)(privacy)
+            if privacy is not None:
+                _check_left(site, privacy, run_id, own=asked is None)
+
+        settled(site, asked, run_id, admit)
     rounds = float(known.get("harmonizer-rounds", 0)) + float(known.get("segmenter-rounds", 0))
     _at_most(site, "work.max_rounds", site.policy.max_rounds, rounds, "rounds are planned")
     epochs = rounds * float(known.get("local-epochs", 1))
@@ -194,13 +205,14 @@ def _section(plans: Path, configuration: str) -> FedHarmSection | None:
     return read_section(held, configuration_name=configuration)
 
 
-def _check_section(site: Site, section: FedHarmSection, run_id: str) -> PrivacyOptions | None:
+def _check_section(site: Site, section: FedHarmSection, values: Values) -> PrivacyOptions | None:
     """Refuse what the plans ask for and the rules do not allow; what the site trains with."""
     policy, schedule = site.policy, section.schedule
     _one_of(site, "work.harmonizers", policy.harmonizers, section.kind)
     steps = max(schedule.iterations_per_epoch, schedule.val_iterations_per_epoch)
     _at_most(site, "work.max_iterations_per_epoch", policy.max_iterations_per_epoch, steps, "steps an epoch")
-    privacy = settled(site, section.privacy, run_id)
+    run_id = values["run_id"]
+    privacy = settled(site, section.privacy, run_id, _fits_patients(site, values, own=section.privacy is None))
     _check_privacy(site, privacy, run_id)
     return privacy
 

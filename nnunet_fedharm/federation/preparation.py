@@ -24,6 +24,7 @@ from nnunet_fedharm.federation.messages import (
 )
 from nnunet_fedharm.federation.roster import REJOIN_DEADLINE_S, Roster
 from nnunet_fedharm.federation.secure.checks import check_secure_sites
+from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of
 from nnunet_fedharm.federation.state import ServerState
 from nnunet_fedharm.federation.strategy_checks import check_sites
 from nnunet_fedharm.harmonizers.style import Style
@@ -96,6 +97,8 @@ class Preparation:
         check_agreement(facts)
         check_sites(self.config, facts)
         check_secure_sites(self.config, facts)
+        told = {fact.site: fact.to_dict() for fact in facts}
+        shared_steps_of(self.config, told)  # refuses a delta or a budget that noise of all sites together cannot keep
         for fact in facts:
             if fact.n_labelled:
                 check_fold(fact.n_labelled, self.config.fold, site=fact.site)
@@ -104,7 +107,7 @@ class Preparation:
             self.log.write("private_by_own_policy", sites=own)
         return replace(
             state,
-            facts={fact.site: fact.to_dict() for fact in facts},
+            facts=told,
             dataset_name=facts[0].dataset_name,
             dataset_json=_plain_json(federation_dataset_json(facts)),
         )

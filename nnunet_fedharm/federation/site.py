@@ -78,6 +78,21 @@ class Site:
             )
         return found[0]
 
+    def patients_of(self, dataset: str, *, labelled_only: bool = False) -> int:
+        """How many patients a raw dataset has.
+
+        Raises:
+            DataError: there is no such dataset, or its dataset.json or sites.json is damaged.
+        """
+        from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json, unlabelled_cases
+        from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
+
+        raw = self.raw_dataset(dataset)
+        description = read_dataset_json(raw, site=self.name)
+        files = [*labelled_cases(raw, description), *([] if labelled_only else unlabelled_cases(raw, description))]
+        registry = SitesFile.load(raw / SITES_FILE) if (raw / SITES_FILE).is_file() else SitesFile()
+        return len({registry.patient_of(item.case) for item in files})
+
 
 def site_folders(root: Path) -> list[str]:
     """Names of the sites in a consortium folder, sorted.

@@ -22,7 +22,7 @@ from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of, stat
 from nnunet_fedharm.federation.site_card import OWN_POLICY, own_statement
 from nnunet_fedharm.federation.updates import quorum_of
 from nnunet_fedharm.planning.section import reads_styles
-from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
+from nnunet_fedharm.privacy.releases import GAUSSIAN, Release, check_delta
 from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES
 from nnunet_fedharm.privacy.site_level import DISTRIBUTED, LOCAL, MODES, SERVER, SitePrivacy, clipped
 
@@ -119,6 +119,7 @@ def check_site_privacy(config: RunOptions) -> None:
             "less. Use weighting sites."
         )
     _check_sums(config)
+    check_delta(config.delta, len(config.site_names), who=f"site-dp {mode}", mend="Give --delta", unit="site")
     site_privacy_of(config, len(config.site_names) or MIN_SITES)
 
 

@@ -155,6 +155,7 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
     Raises:
         DataError: the dataset cannot be used.
         PlanError: an option does not fit the dataset.
+        PrivacyError: a delta that is too large for so many patients.
         SetupError: a folder cannot be written.
     """
     root.create()
@@ -167,6 +168,8 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
             f"The reference site {options.reference!r} is not in {SITES_FILE}; "
             f"choose one of {', '.join(registry.sites)} or {CONSENSUS}."
         )
+    if options.privacy:
+        options.privacy.check_delta(_patients(raw, dataset_json, registry), who=name)
     private = options.private_fingerprint
     fingerprint = None if private else _stock_fingerprint(root, name, options)
     if private is not None:
@@ -265,6 +268,11 @@ def site_registry(raw: Path, dataset_json: Mapping[str, Any]) -> SitesFile:
     if homeless:
         raise DataError(f"{raw / SITES_FILE} does not say which site case {homeless[0]} comes from. Add it to `cases`.")
     return registry
+
+
+def _patients(raw: Path, dataset_json: Mapping[str, Any], registry: SitesFile) -> int:
+    cases = [*labelled_cases(raw, dataset_json), *unlabelled_cases(raw, dataset_json)]
+    return len({registry.patient_of(case.case) for case in cases})
 
 
 def train_commands(

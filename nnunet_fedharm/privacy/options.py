@@ -11,7 +11,7 @@ from typing import Any
 from nnunet_fedharm.errors import PrivacyError
 from nnunet_fedharm.privacy.accounting import Noise, epsilon_of, rdp_epsilon
 from nnunet_fedharm.privacy.gaussian import gaussian_sigma
-from nnunet_fedharm.privacy.releases import Budget
+from nnunet_fedharm.privacy.releases import Budget, check_delta
 
 PRIVACY_FILE = "privacy.json"
 """Beside the checkpoints: what the training cost, or what a federation promised."""
@@ -65,17 +65,13 @@ class PrivacyOptions:
         """q of a site."""
         return min(1.0, self.patients_per_step / patients)
 
-    def check_delta(self, patients: int) -> None:
-        """Refuse a delta that would allow to publish one patient outright.
+    def check_delta(self, patients: int, *, who: str = "This training", mend: str = "Give --delta") -> None:
+        """Refuse a delta that would allow to publish one patient outright; `who` and `mend` as in `releases.check_delta`.
 
         Raises:
             PrivacyError: delta is not below 1 / patients.
         """
-        if self.delta * patients >= 1:
-            raise PrivacyError(
-                f"Delta {self.delta:g} is no guarantee for {patients} patients: publishing one at random would fulfil it. "
-                f"Take one well below {1 / patients:.2g}."
-            )
+        check_delta(self.delta, patients, who=who, mend=mend)
 
     @property
     def fingerprint_multiplier(self) -> float:

@@ -109,6 +109,26 @@ class Budget:
             raise PrivacyError(f"delta must lie between 0 and 1, got {self.delta}.")
 
 
+def check_delta(delta: float, members: int, *, who: str, mend: str, unit: str = PATIENT) -> None:
+    """Refuse a delta that would allow to publish one of them outright.
+
+    Args:
+        delta: of the promise.
+        members: whose data the releases are about; a public number.
+        who: begins the sentence, "Site B" for instance.
+        mend: where another delta is given, "Give --delta" for instance.
+        unit: what a member is.
+
+    Raises:
+        PrivacyError: delta is not below 1 / members.
+    """
+    if delta * members >= 1:
+        raise PrivacyError(
+            f"{who}: delta {delta:g} is no guarantee for {members} {unit}{'s' * (members != 1)}, as publishing one of them at "
+            f"random would fulfil it. {mend} well below {1 / members:.2g}."
+        )
+
+
 @dataclass(frozen=True)
 class Spent:
     """What a set of releases costs together.

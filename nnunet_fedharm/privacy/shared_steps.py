@@ -121,7 +121,7 @@ def shared_steps(
     Raises:
         PrivacyError: no noise is enough, or a delta too large for so many patients.
     """
-    options.check_delta(patients)
+    options.check_delta(patients, who="All sites together")
     rate = options.sample_rate(patients)
     noise = common_noise(options.epsilon, options.delta, ((rate, rounds),), options.statistics_part(styled=styled))
     return SharedSteps(

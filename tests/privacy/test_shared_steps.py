@@ -71,5 +71,5 @@ def test_what_travels_comes_back_and_nonsense_is_refused() -> None:
         SharedSteps.from_dict({**SHARED.to_dict(), "noise": "much"})
     with pytest.raises(PrivacyError, match="no noise that anybody can rely on"):
         SharedSteps.from_dict({**SHARED.to_dict(), "colluding": 4})
-    with pytest.raises(PrivacyError, match="Delta"):
+    with pytest.raises(PrivacyError, match="All sites together: delta"):
         shared_steps(OPTIONS, styled=True, patients=20_000, rounds=20, least=4, colluding=1)

@@ -7,9 +7,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from nnunet_fedharm.errors import SetupError
+from nnunet_fedharm.errors import DataError, SetupError
 from nnunet_fedharm.federation.daemon import flower_environment, free_port, program
 from nnunet_fedharm.federation.deploy.certificates import check_server, split_address
 from nnunet_fedharm.federation.deploy.consortium import Consortium
@@ -20,6 +22,7 @@ from nnunet_fedharm.federation.deploy.proxies import exported_proxy
 from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
 from nnunet_fedharm.federation.deploy.site_join import check_release
 from nnunet_fedharm.federation.policy import checked_policy
+from nnunet_fedharm.federation.site import Site
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
 _AGAIN_S = 10.0
@@ -33,6 +36,7 @@ def start_site(folder: SiteFolder, *, show: Show = print) -> None:
 
     Raises:
         SetupError: the site is not ready, or who answers is not the consortium's server.
+        PrivacyError: its policy promises patients a delta that is too large for so many.
         FederationError: Flower ended by itself.
     """
     consortium, settings = folder.consortium(), folder.settings()
@@ -74,6 +78,7 @@ def check_site(folder: SiteFolder) -> str:
 
     Raises:
         SetupError: the site is not ready, or who answers is not the consortium's server.
+        PrivacyError: its policy promises patients a delta that is too large for so many.
     """
     settings = folder.settings()
     _check_ready(folder, folder.consortium(), settings)
@@ -138,12 +143,27 @@ def _check_ready(folder: SiteFolder, consortium: Consortium, settings: dict[str,
     odd = sorted(set(settings["node_config"]) & set(_RESERVED))
     if odd:
         raise SetupError(f"{folder.settings_file} has {odd[0]} under [node_config]; it stands at the top there.")
-    checked_policy(folder.policy_file, site=settings["site"])
-    if not any(NnunetRoot(folder.root).raw.glob("Dataset*")):
-        raise SetupError(f"{NnunetRoot(folder.root).raw} holds no dataset. Put DatasetXXX_Name there.")
+    policy = checked_policy(folder.policy_file, site=settings["site"])
+    root = NnunetRoot(folder.root)
+    datasets = [path.name for path in sorted(root.raw.glob("Dataset*")) if path.is_dir()]
+    if not datasets:
+        raise SetupError(f"{root.raw} holds no dataset. Put DatasetXXX_Name there.")
+    _check_delta(Site(settings["site"], root, settings["device"], 1, policy=policy), datasets, folder.policy_file)
     trouble = device_trouble(settings["device"], file=folder.settings_file)
     if trouble:
         raise SetupError(trouble)
+
+
+def _check_delta(site: Site, datasets: list[str], file: Path) -> None:
+    """Refuse a delta of the site's own trainings that is too large for one of its datasets."""
+    from nnunet_fedharm.privacy.releases import check_delta  # its accountant brings scipy
+
+    policy = site.policy
+    for name in datasets if policy.private_epsilon else ():
+        if not policy.datasets or name in policy.datasets:
+            with suppress(DataError):  # a damaged dataset is refused by the run that asks for it
+                who, mend = f"Site {site.name}, {name}", f"Set patients.delta in {file}"
+                check_delta(policy.delta, site.patients_of(name), who=who, mend=mend)
 
 
 def _call_server(folder: SiteFolder, settings: dict[str, Any]) -> str:

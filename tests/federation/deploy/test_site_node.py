@@ -15,7 +15,7 @@ from flwr.common.config import parse_config_args
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
 from nnunet_fedharm.cli import main
-from nnunet_fedharm.errors import FederationError, SetupError
+from nnunet_fedharm.errors import FederationError, PrivacyError, SetupError
 from nnunet_fedharm.federation.deploy import device as devices
 from nnunet_fedharm.federation.deploy.processes import children, last_words
 from nnunet_fedharm.federation.deploy.server_folder import ServerFolder, ServerOptions, init_server, renew_certificate
@@ -188,13 +188,21 @@ def test_a_supernode_opens_no_door_to_other_machines(join_site: Callable[..., Si
     }
 
 
-def test_a_site_that_is_not_ready_does_not_start(join_site: Callable[..., SiteFolder]) -> None:
+def test_a_site_that_is_not_ready_does_not_start(
+    join_site: Callable[..., SiteFolder], make_raw_dataset: Callable[..., Path]
+) -> None:
     site = join_site()
+    make_raw_dataset(site.root / "nnUNet_raw", name="Dataset002_Two", n_labelled=2)
     assert "does not answer" in check_site(site)
     site.node_key.chmod(0o644)
     with pytest.raises(SetupError, match="Others can read"):
         start_site(site)
     site.node_key.chmod(0o600)
+    site.policy_file.write_text("[patients]\nprivate_epsilon = 6.0\ndelta = 0.9\n")
+    with pytest.raises(
+        PrivacyError, match=r"Site .*, Dataset002_Two: delta 0\.9 is no guarantee for 2 .* Set patients"
+    ):
+        check_site(site)
     site.policy_file.write_text("[work]\nmax_round = 3\n")
     with pytest.raises(FederationError, match=r"unknown rule work\.max_round"):
         start_site(site)
