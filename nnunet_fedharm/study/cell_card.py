@@ -66,7 +66,8 @@ def cell_facts(study: StudyFile, result: CellResult) -> CardFacts:
         trained=trained + ("" if augmented(study, arm) else ", without nnU-Net's augmentation"),
         versions=recorded.get("versions") or {},
         notes=(
-            "It was trained for a comparison, for as long as every other arm: it may not be the best model of this data.",
+            "It was trained for a comparison, at the size and length that the study has for its arm: it may not be the best "
+            "model of this data.",
             *_held_out(study, arm),
         ),
         created=str(recorded.get("started", ""))[:10],

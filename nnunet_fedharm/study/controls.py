@@ -44,7 +44,9 @@ def _no_shift(item: Comparison, reference: str, titles: Mapping[str, str]) -> Co
     change = item.difference
     shown = f"{_signed(change.value)} ({_signed(change.low)} to {_signed(change.high)})"
     equal = item.equivalence
-    if equal is not None and equal.shown:
+    if equal is None:
+        words, passed = "cannot be told, for one of the two did not learn to segment there", None
+    elif equal.shown:
         words, passed = f"unchanged within {equal.margin:g} Dice", True
     elif item.verdict != UNCLEAR:
         words, passed = "changed", False

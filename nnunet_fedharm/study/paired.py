@@ -17,11 +17,17 @@ from nnunet_fedharm.study.signed_rank import equivalence, signed_rank
 
 @dataclass(frozen=True)
 class Question:
-    """One comparison that is asked: first - second at some sites."""
+    """One comparison that is asked: first - second at some sites.
+
+    Attributes:
+        measure: whether the second arm segments well enough there to be a measure. Equivalence is asked only then: two arms that
+            failed alike are not equally good (ICH E10).
+    """
 
     first: Arm
     second: Arm
     sites: tuple[str, ...]
+    measure: bool = True
 
 
 def compare_family(
@@ -85,7 +91,7 @@ def _compare(
         None,
         int(both.sum()),
         len(seeds),
-        None if margin is None else _equivalence(paired, change, margin),
+        None if margin is None or not question.measure else _equivalence(paired, change, margin),
     )
 
 

@@ -21,11 +21,11 @@ import numpy as np
 from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.study.cell_files import is_finished
 from nnunet_fedharm.study.controls import check_controls
-from nnunet_fedharm.study.draws import RESAMPLES, Drawn, Draws, Vector, combined
+from nnunet_fedharm.study.costs import cost_of
+from nnunet_fedharm.study.draws import RESAMPLES, Drawn, Draws, Scores, Vector, combined
 from nnunet_fedharm.study.findings import (
     ArmFinding,
     Comparison,
-    CostFinding,
     GapFinding,
     StudyFindings,
     failed_at,
@@ -50,18 +50,22 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
     """
     study, margin = results.study, results.study.report.margin
     draws = study_draws(results, resamples=resamples, seed=seed)
-    targets = tuple(site for site in target_sites(study) if draws.patients.get(site))
+    targets = _tested(results, draws, target_sites(study)) or _tested(results, draws, study.sites)
     plain = [arm for arm in results.by_arm if arm.epsilon is None and not arm.site]
     tested = [arm for arm in plain if arm != results.control]
     harmonized = [arm for arm in plain if is_harmonizer(arm)]
     central = [arm for arm in harmonized if arm.mode == "central"]
     arms = [_arm(results, draws, arm, targets) for arm in results.by_arm]
     learned = _learned(arms, targets, study.report.least_dice)
+    reference = (study.subject.reference,)
     at_reference = compare_family(
         results,
         draws,
         "harmonizers against plain nnU-Net of their mode at the reference",
-        [Question(arm, _plain_of_mode(results, arm), (study.subject.reference,)) for arm in harmonized],
+        [
+            _question(arm, _plain_of_mode(results, arm), reference, _learned(arms, reference, study.report.least_dice))
+            for arm in harmonized
+        ],
         margin=margin,
     )
     quality = {
@@ -102,23 +106,25 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
             [Question(arm, AUGMENT, targets) for arm in central],
         ),
         federated=compare_family(
-            results, draws, "federated against central", list(_federated(plain, learned)), margin=margin
+            results, draws, "federated against central", list(_federated(plain, targets, learned)), margin=margin
         ),
-        points={item.first.name: _points(results, item) for item in _federated(plain, dict.fromkeys(learned, targets))},
+        points={item.first.name: _points(results, item, targets) for item in _federated(plain, targets, learned)},
         private=compare_family(
-            results, draws, "private against the same without privacy", list(_private(results, learned)), margin=margin
+            results,
+            draws,
+            "private against the same without privacy",
+            list(_private(results, targets, learned)),
+            margin=margin,
         ),
         private_at_labels=compare_family(
             results,
             draws,
             "private against the same without privacy, where labels were used",
-            []
-            if set(study.labelled_sites) <= set(targets)
-            else list(_private(results, dict.fromkeys(learned, study.labelled_sites))),
+            [] if set(study.labelled_sites) <= set(targets) else list(_private(results, study.labelled_sites, {})),
         ),
         at_reference=at_reference,
         controls=check_controls(study, at_reference, quality, {arm.name: arm.title for arm in results.by_arm}),
-        costs=[_cost(results, arm) for arm in results.by_arm],
+        costs=[cost_of(results, arm) for arm in results.by_arm],
         quality=quality,
         epsilons=study.arms.epsilons,
         modes=study.arms.modes,
@@ -126,6 +132,7 @@ def analyse(results: StudyResults, *, resamples: int = RESAMPLES, seed: int = 0)
         notes=quality_notes(study),
         settings={
             **asdict(study.report),
+            "private_training": study.private_changes,
             "fixed_beforehand": fixed_beforehand(results),
             "resamples": resamples,
             "seed": seed,
@@ -146,6 +153,12 @@ def study_draws(results: StudyResults, *, resamples: int = RESAMPLES, seed: int 
 def target_sites(study: StudyFile) -> tuple[str, ...]:
     """Sites that harmonization is for: those without labels, held-out ones among them; all, where every site has labels."""
     return study.unlabelled_sites or study.sites
+
+
+def _tested(results: StudyResults, draws: Draws, sites: Sequence[str]) -> tuple[str, ...]:
+    """Sites where the control has a Dice: not those without a labelled case, nor where neither label nor prediction shows any."""
+    known = {site: results.scores(results.control, site) for site in sites if draws.patients.get(site)}
+    return tuple(site for site, scores in known.items() if scores is not None and np.isfinite(scores).any())
 
 
 def is_harmonizer(arm: Arm) -> bool:
@@ -176,11 +189,14 @@ def _arm(results: StudyResults, draws: Draws, arm: Arm, targets: Sequence[str]) 
         worst=_smallest(list(dice.values())).estimate() if dice and not arm.site else Estimate(None),
         target=_mean(parts).estimate() if complete and parts else None,
         gap=_gap(results, draws, arm, targets) if arm != results.control and not arm.site else None,
-        seed_means=[
-            float(np.mean([np.nanmean(found[site][row]) for site in (targets if complete else found)]))
-            for row in range(len(results.seeds(arm)))
-        ],
+        seed_means=_seed_means([found[site] for site in (targets if complete else found)]),
     )
+
+
+def _seed_means(scores: Sequence[Scores]) -> list[float]:
+    """Of each training: mean over sites of their means over cases; a site where no case has a score is left out."""
+    known = [found for found in scores if np.isfinite(found).any(axis=1).all()]
+    return [float(value) for value in np.mean([np.nanmean(found, axis=1) for found in known], axis=0)] if known else []
 
 
 def _gap(results: StudyResults, draws: Draws, arm: Arm, sites: Sequence[str]) -> GapFinding | None:
@@ -231,13 +247,19 @@ def _gap_tests(results: StudyResults, draws: Draws) -> list[Comparison]:
     return compare_family(results, draws, "own labels against the control, site by site", asked)
 
 
-def _learned(arms: Sequence[ArmFinding], targets: tuple[str, ...], least_dice: float) -> dict[str, tuple[str, ...]]:
-    """Arm -> targets where it segments well enough to be a measure for another arm; all of them where it does at none.
+def _learned(arms: Sequence[ArmFinding], targets: tuple[str, ...], least_dice: float) -> Mapping[str, tuple[str, ...]]:
+    """Arm -> targets where it segments well enough to be a measure for another arm.
 
     Where both of two arms failed, their difference is nothing, and would make the others look alike (ICH E10).
     """
     failed = {arm.arm: failed_at(arm, targets, least_dice) for arm in arms}
-    return {name: tuple(site for site in targets if site not in sites) or targets for name, sites in failed.items()}
+    return {name: tuple(site for site in targets if site not in sites) for name, sites in failed.items()}
+
+
+def _question(first: Arm, second: Arm, sites: tuple[str, ...], learned: Mapping[str, tuple[str, ...]]) -> Question:
+    """Of two arms where the second one has learned; over all the sites, and no measure, where it has at none."""
+    known = learned.get(second.name, ())
+    return Question(first, second, known or sites, measure=bool(known))
 
 
 def _plain_of_mode(results: StudyResults, arm: Arm) -> Arm:
@@ -246,19 +268,20 @@ def _plain_of_mode(results: StudyResults, arm: Arm) -> Arm:
     return plain if set(results.seeds(plain)) & set(results.seeds(arm)) else results.control
 
 
-def _federated(arms: Sequence[Arm], sites: Mapping[str, tuple[str, ...]]) -> Iterator[Question]:
-    """Args: sites: those of each central arm."""
+def _federated(
+    arms: Sequence[Arm], sites: tuple[str, ...], learned: Mapping[str, tuple[str, ...]]
+) -> Iterator[Question]:
     for arm in arms:
         central = Arm("central", arm.harmonizer, arm.augmentation)
         if arm.mode == "federated" and central in arms:
-            yield Question(arm, central, sites[central.name])
+            yield _question(arm, central, sites, learned)
 
 
-def _points(results: StudyResults, question: Question) -> list[tuple[str, float, float]]:
+def _points(results: StudyResults, question: Question, sites: Sequence[str]) -> list[tuple[str, float, float]]:
     """(site, central, federated) of each case."""
     seeds = [seed for seed in results.seeds(question.first) if seed in results.seeds(question.second)]
     found = []
-    for site in question.sites:
+    for site in sites:
         pair = [results.scores(arm, site, seeds=seeds) for arm in (question.second, question.first)]
         if seeds and pair[0] is not None and pair[1] is not None:
             means = [np.mean(scores, axis=0) for scores in pair if scores is not None]
@@ -266,38 +289,13 @@ def _points(results: StudyResults, question: Question) -> list[tuple[str, float,
     return found
 
 
-def _private(results: StudyResults, sites: Mapping[str, tuple[str, ...]]) -> Iterator[Question]:
-    """Args: sites: those of each arm without privacy."""
+def _private(
+    results: StudyResults, sites: tuple[str, ...], learned: Mapping[str, tuple[str, ...]]
+) -> Iterator[Question]:
     for arm in results.by_arm:
         same = Arm(arm.mode, arm.harmonizer, arm.augmentation)
         if arm.epsilon is not None and same in results.by_arm:
-            yield Question(arm, same, sites[same.name])
-
-
-def _cost(results: StudyResults, arm: Arm) -> CostFinding:
-    costs = [cell.cost for cell in results.by_arm[arm]]
-    spent = [cost.epsilon for cost in costs if cost.epsilon is not None]
-    deltas = [cost.delta for cost in costs if cost.delta is not None]
-    return CostFinding(
-        arm=arm.name,
-        train_s=float(np.mean([cost.train_s for cost in costs])),
-        predict_s=float(np.mean([cost.predict_s for cost in costs])),
-        bytes_up=round(float(np.mean([cost.bytes_up for cost in costs]))),
-        bytes_down=round(float(np.mean([cost.bytes_down for cost in costs]))),
-        epsilon=max(spent, default=None),
-        delta=max(deltas, default=None),
-        without_noise=tuple(dict.fromkeys(name for cost in costs for name in cost.without_noise)),
-        devices=tuple(dict.fromkeys(cost.device for cost in costs)),
-        energy_j=_mean_of_known([cost.energy_j for cost in costs]),
-        shared_s=_mean_of_known([cost.shared_s for cost in costs]),
-        adapt_s=_mean_of_known([cost.adapt_s for cost in costs]),
-        counters=tuple(dict.fromkeys(name for cost in costs for name in cost.counters)),
-    )
-
-
-def _mean_of_known(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+            yield _question(arm, same, sites, learned)
 
 
 def _sum(parts: Sequence[Drawn]) -> Drawn:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from nnunet_fedharm.differences.notes import APPROXIMATE
 from nnunet_fedharm.errors import CheckpointError, DataError
-from nnunet_fedharm.harmonizers import KINDS
+from nnunet_fedharm.harmonizers import KINDS, LEARNED
 from nnunet_fedharm.planning.section import CONFIGURATIONS
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
@@ -116,6 +116,18 @@ class StudyFile:
     def private(self, epsilon: float) -> PrivacyOptions:
         """Options of a private training."""
         return PrivacyOptions(epsilon=epsilon, **self.privacy)
+
+    @property
+    def private_changes(self) -> dict[str, tuple[Any, Any]]:
+        """What private arms do otherwise than the same arms without privacy: key -> value there, value here."""
+        if not self.arms.epsilons:
+            return {}
+        plain, private = self.training, self.training_at(self.arms.epsilons[0])
+        pairs = {item.name: (getattr(plain, item.name), getattr(private, item.name)) for item in fields(Training)}
+        pairs["augmentation"] = (True, self.private_training.augmentation)
+        if not set(self.arms.private_harmonizers) & set(LEARNED):
+            del pairs["harmonizer_epochs"]
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def training_at(self, epsilon: float | None) -> Training:
         """Size and length of an arm; None: without differential privacy."""

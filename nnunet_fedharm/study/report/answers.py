@@ -38,6 +38,7 @@ from nnunet_fedharm.study.report.phrases import (
     signed,
 )
 from nnunet_fedharm.study.report.prices import (
+    another_training,
     arm_and_mode,
     compared,
     price,
@@ -130,9 +131,9 @@ def how_close(found: StudyFindings) -> Answer:
     if not asked and not plain:
         return Answer(QUESTIONS[2], f"Federated beside central training was {NOT_MEASURED}.", measured=False)
     first, rest = (asked, plain) if asked else (plain, [])
-    margin = first[0].equivalence.margin if first[0].equivalence else 0.0
-    headline = closeness(found, first)
-    support = [differences(found, first, "Federated less central", level=90)]
+    headline, margin = closeness(found, first), float(found.settings["margin"])
+    tested = [item for item in first if item.equivalence is not None]
+    support = [differences(found, tested, "Federated less central", level=90)] if tested else []
     if rest:
         support.append(closeness(found, rest))
     if len(found.labelled) == 1 and asked:
@@ -174,14 +175,18 @@ def what_privacy_costs(found: StudyFindings) -> Answer:
     return Answer(
         QUESTIONS[3],
         exploratory(found.private) + " ".join(filter(None, said)),
-        (*price_at_labels(found), *price_untold(found), *spent(found), *each),
+        tuple(
+            filter(None, (another_training(found), *price_at_labels(found), *price_untold(found), *spent(found), *each))
+        ),
     )
 
 
 def _plain(found: StudyFindings) -> str:
     """What the control reaches at each site."""
     dice = found.arm(found.control).dice
-    shown = [f"{number(dice[site].value)} at {site}" for site in found.sites if site in dice]
+    shown = [
+        f"{number(dice[site].value)} at {site}" for site in found.sites if site in dice and dice[site].value is not None
+    ]
     if not shown:
         return ""
     return f"Plain nnU-Net, trained with the labels of {joined(found.labelled)}, reaches Dice {joined(shown)}."
@@ -189,7 +194,7 @@ def _plain(found: StudyFindings) -> str:
 
 def _gaps(found: StudyFindings) -> list[str]:
     sure = [item for item in found.gap_tests if item.verdict == BETTER]
-    unsure = [item.sites[0] for item in found.gap_tests if item.verdict != BETTER]
+    unsure = [item.sites[0] for item in found.gap_tests if item.verdict != BETTER and item.difference.value is not None]
     said = []
     if sure:
         shown = [f"{amount(item.difference)} at {item.sites[0]}" for item in sure]
@@ -265,5 +270,9 @@ def _baselines(found: StudyFindings) -> list[str]:
         for item in found.against_control
         if not is_harmonizer(found, item) and found.arm(item.first).mode == "central" and item.verdict == BETTER
     ]
-    return [f"Without any network in front, {arm_names(found, items)} raise{'s' if len(items) == 1 else ''} mean Dice too, by "
-            f"{amounts(found, items)}."] if items else []  # fmt: skip
+    if not items:
+        return []
+    words = (
+        f"{arm_names(found, items)} raise{'s' if len(items) == 1 else ''} mean Dice too, by {amounts(found, items)}."
+    )
+    return [f"{exploratory(items)}Without any network in front, {words}"]

@@ -67,7 +67,7 @@ def dot_plot(
         left: room for names.
         natural: never wider than `width` pixels, so that letters keep their size.
     """
-    columns = [column for column in columns if any(column.key in row.values for row in rows)]
+    columns = [column for column in columns if any(has_value(row, column) for row in rows)]
     if not columns:
         return ""
     top = 12 + LINE * (1 + max(len(_lines(column)) for column in columns))
@@ -83,6 +83,12 @@ def dot_plot(
         box = (left + index * step + 14, left + (index + 1) * step - 16)
         parts += _column(column, rows, places, (*box, top, height - BOTTOM))
     return svg(parts, width, int(height), label, description=_words(rows, columns), natural=natural)
+
+
+def has_value(row: Row, column: Column) -> bool:
+    """Whether an arm has a dot in a column."""
+    estimate = row.values.get(column.key)
+    return estimate is not None and estimate.value is not None
 
 
 def _row_places(rows: Sequence[Row], top: float) -> tuple[list[float], float]:
@@ -130,7 +136,7 @@ def _column(
             f"<title>{escape(words)}</title></line>"
         )
     for row, y in zip(rows, places, strict=True):
-        if column.key in row.values and row.values[column.key].value is not None:
+        if has_value(row, column):
             parts.append(dot(row, column, x_of, y))
     return parts
 

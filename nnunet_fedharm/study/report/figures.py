@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nnunet_fedharm.differences.findings import Estimate, Findings
@@ -14,7 +15,7 @@ from nnunet_fedharm.evaluation.site_report.words import headline
 from nnunet_fedharm.evaluation.words import count, number
 from nnunet_fedharm.study.findings import ArmFinding, StudyFindings
 from nnunet_fedharm.study.report.charts import band_chart, epsilon_chart, paired_chart
-from nnunet_fedharm.study.report.dot_plot import Column, Row, dot_plot
+from nnunet_fedharm.study.report.dot_plot import Column, Row, dot_plot, has_value
 from nnunet_fedharm.study.report.names import group_of, kind_name, only_at, row_name, shown_arms, style_of
 from nnunet_fedharm.study.study_tables import CONTROL
 
@@ -34,7 +35,7 @@ def dice_figure(found: StudyFindings) -> Html:
     """Dice of every arm at every site, and at its worst one."""
     rows = [_row(arm) for arm in shown_arms(found)]
     columns = [*(_site_column(found, site) for site in found.sites), Column(WORST, "worst site", "of each arm")]
-    columns = [column for column in columns if any(column.key in row.values for row in rows)]
+    columns = [column for column in columns if any(has_value(row, column) for row in rows)]
     charts = [
         dot_plot(rows, columns[first : first + COLUMNS], label="Mean Dice of each arm at each site with 95% intervals")
         for first in range(0, len(columns), COLUMNS)
@@ -115,9 +116,10 @@ def _bands(found: StudyFindings, width: int = 560) -> Html:
         (
             _name(found.arm(item.first)) + only_at(found, item),
             "series-3",
-            item.equivalence.interval if item.equivalence else item.difference,
+            replace(item.equivalence.interval, value=item.difference.value),
         )
         for item in found.federated
+        if item.equivalence is not None  # else central failed: near to it is no praise
     ]
     return Html(
         band_chart(

@@ -13,6 +13,7 @@ from nnunet_fedharm.evaluation.distances import CONVENTIONS
 from nnunet_fedharm.evaluation.fidelity import SSIM_WINDOW
 from nnunet_fedharm.evaluation.lesions import DETECTED_OVERLAP
 from nnunet_fedharm.evaluation.words import count
+from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.study.controls import KNOWN_INVERSE, TRAVELLING
 from nnunet_fedharm.study.findings import FEWEST_SEEDS, StudyFindings
 from nnunet_fedharm.study.held_out import ADAPTED_WITH, left_out
@@ -74,7 +75,7 @@ def _data(study: StudyFile, found: StudyFindings) -> str:
         words += f"{' and a' if named else 'A'} share of {share:g} of each site's labelled cases, by a seeded draw,"
     words += f" {'were' if named else 'was'} held out for testing before any training; "
     words += "travelling subjects, where the dataset has any, were tested on and never trained on. "
-    withheld = [site for site in found.targets if site not in found.held_out]
+    withheld = [site for site in found.targets if site not in (*found.held_out, *found.labelled)]
     if found.targets != found.sites:
         words += f"Labels of {joined(found.labelled)} were used for training. "
         if withheld:
@@ -176,11 +177,13 @@ def _privacy(study: StudyFile) -> str:
         f"at delta {options.delta:g}. The epsilon that is reported is the one spent, at the site that spent most."
     )
     size = study.training_at(study.arms.epsilons[0])
-    if size != study.training:
+    if set(study.private_changes) - {"augmentation"}:
         words += (
             f" Their segmenters took {size.segmenter_epochs} epochs of {size.iterations_per_epoch} steps (initial learning rate "
-            f"{size.initial_lr:g}), their harmonizers {size.harmonizer_epochs}."
+            f"{size.initial_lr:g})"
         )
+        with_own = set(study.arms.private_harmonizers) & set(LEARNED)
+        words += f", their harmonizers {size.harmonizer_epochs} epochs." if with_own else "."
     return words + ("" if study.private_training.augmentation else " They were trained without nnU-Net's augmentation.")
 
 

@@ -20,11 +20,14 @@ def place(found: StudyFindings) -> str:
     """ "at B, C and D (labels withheld)", "at B (labels withheld) and E (new hospital, held out of all training)"."""
     if set(found.targets) == set(found.sites):
         return f"at {joined(found.targets)}"
-    withheld, kind = [site for site in found.targets if site not in found.held_out], "new hospital"
-    parts = [f"{joined(withheld)} (labels withheld)"] if withheld else []
-    if found.held_out:
-        kind += "s" if len(found.held_out) > 1 else ""
-        parts.append(f"{joined(found.held_out)} ({kind}, held out of all training)")
+    used = [site for site in found.targets if site in found.labelled]
+    new = [site for site in found.targets if site in found.held_out]
+    withheld = [site for site in found.targets if site not in (*used, *new)]
+    parts = [joined(used)] if used else []
+    parts += [f"{joined(withheld)} (labels withheld)"] if withheld else []
+    if new:
+        kind = "new hospitals" if len(new) > 1 else "new hospital"
+        parts.append(f"{joined(new)} ({kind}, held out of all training)")
     return f"at {joined(parts)}"
 
 

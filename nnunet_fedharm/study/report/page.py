@@ -33,6 +33,7 @@ from nnunet_fedharm.study.report.figures import (
 from nnunet_fedharm.study.report.markdown import to_html
 from nnunet_fedharm.study.report.names import place
 from nnunet_fedharm.study.report.pictures import SiteStrip
+from nnunet_fedharm.study.report.prices import another_training
 from nnunet_fedharm.study.report.style import STUDY_STYLE
 
 SHOWN = 3
@@ -64,14 +65,19 @@ def render_study(found: StudyFindings, extras: Extras) -> str:
         ("dice", "Dice at each site", dice_figure(found) + _dice_tables(found), _DICE),
         ("gap", "Share of the gap recovered", gap_figure(found) + paragraphs(_gap_words(found)), _GAP),
         ("federated", "Federated against central", federated_figure(found), _federated_lead(found)),
-        ("privacy", "Dice and radiomics against epsilon", epsilon_figure(found), _EPSILON),
+        (
+            "privacy",
+            "Dice and radiomics against epsilon",
+            epsilon_figure(found),
+            f"{_EPSILON} {another_training(found)}",
+        ),
         ("pictures", "Before and after", _strips(extras), _PICTURES),
         ("quality", "Harmonization quality", tables.quality_tables(found), _QUALITY),
         ("lesions", "Lesion safety", lesion_figure(found) + tables.lesion_table(found), _LESIONS),
         ("controls", "Controls", tables.control_table(found), _CONTROLS),
         ("sites", "Differences between the sites", _sites(extras.sites), _sites_lead(extras.sites)),
         ("tests", "All comparisons", tables.comparison_tables(found), _TESTS),
-        ("cost", "Cost", tables.cost_table(found), _COST),
+        ("cost", "Cost", tables.cost_table(found), f"{_COST} {another_training(found)}"),
     ]
     shown = [item for item in sections if item[2]]
     absent = [title for _, title, content, _ in sections if not content]
@@ -110,6 +116,13 @@ def limits(found: StudyFindings, absent: Sequence[str] = ()) -> list[str]:
     untested = [site for site in found.sites if found.patients and not found.patients.get(site)]
     if untested:
         said.append(f"No labelled case to test on at {joined(untested)}: nothing here is about segmentation there.")
+    control = found.arm(found.control).dice
+    empty = [site for site in found.sites if site in control and control[site].value is None]
+    if empty:
+        said.append(
+            f"At {joined(empty)} neither the labels nor the control's predictions show anything in any test case, so it has no "
+            "Dice there: nothing here is about segmentation there."
+        )
     another = "Tests hold for these trainings and sites; that another hospital's scanner behaves alike is not shown."
     if found.held_out:
         said.append(f"{another} {joined(found.held_out)}, held out of all training, can only be an example.")

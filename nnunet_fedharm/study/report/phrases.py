@@ -14,8 +14,11 @@ from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
 
 def exploratory(items: Sequence[Comparison]) -> str:
     """The words before a sentence that rests on few trainings; empty with enough."""
-    few = [item.seeds for item in items if item.exploratory]
-    return f"Exploratory, {count(min(few), 'training')} of each arm: " if few else ""
+    trainings = {item.seeds for item in items}
+    if not any(item.exploratory for item in items):
+        return ""
+    fewest = count(min(trainings), "training")
+    return f"Exploratory, {fewest} of each arm: " if len(trainings) == 1 else f"Exploratory, {fewest} of some arms: "
 
 
 def amount(estimate: Estimate) -> str:
@@ -75,7 +78,7 @@ def _as_good(found: StudyFindings, items: Sequence[Comparison]) -> list[str]:
         groups["equal" if equal and equal.shown else "not worse" if equal and equal.not_worse else otherwise].append(
             item
         )
-    margin = items[0].equivalence.margin if items[0].equivalence else 0.0
+    margin = float(found.settings["margin"])
     where = only_at(found, items[0])
     said = []
     if own := groups["equal"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.words import number, scientific
@@ -31,8 +31,40 @@ def price(found: StudyFindings, epsilon: float, items: Sequence[Comparison]) -> 
         said.append(f"no change was shown for {joined([compared(found, item) for item in unclear])}{bound}")
     if gained:
         named = joined([compared(found, item) for item in gained])
-        said.append(f"Dice is higher, which noise does not explain, for {named}")
+        why = (
+            "which noise does not explain but another training may"
+            if _changed(found)
+            else "which noise does not explain"
+        )
+        said.append(f"Dice is higher, {why}, for {named}")
     return f"Epsilon {epsilon:g}{' ' if lost else ': '}{'; '.join(said)}."
+
+
+def another_training(found: StudyFindings) -> str:
+    """That private arms differ from their counterparts in more than privacy; empty where they do not."""
+    changed = dict(_changed(found))
+    augmentation = ["without nnU-Net's augmentation"] if changed.pop("augmentation", None) else []
+    shown = [f"{_KEYS[name]} {private:g} instead of {plain:g}" for name, (plain, private) in changed.items()]
+    shown += augmentation
+    if not shown:
+        return ""
+    return (
+        f"Private arms were trained otherwise in more than clipping and noise ({'; '.join(shown)}): what is told is the price "
+        "of private training as it was done."
+    )
+
+
+_KEYS = {
+    "harmonizer_epochs": "epochs of the harmonizer",
+    "segmenter_epochs": "epochs of the segmenter",
+    "iterations_per_epoch": "steps of an epoch",
+    "initial_lr": "initial learning rate",
+}
+
+
+def _changed(found: StudyFindings) -> Mapping[str, tuple[float, float]]:
+    changed: Mapping[str, tuple[float, float]] = found.settings.get("private_training") or {}
+    return changed
 
 
 def price_at_labels(found: StudyFindings) -> list[str]:
