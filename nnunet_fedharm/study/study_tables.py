@@ -71,7 +71,7 @@ class Arms:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """`[training]`: size and length, alike for every arm but for `[privacy]`; a federated arm takes as many steps at each site."""
+    """`[training]`: size and length, alike for all arms but for `[privacy]`; a federated arm takes as many steps at each site."""
 
     harmonizer_epochs: int = 40
     """Epochs of the harmonizer phase."""

@@ -38,7 +38,7 @@ going in so few steps."""
 _TITLES = {
     "study": "The data and the question.",
     "arms": "What is compared with plain nnU-Net and its own augmentation, which is always there.",
-    "training": "Size and length, alike for every arm but for [privacy]; a federated arm takes as many steps at each site.",
+    "training": "Size and length, alike for all arms but for [privacy]; a federated arm takes as many steps at each site.",
     "report": "What counts as good. Fix it before the first result: the report says so where it was changed later.",
 }
 
