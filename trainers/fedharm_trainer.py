@@ -16,11 +16,11 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunet_fedharm.errors import CheckpointError, PlanError
+from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
 from nnunet_fedharm.planning.section import CONFIGURATIONS, FedHarmSection, read_section
 from nnunet_fedharm.sites.registry import SitesFile
-from nnunet_fedharm.trainers.checkpoints import save_atomically
+from nnunet_fedharm.trainers.checkpoints import refuse_other_training, save_atomically
 from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_gain
 from nnunet_fedharm.trainers.groups import train_only
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
@@ -43,6 +43,7 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
     """
 
     kind: str | None = None
+    my_init_kwargs: dict[str, Any]
 
     def __init__(
         self,
@@ -183,9 +184,8 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
         refuse_foreign_styles(self.harmonizer, self.section)
         self.start_private()
         if self.private is not None:
-            done = int(self.harmonizer.trained_epochs)
             self.private.check_budget(
-                harmonizer_epochs=self.section.schedule.harmonizer_epochs - done,
+                harmonizer_epochs=self.section.schedule.harmonizer_epochs - self.harmonizer_phase.trained(),
                 segmenter_epochs=self.num_epochs - self.current_epoch,
             )
         self.run_harmonizer_phase()
@@ -278,20 +278,25 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
             super().save_checkpoint(filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
-        """Base loading, after checking that the checkpoint is this trainer's.
+        """Base loading, after checking that the checkpoint is this trainer's; further ones hold the plans that it goes on with.
 
         Raises:
-            CheckpointError: another trainer wrote it.
+            CheckpointError: another trainer wrote it, or one without the differential privacy that the plans ask for.
         """
         if isinstance(filename_or_checkpoint, str):
-            # mmap: only the name is read here, the base class reads the weights.
-            checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", mmap=True, weights_only=False)
-            if checkpoint["trainer_name"] != self.__class__.__name__:
-                raise CheckpointError(
-                    f"{filename_or_checkpoint} was written by {checkpoint['trainer_name']}, not by "
-                    f"{self.__class__.__name__}. Train or predict with -tr {checkpoint['trainer_name']}."
-                )
+            private = self.section.privacy is not None
+            refuse_other_training(filename_or_checkpoint, self.__class__.__name__, private=private)
+        arguments = self.my_init_kwargs
         super().load_checkpoint(filename_or_checkpoint)
+        self.my_init_kwargs = arguments
+
+    def _save_debug_information(self) -> None:
+        """As the base class, which writes down every attribute, without the names of cases: nnU-Net's export takes the file."""
+        cases, self.site_of_case = self.site_of_case, {}
+        try:
+            super()._save_debug_information()
+        finally:
+            self.site_of_case = cases
 
     def tell_sites(self, batch: dict[str, Any]) -> None:
         """Tell the harmonizer each sample's site.

@@ -18,7 +18,7 @@ from torch import nn
 from nnunet_fedharm.errors import CheckpointError
 from nnunet_fedharm.harmonizers import doubt
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
-from nnunet_fedharm.trainers.checkpoints import save_atomically
+from nnunet_fedharm.trainers.checkpoints import BEGAN_WITHOUT, save_atomically
 from nnunet_fedharm.trainers.harmonizer_phase import harmonizer_epoch, trainable
 from nnunet_fedharm.trainers.patches import PatchSampler
 from nnunet_fedharm.trainers.private_sampling import HARMONIZER
@@ -61,6 +61,14 @@ class HarmonizerPhase:
         if due == self.schedule.harmonizer_epochs:
             self._training = None  # its memory is the segmenter's now
 
+    def trained(self) -> int:
+        """Epochs that are done: the network's, or after `--c` those of the phase's own checkpoint, which is read later."""
+        trained = int(self.trainer.harmonizer.trained_epochs)
+        if not (self.trainer.continued and os.path.isfile(self._file)):
+            return trained
+        kept = torch.load(self._file, map_location="cpu", mmap=True, weights_only=True)
+        return max(trained, int(kept["harmonizer"]["trained_epochs"]))
+
     def _epoch(self, training: HarmonizerTraining, sampler: PatchSampler, epoch: int) -> None:
         trainer = self.trainer
         seed = patch_seed(self.schedule.seed, private=trainer.private is not None)
@@ -93,7 +101,8 @@ class HarmonizerPhase:
         trainer = self.trainer
         if trainer.local_rank != 0 or trainer.disable_checkpointing:
             return
-        state = {"harmonizer": trainer.harmonizer.state_dict(), "training": training.state_dict()}
+        private = trainer.private is not None
+        state = {"harmonizer": trainer.harmonizer.state_dict(), "training": training.state_dict(), "private": private}
         save_atomically(self._file, lambda path: torch.save(state, path))
 
     @property
@@ -121,6 +130,8 @@ class HarmonizerPhase:
                 )
             return
         state = torch.load(self._file, map_location=self.trainer.device, weights_only=True)
+        if self.trainer.private is not None and not state.get("private", False):
+            raise CheckpointError(BEGAN_WITHOUT.format(self._file))
         kept = int(state["harmonizer"]["trained_epochs"])
         if not trained <= kept <= due:
             raise CheckpointError(

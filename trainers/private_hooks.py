@@ -14,6 +14,7 @@ from nnunet_fedharm.harmonizers.training import is_distributed
 from nnunet_fedharm.nnunet_root import environment
 from nnunet_fedharm.planning.private_fingerprint import fingerprint_file
 from nnunet_fedharm.planning.section import FedHarmSection
+from nnunet_fedharm.privacy.options import PRIVACY_FILE
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
 from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.sites.files import read_json, write_json
@@ -75,8 +76,12 @@ class PrivateHooks(PlainPatches):
     def on_train_start(self) -> None:
         """As the base class; under DP without validation, whose every number would be a release."""
         super().on_train_start()
+        if not self.disable_checkpointing and self.local_rank == 0:
+            # Of an earlier training in this folder: it promises nothing about the checkpoints to come.
+            (Path(self.output_folder) / PRIVACY_FILE).unlink(missing_ok=True)
         if self.private is not None:
             self._withhold_fingerprint()
+            self._withhold_times()
             # nnU-Net's optimizer holds all parameters: noise must not move those that are frozen.
             held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             parameters = [parameter for parameter in held if parameter.requires_grad]
@@ -85,8 +90,18 @@ class PrivateHooks(PlainPatches):
             self.print_to_log_file(
                 f"Differential privacy: noise multiplier {self.private.noise_multiplier:.3g} for epsilon "
                 f"{self.private.options.epsilon:g} at delta {self.private.options.delta:g} by patient. No validation is run; "
-                f"losses and Dice in the checkpoints read {WITHHELD:g}."
+                f"losses and Dice in the checkpoints read {WITHHELD:g}, and an epoch a second."
             )
+
+    def _withhold_times(self) -> None:
+        """Epochs in nnU-Net's log, which each checkpoint carries, all take a second: the true times tell how many were drawn."""
+        log = self.logger.log
+
+        def without_times(key: str, value: Any, step: int) -> None:
+            ends = key == "epoch_end_timestamps"
+            log(key, float(step + ends) if key.endswith("_timestamps") else value, step)
+
+        self.logger.log = without_times
 
     def _withhold_fingerprint(self) -> None:
         """Where plans were made from a noisy fingerprint, the results folder gets that one instead of nnU-Net's own."""

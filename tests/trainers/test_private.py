@@ -14,7 +14,7 @@ import pytest
 import torch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 
-from nnunet_fedharm.errors import PrivacyError
+from nnunet_fedharm.errors import CheckpointError, PrivacyError
 from nnunet_fedharm.privacy.accounting import epsilon_of
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
@@ -22,6 +22,7 @@ from nnunet_fedharm.trainers import private_sampling, private_training
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.harmonizer_phase import trainable
 from nnunet_fedharm.trainers.patient_loader import PatientLoader, by_patient
+from nnunet_fedharm.trainers.phases import HarmonizerPhase
 from nnunet_fedharm.trainers.results import make_trainer
 from tests.trainers.conftest import Planned
 from tests.trainers.test_trainer import TRAINERS
@@ -102,6 +103,10 @@ def test_checkpoints_hold_neither_losses_nor_dice_nor_votes_of_single_patches(pr
         log = torch.load(folder / name, map_location="cpu", weights_only=False)["logging"]
         for key in ("train_losses", "val_losses", "mean_fg_dice"):
             assert set(log[key]) == {0.0}
+        assert (log["epoch_start_timestamps"], log["epoch_end_timestamps"]) == ([0.0, 1.0, 2.0], [1.0, 2.0, 3.0])
+    debug = (folder / "debug.json").read_text()
+    assert trainer.site_of_case
+    assert not [case for case in trainer.site_of_case if case in debug]
     final = (folder / "checkpoint_final.pth").read_bytes()
     assert final == (folder / "checkpoint_best.pth").read_bytes()
     assert trainer.harmonizer.bank_gate.tolist() == [0.0, 1.0]  # the reference's is shut by definition, none was judged
@@ -122,8 +127,8 @@ def test_a_run_that_the_budget_cannot_hold_is_refused_before_anything_is_trained
     assert all(torch.equal(tensor, before[name]) for name, tensor in again.network.state_dict().items())
 
 
-def test_a_continued_run_goes_on_within_its_budget(private: Callable[..., Any], active: Planned) -> None:
-    trainer = private("curve")
+def stopped(trainer: Any) -> None:
+    """Train two segmenter epochs."""
 
     def stop() -> None:
         type(trainer).on_epoch_end(trainer)
@@ -135,14 +140,84 @@ def test_a_continued_run_goes_on_within_its_budget(private: Callable[..., Any], 
     trainer.on_epoch_end = stop
     with pytest.raises(KeyboardInterrupt):
         trainer.run_training()
-    resumed = private("curve")
+
+
+def continued(trainer: Any) -> None:
+    """As `nnUNetv2_train --c` does."""
+    maybe_load_checkpoint(trainer, True, False)
+    trainer.run_training()
+
+
+def test_a_continued_run_goes_on_within_its_budget(private: Callable[..., Any], active: Planned) -> None:
+    stopped(private("curve"))
+    resumed = private("curve", epsilon=5.5)
     resumed.initialize()
     maybe_load_checkpoint(resumed, True, False)
     assert resumed.current_epoch == 2
     resumed.run_training()
+    final = torch.load(Path(resumed.output_folder) / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    planned = final["init_args"]["plans"]["configurations"]["2d"]["fedharm"]
+    assert planned["privacy"]["epsilon"] == 5.5, "the plans that it went on with"
     releases = ledger(active).releases()
     assert sum(release.steps for release in releases if release.what == "segmenter training") == 6
     assert epsilon_of([release.noise for release in releases], 1e-3) <= 5.0
+
+
+def stop_harmonizer(trainer: Any, epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train so many harmonizer epochs."""
+    with monkeypatch.context() as patched:
+        save = HarmonizerPhase.save
+
+        def stop(phase: HarmonizerPhase, training: Any) -> None:
+            save(phase, training)
+            if int(trainer.harmonizer.trained_epochs) == epochs:
+                raise KeyboardInterrupt
+
+        patched.setattr(HarmonizerPhase, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run_training()
+
+
+def test_a_run_that_was_stopped_in_its_harmonizer_phase_goes_on(
+    private: Callable[..., Any], active: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = active.plans["curve"]["configurations"]["2d"]["fedharm"]["schedule"]
+    monkeypatch.setitem(schedule, "harmonizer_epochs", 8)
+    stop_harmonizer(private("curve"), 6, monkeypatch)
+    resumed = private("curve")
+    resumed.initialize()
+    continued(resumed)
+    releases = ledger(active).releases()
+    assert sum(release.steps for release in releases if release.what == "harmonizer training") == 16
+    assert epsilon_of([release.noise for release in releases], 1e-3) <= 5.0
+
+
+@pytest.mark.parametrize("phase", ["harmonizer", "segmenter"])
+def test_what_was_trained_without_privacy_is_not_continued_under_it(
+    phase: str, private: Callable[..., Any], active: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_trainer(TRAINERS["curve"], active.plans["curve"], "2d", "all", active.dataset_json)
+    plain.initialize()
+    stop_harmonizer(plain, 1, monkeypatch) if phase == "harmonizer" else stopped(plain)
+    resumed = private("curve")
+    resumed.initialize()
+    with pytest.raises(CheckpointError, match="was trained without differential privacy, and the plans ask for it now"):
+        continued(resumed)
+    assert not ledger(active).releases()
+
+
+def test_a_training_without_privacy_leaves_no_promise_of_a_former_one(
+    private: Callable[..., Any], active: Planned
+) -> None:
+    trainer = private("none")
+    trainer.run_training()
+    card = Path(trainer.output_folder) / "privacy.json"
+    assert card.is_file()
+    plain = make_trainer(TRAINERS["none"], active.plans["none"], "2d", "all", active.dataset_json)
+    plain.initialize()
+    plain.run_training()
+    assert Path(plain.output_folder) == card.parent
+    assert not card.exists()
 
 
 def test_more_noise_for_a_smaller_epsilon(private: Callable[..., Any]) -> None:
