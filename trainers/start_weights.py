@@ -76,6 +76,9 @@ def start_from(network: nn.Module, model: str | Path) -> Start:
     file, bare = find_checkpoint(model), bare_module(network)
     given = {_our_name(name): tensor for name, tensor in _read(file).items()}
     own, parameters = bare.state_dict(), {name for name, _ in bare.named_parameters(remove_duplicate=False)}
+    if _judge_in(given) != _judge_in(own):
+        # Their networks look alike, but a linear judge's is drawn and its whitening made for it: a trained one would spoil it.
+        given = {name: tensor for name, tensor in given.items() if not name.startswith(JUDGE)}
     taken, fresh = {}, []
     for name in sorted(parameters):
         fits = name in given and given[name].shape == own[name].shape
@@ -108,9 +111,8 @@ def with_judge_of(start: str | Path, kind: str, options: Mapping[str, Any]) -> d
     """
     if not start or kind not in AT_REFERENCE or "judge" in options:
         return dict(options)
-    names = [name for name in _read(find_checkpoint(start)) if name.startswith(JUDGE)]
-    judge = "linear" if JUDGE + "direction" in names else "network"
-    return {**options, **({"judge": judge} if names else {})}
+    judge = _judge_in(_read(find_checkpoint(start)))
+    return {**options, **({"judge": judge} if judge else {})}
 
 
 def refuse_foreign_styles(harmonizer: Harmonizer, section: FedHarmSection) -> None:
@@ -126,6 +128,13 @@ def refuse_foreign_styles(harmonizer: Harmonizer, section: FedHarmSection) -> No
             "The network's styles are not those of the plans: -pretrained_weights brought another model's. "
             "Plan with `nnunet-fedharm plan --start-from MODEL` instead, which leaves them alone."
         )
+
+
+def _judge_in(weights: Mapping[str, Tensor]) -> str:
+    """Its kind, as plans name it; "" where there is none."""
+    if JUDGE + "direction" in weights:
+        return "linear"
+    return "network" if any(name.startswith(JUDGE) for name in weights) else ""
 
 
 def _our_name(name: str) -> str:

@@ -98,6 +98,18 @@ def test_weights_come_from_the_model_and_styles_from_the_plans(make: Make, model
     assert same(segmenter_of(other.network), segmenter_of(trainer.network))
 
 
+def test_a_judge_of_another_kind_is_left_behind(make: Make, model: Path) -> None:
+    fresh, started = (
+        make("polarity", harmonizer={"judge": "linear"}, **keys) for keys in ({}, {"start_from": str(model)})
+    )
+    for trainer in (fresh, started):
+        trainer.initialize()
+    drawn, own = fresh.harmonizer.state_dict(), started.harmonizer.state_dict()
+    assert [name for name in own if name.startswith("polarity_judge.network")]
+    assert all(torch.equal(own[name], drawn[name]) for name in own), "its features are those that it is whitened for"
+    assert not same(segmenter_of(fresh.network), segmenter_of(started.network))
+
+
 def test_a_continued_training_does_not_start_again(make: Make, model: Path, active: Planned) -> None:
     plans = copy.deepcopy(active.plans["polarity"])
     plans["configurations"]["2d"]["fedharm"]["start_from"] = str(model)
