@@ -26,7 +26,7 @@ from nnunet_fedharm.federation.roster import REJOIN_DEADLINE_S, Roster
 from nnunet_fedharm.federation.secure.checks import check_secure_sites
 from nnunet_fedharm.federation.secure.patient_noise import shared_steps_of
 from nnunet_fedharm.federation.state import ServerState
-from nnunet_fedharm.federation.strategy_checks import check_sites
+from nnunet_fedharm.federation.strategy_checks import check_sites, noise_warnings
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.facts import SiteFacts, check_agreement, federation_dataset_json
@@ -105,6 +105,8 @@ class Preparation:
         self.log.write("preflight_passed", sites=list(self.roster.expected), dataset=facts[0].dataset_name)
         if own := {fact.site: fact.own_privacy for fact in facts if fact.own_privacy}:
             self.log.write("private_by_own_policy", sites=own)
+        for text in noise_warnings(self.config, facts):
+            self.log.write("warning", text=text)
         return replace(
             state,
             facts=told,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.run_options import RunOptions
-from nnunet_fedharm.federation.strategy import SERVER_LR, STRATEGIES, check_replies, strategy_of
+from nnunet_fedharm.federation.strategy import ROBUST, SERVER_LR, STRATEGIES, check_replies, strategy_of
 from nnunet_fedharm.planning.facts import SiteFacts
 
 LOCAL_GROUPS = ("harmonizer", "norm", "encoder", "decoder", "heads")
@@ -86,6 +86,19 @@ def strategy_warnings(config: RunOptions) -> list[str]:
             f"The strategy {config.strategy} counts all sites alike: weighting cases does not reach the weights."
         )
     return found
+
+
+def noise_warnings(config: RunOptions, facts: Sequence[SiteFacts]) -> list[str]:
+    """What may surprise where some sites train privately by their own policy, and others do not; one sentence each."""
+    labelled = [fact for fact in facts if fact.n_labelled]
+    noisy = sorted(fact.site for fact in labelled if fact.own_privacy)
+    compares = ["norm-bound"] * bool(config.norm_bound) + [f"strategy {config.strategy}"] * (config.strategy in ROBUST)
+    if not compares or not noisy or len(noisy) == len(labelled):
+        return []
+    return [
+        f"The noise of {', '.join(noisy)}, private by its own policy, makes its updates unlike the others', and "
+        f"{' and '.join(compares)} may leave them out in every round while its patients pay; use fedavg without norm-bound."
+    ]
 
 
 def _check_ranges(config: RunOptions) -> None:

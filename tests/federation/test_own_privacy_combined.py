@@ -25,7 +25,9 @@ from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.entries import FACTS
 from nnunet_fedharm.federation.own_privacy import OWN_FILE
 from nnunet_fedharm.federation.server_app import run_server
+from nnunet_fedharm.federation.strategy_checks import noise_warnings
 from nnunet_fedharm.federation.updates import split_control
+from nnunet_fedharm.planning.facts import SiteFacts
 from nnunet_fedharm.privacy.accounting import epsilon_of
 from nnunet_fedharm.privacy.releases import Release
 from nnunet_fedharm.trainers.round_states import RoundStates
@@ -198,3 +200,24 @@ def test_what_does_not_go_together_is_refused_before_the_start_whoever_is_privat
     with pytest.raises(FedHarmError, match=words) as caught:
         FederateConfig(sites="A,B,C", **options)
     assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("options", "private", "words"),
+    [
+        ({"norm_bound": 3.0}, "B", "norm-bound may leave them out"),
+        ({"strategy": "median"}, "B", "strategy median may leave them out"),
+        ({"norm_bound": 3.0}, "ABC", ""),
+        ({"norm_bound": 3.0}, "", ""),
+        ({}, "B", ""),
+    ],
+)
+def test_a_run_that_may_leave_out_a_private_site_in_every_round_says_so(
+    options: dict[str, Any], private: str, words: str
+) -> None:
+    promised = {"epsilon": EPSILON, "delta": DELTA}
+    own = {site: promised if site in private else {} for site in "ABC"}
+    facts = [SiteFacts(site, "Dataset001_X", {}, {}, None, ".nii.gz", 2, 0, {}, "r", own[site]) for site in "ABC"]
+    found = noise_warnings(FederateConfig(sites="A,B,C", **options), facts)
+    assert len(found) == bool(words)
+    assert all(words in text and text.startswith("The noise of B, ") for text in found)
