@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.study.cell_card import cell_facts
 from nnunet_fedharm.study.report.answers import answer_all
 from nnunet_fedharm.study.report.build import write_report
+from nnunet_fedharm.study.report.charts import band_chart
 from nnunet_fedharm.study.report.methods import methods
 from nnunet_fedharm.study.statistics import analyse
 from tests.study.cells import Study
@@ -97,3 +100,56 @@ def test_the_price_of_privacy_is_told_with_what_else_private_arms_did_otherwise(
     private = next(cell for cell in results.finished if cell.cell.arm.epsilon)
     assert cell_facts(study.study, private).trained.startswith(f"200 epochs of {50 if more else 250} steps")
     assert "for as long as" not in " ".join(cell_facts(study.study, private).notes)
+
+
+def test_a_gain_that_was_not_shown_is_no_share_of_the_gap_and_stands_with_its_p(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.arm("central_none", DICE)
+    study.arm("local_B_none", {"B": 0.8})
+    study.arm("central_polarity", {"A": 0.8, "B": 0.7})
+    study.arm("central_diffusion", {"A": 0.8, "B": 0.501})
+    central = said(study)[1]
+    assert re.search(
+        r"Diffusion was not shown to change .* \([+-]0\.00\d, 95% interval \S+ to \S+, p [0-9.]+\)\.", central
+    )
+    share = next(
+        sentence for sentence in central.split(". ") if "they recover" in sentence or "it recovers" in sentence
+    )
+    assert "%" in share
+    assert "diffusion" not in share
+
+
+def test_what_waits_is_not_called_left_out(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.arm("central_none", DICE)
+    _, central, federated, private = said(study)
+    assert central == "Centralized harmonization has no result yet."
+    assert federated == "Federated beside central training has no result yet."
+    assert private.startswith("Differential privacy has no result yet")
+
+
+def test_sites_that_were_compared_are_named_once_and_rightly(tmp_path: Path) -> None:
+    study = Study(tmp_path, held_out=("C",))
+    for name in ("central_none", "central_polarity", "federated_polarity"):
+        study.arm(name, {"A": 0.8, "B": 0.7, "C": 0.1}, like="the same")
+    federated = said(study)[2]
+    assert "Federated less central, mean Dice with 90% interval" in federated
+    assert federated.count("B (labels withheld)") == 0
+    assert "polarity at B alone" in federated
+
+
+def test_long_names_have_room_in_figures() -> None:
+    name = "plain nnU-Net without augmentation at hospital-north and hospital-south alone"
+    chart = band_chart([(name, "series-3", Estimate(0.01, 0.0, 0.02))], margin=0.02, x_label="x", label="x", width=500)
+    place = re.search(r'<text x="([0-9.]+)"[^>]*class="armname end"', chart)
+    assert place is not None
+    assert float(place[1]) > 6 * len(name), "its beginning is inside the picture"
+
+
+def test_the_figure_against_epsilon_says_what_and_where(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.arm("central_none", DICE)
+    study.arm("central_none_epsilon-8", {"A": 0.7, "B": 0.4})
+    text = page(study)
+    assert text.count(">mean Dice at B</text>") >= 2
+    assert "radiomics against epsilon" not in text

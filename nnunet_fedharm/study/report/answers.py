@@ -11,12 +11,13 @@
 | at B alone | the arm to compare with segments the other target sites too badly, so that no test is over them |
 | did not learn | the control's mean Dice on its own labels' sites is below least_dice of [report] |
 | Exploratory, N trainings | a compared arm has fewer than three trainings; it stands before the sentence |
-| not measured in this study | an arm of the question has no result |
+| has no result yet | cells of the question's arms wait |
+| not measured in this study | an arm of the question has no result, and none is to come |
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from nnunet_fedharm.differences.findings import Findings
@@ -33,6 +34,7 @@ from nnunet_fedharm.study.report.phrases import (
     changes,
     closeness,
     differences,
+    everywhere,
     exploratory,
     is_harmonizer,
     signed,
@@ -46,6 +48,7 @@ from nnunet_fedharm.study.report.prices import (
     price_untold,
     spent,
 )
+from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
 
 QUESTIONS = (
     "How different are the sites?",
@@ -111,7 +114,9 @@ def what_central_gives(found: StudyFindings) -> Answer:
         item for item in found.against_control if is_harmonizer(found, item) and found.arm(item.first).mode == "central"
     ]
     if not asked or found.arm(found.control).mode != "central":
-        return Answer(QUESTIONS[1], f"Centralized harmonization was {NOT_MEASURED}.", measured=False)
+        kinds = (CONTROL, *BASELINES)
+        how = _open(found, lambda mode, kind: mode == "central" and kind not in kinds)
+        return Answer(QUESTIONS[1], f"Centralized harmonization {how}.", measured=False)
     where, control = place(found), "plain nnU-Net with its own augmentation"
     headline = changes(found, asked, f"mean Dice {where} over {control}", f"mean Dice {where} against {control}")
     support = [
@@ -129,7 +134,8 @@ def how_close(found: StudyFindings) -> Answer:
     asked = [item for item in found.federated if is_harmonizer(found, item)]
     plain = [item for item in found.federated if not is_harmonizer(found, item)]
     if not asked and not plain:
-        return Answer(QUESTIONS[2], f"Federated beside central training was {NOT_MEASURED}.", measured=False)
+        how = _open(found, lambda mode, _: mode == "federated")
+        return Answer(QUESTIONS[2], f"Federated beside central training {how}.", measured=False)
     first, rest = (asked, plain) if asked else (plain, [])
     headline, margin = closeness(found, first), float(found.settings["margin"])
     tested = [item for item in first if item.equivalence is not None]
@@ -156,7 +162,8 @@ def how_close(found: StudyFindings) -> Answer:
 def what_privacy_costs(found: StudyFindings) -> Answer:
     """Every epsilon, the largest first: the price of each private arm against the same without privacy."""
     if not found.private:
-        words = f"Differential privacy was {NOT_MEASURED}: no private arm and its counterpart have a result."
+        how = _open(found, lambda mode, _: mode != "local", private=True)
+        words = f"Differential privacy {how}: no private arm and its counterpart have a result."
         return Answer(QUESTIONS[3], words, measured=False)
     by_epsilon: dict[float, list[Comparison]] = {}
     for item in found.private:
@@ -168,7 +175,7 @@ def what_privacy_costs(found: StudyFindings) -> Answer:
         words = f"{arms[0].upper()}{arms[1:]} segments too badly {place(found)}, without privacy too, to tell what it costs."
         said = [words]
     each = [
-        f"Epsilon {epsilon:g}, change of mean Dice {place(found)} with 95% interval: "
+        f"Epsilon {epsilon:g}, change of mean Dice{everywhere(found, by_epsilon[epsilon])} with 95% interval: "
         f"{joined([f'{signed(item.difference)} {compared(found, item)}' for item in by_epsilon[epsilon]])}."
         for epsilon in order
     ]
@@ -179,6 +186,13 @@ def what_privacy_costs(found: StudyFindings) -> Answer:
             filter(None, (another_training(found), *price_at_labels(found), *price_untold(found), *spent(found), *each))
         ),
     )
+
+
+def _open(found: StudyFindings, of: Callable[[str, str], bool], *, private: bool = False) -> str:
+    """ "has no result yet" where cells of such arms wait, by mode and kind; else "was not measured in this study"."""
+    waiting = [name for name in found.missing if ("_epsilon-" in name) == private]
+    parts = [name.split("_") for name in waiting]
+    return "has no result yet" if any(of(*part[:2]) for part in parts) else f"was {NOT_MEASURED}"
 
 
 def _plain(found: StudyFindings) -> str:
@@ -217,7 +231,10 @@ def _recovered(found: StudyFindings, items: Sequence[Comparison]) -> list[str]:
     shares = [
         (item, gap.recovered)
         for item in items
-        if (gap := found.arm(item.first).gap) and gap.recovered and shown_at.intersection(gap.sites)
+        if item.verdict == BETTER  # a share of the gap is a gain
+        and (gap := found.arm(item.first).gap)
+        and gap.recovered
+        and shown_at.intersection(gap.sites)
     ]
     if not shares:
         return []

@@ -8,7 +8,10 @@ from html import escape
 from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.evaluation.charts import scale, svg, ticks
 from nnunet_fedharm.evaluation.site_report.charts import marker
-from nnunet_fedharm.study.report.dot_plot import LEAST_RANGE, Column, Row, dot
+from nnunet_fedharm.study.report.dot_plot import LEAST_RANGE, Column, Row, dot, room_for
+
+LEAST_PLOT = 290
+"""Width beside the names."""
 
 
 def band_chart(
@@ -18,7 +21,6 @@ def band_chart(
     x_label: str,
     label: str,
     width: int = 520,
-    left: float = 170.0,
 ) -> str:
     """Differences with their intervals around 0, and the margin of equivalence as a band.
 
@@ -31,6 +33,8 @@ def band_chart(
     values = [v for _, _, found in rows for v in (found.value, found.low, found.high) if v is not None]
     if not values:
         return ""
+    left = room_for([name for name, _, _ in rows])
+    width = max(width, int(left) + LEAST_PLOT)  # long names make it wider, and then its letters a little smaller
     reach = max(*(abs(value) for value in values), 1.4 * (margin or 0.0), 0.01)
     x_ticks = ticks(-reach, reach, 4)
     x_of = scale(x_ticks[0], x_ticks[-1], left, width - 28)
@@ -128,6 +132,7 @@ def epsilon_chart(
     lines: Sequence[tuple[str, str, Mapping[float, Estimate], Estimate | None]],
     *,
     label: str,
+    y_label: str = "",
     width: int = 560,
     height: int = 290,
 ) -> str:
@@ -136,6 +141,7 @@ def epsilon_chart(
     Args:
         lines: (name, CSS class, epsilon -> Dice, Dice without privacy).
         label: what the chart shows, for screen readers.
+        y_label: beside the axis.
     """
     epsilons = sorted({epsilon for _, _, found, _ in lines for epsilon in found})
     shown = [
@@ -150,7 +156,7 @@ def epsilon_chart(
     if not values or not epsilons:
         return ""
     y_ticks = ticks(min(values), max(values), 5)
-    left, right, top, bottom = 44.0, 44.0, 10.0, 40.0
+    left, right, top, bottom = 60.0, 44.0, 10.0, 40.0
     x_of, y_of = scale(-0.3, len(epsilons), left, width - right), scale(y_ticks[0], y_ticks[-1], height - bottom, top)
     parts = []
     for tick in y_ticks:
@@ -161,6 +167,9 @@ def epsilon_chart(
         parts.append(f'<text x="{x_of(place):.1f}" y="{height - bottom + 17}" class="tick mid">{words}</text>')
     parts.append(
         f'<text x="{(left + width - right) / 2:.1f}" y="{height - 4}" class="tick mid">epsilon for each patient</text>'
+    )
+    parts.append(
+        f'<text transform="translate(12 {(top + height - bottom) / 2:.1f}) rotate(-90)" class="tick mid">{escape(y_label)}</text>'
     )
     for row, (name, style, points) in enumerate(shown):
         shift = 7.0 * (row - (len(shown) - 1) / 2)  # so that intervals at one epsilon do not cover each other

@@ -10,6 +10,8 @@ from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.evaluation.charts import scale, svg, ticks
 
 ROW, HEADING, LINE, BOTTOM = 21.0, 24.0, 16.0, 26.0
+LETTER = 6.9
+"""Width of a letter of an arm's name, rather too much."""
 LEAST_RANGE = 0.05
 """Smallest range of Dice on an axis: differences below it should look small."""
 
@@ -80,9 +82,14 @@ def dot_plot(
         parts.append(f'<line x1="0" x2="{width}" y1="{y + 5:.1f}" y2="{y + 5:.1f}" class="grid"/>')
     step = (width - left) / len(columns)
     for index, column in enumerate(columns):
-        box = (left + index * step + 14, left + (index + 1) * step - 16)
+        box = (left + index * step + 20, left + (index + 1) * step - 22)
         parts += _column(column, rows, places, (*box, top, height - BOTTOM))
     return svg(parts, width, int(height), label, description=_words(rows, columns), natural=natural)
+
+
+def room_for(names: Sequence[str], least: float = 120.0) -> float:
+    """Width for the longest of some names and the space after it."""
+    return max(least, 20 + LETTER * max((len(name) for name in names), default=0))
 
 
 def has_value(row: Row, column: Column) -> bool:

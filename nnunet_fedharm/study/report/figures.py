@@ -15,7 +15,7 @@ from nnunet_fedharm.evaluation.site_report.words import headline
 from nnunet_fedharm.evaluation.words import count, number
 from nnunet_fedharm.study.findings import ArmFinding, StudyFindings
 from nnunet_fedharm.study.report.charts import band_chart, epsilon_chart, paired_chart
-from nnunet_fedharm.study.report.dot_plot import Column, Row, dot_plot, has_value
+from nnunet_fedharm.study.report.dot_plot import Column, Row, dot_plot, has_value, room_for
 from nnunet_fedharm.study.report.names import group_of, kind_name, only_at, row_name, shown_arms, style_of
 from nnunet_fedharm.study.study_tables import CONTROL
 
@@ -136,7 +136,9 @@ def epsilon_figure(found: StudyFindings) -> Html:
     """Dice, and where it was measured the reproducibility of radiomics, against epsilon."""
     icc = {name: estimate for name, report in found.quality.items() if (estimate := _icc(report)) is not None}
     chart = _epsilon_lines(found)
-    radiomics = _epsilon_chart(found, icc, "Median ICC of radiomics features against epsilon, 95% intervals")
+    radiomics = _epsilon_chart(
+        found, icc, "Median ICC of radiomics features against epsilon, 95% intervals", "median ICC"
+    )
     if not radiomics:
         return chart
     return figures([figure("mean Dice", chart), figure("median ICC of radiomics features", radiomics)])
@@ -144,10 +146,13 @@ def epsilon_figure(found: StudyFindings) -> Html:
 
 def _epsilon_lines(found: StudyFindings, height: int = 290) -> Html:
     targets = {arm.arm: arm.target for arm in found.arms if arm.target is not None}
-    return _epsilon_chart(found, targets, "Dice over the target sites against epsilon, 95% intervals", height=height)
+    words = "Dice over the target sites against epsilon, 95% intervals"
+    return _epsilon_chart(found, targets, words, f"mean Dice at {joined(found.targets)}", height=height)
 
 
-def _epsilon_chart(found: StudyFindings, values: Mapping[str, Estimate], label: str, height: int = 290) -> Html:
+def _epsilon_chart(
+    found: StudyFindings, values: Mapping[str, Estimate], label: str, y_label: str, height: int = 290
+) -> Html:
     """A line for each kind and mode.
 
     Args:
@@ -168,7 +173,7 @@ def _epsilon_chart(found: StudyFindings, values: Mapping[str, Estimate], label: 
         style = plain if kind == CONTROL else harmonized
         drawn.append((f"{kind_name(kind)}, {mode}", style, lines[kind, mode], free.get((kind, mode))))
         marks.append((f'<i class="{style}"></i>', f"{kind_name(kind)}, {mode}"))
-    return Html(key(marks) + epsilon_chart(drawn, label=label, height=height))
+    return Html(key(marks) + epsilon_chart(drawn, label=label, y_label=y_label, height=height))
 
 
 def _icc(report: Mapping[str, Any]) -> Estimate | None:
@@ -213,7 +218,14 @@ def _central(found: StudyFindings) -> Html:
     note = "dashed: own labels" if lines else ""
     column = Column("", f"mean Dice at {joined(found.targets)}", note, lines)
     return Html(
-        dot_plot(rows, [column], label="Mean Dice over the target sites, 95% intervals", width=500, natural=True)
+        dot_plot(
+            rows,
+            [column],
+            label="Mean Dice over the target sites, 95% intervals",
+            width=500,
+            left=room_for([row.name for row in rows]),
+            natural=True,
+        )
     )
 
 

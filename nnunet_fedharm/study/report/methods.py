@@ -18,6 +18,7 @@ from nnunet_fedharm.study.controls import KNOWN_INVERSE, TRAVELLING
 from nnunet_fedharm.study.findings import FEWEST_SEEDS, StudyFindings
 from nnunet_fedharm.study.held_out import ADAPTED_WITH, left_out
 from nnunet_fedharm.study.matrix import arms_of, cells_of
+from nnunet_fedharm.study.report.names import measured_cases
 from nnunet_fedharm.study.results import StudyResults, read_environment
 from nnunet_fedharm.study.study_file import StudyFile
 
@@ -95,8 +96,8 @@ def _held_out(found: StudyFindings) -> str:
 
 def _differences(sites: Findings) -> str:
     """Of the tests that the first answer stands on."""
-    volumes, most = count(sum(card.n_cases for card in sites.sites), "volume"), sites.settings.get("cases_per_site")
-    chosen = "" if most is None else f" (at most {most} cases of each site, one a patient, evenly spread by name)"
+    volumes, cases = count(sum(card.n_cases for card in sites.sites), "volume"), measured_cases(sites)
+    chosen = f" ({cases}, evenly spread by name)" if cases else ""
     return (
         f"How the sites differ was measured on {volumes} as scanned{chosen}: radiomics features "
         "[@vangriethuysen2017radiomics] of labelled regions, z-scored, and image quality. Features were compared by "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nnunet_fedharm.differences.findings import Findings
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.study.findings import ArmFinding, Comparison, StudyFindings
 from nnunet_fedharm.study.held_out import left_out
@@ -34,6 +35,15 @@ def place(found: StudyFindings) -> str:
 def only_at(found: StudyFindings, item: Comparison) -> str:
     """ " at B alone", of arms that were not compared at all target sites because one of them failed at the others."""
     return "" if set(item.sites) == set(found.targets) else f" at {joined(item.sites)} alone"
+
+
+def measured_cases(sites: Findings) -> str:
+    """ "at most 15 cases of each site, one a patient, and as many travelling subjects"; empty where all were measured."""
+    most = sites.settings.get("cases_per_site")
+    if most is None:
+        return ""
+    more = ", and as many travelling subjects" if any(card.n_cases > most for card in sites.sites) else ""
+    return f"at most {most} cases of each site, one a patient{more}"
 
 
 def held_out_words(found: StudyFindings) -> list[str]:

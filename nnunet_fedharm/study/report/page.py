@@ -31,7 +31,7 @@ from nnunet_fedharm.study.report.figures import (
     lesion_figure,
 )
 from nnunet_fedharm.study.report.markdown import to_html
-from nnunet_fedharm.study.report.names import place
+from nnunet_fedharm.study.report.names import measured_cases, place
 from nnunet_fedharm.study.report.pictures import SiteStrip
 from nnunet_fedharm.study.report.prices import another_training
 from nnunet_fedharm.study.report.style import STUDY_STYLE
@@ -67,7 +67,7 @@ def render_study(found: StudyFindings, extras: Extras) -> str:
         ("federated", "Federated against central", federated_figure(found), _federated_lead(found)),
         (
             "privacy",
-            "Dice and radiomics against epsilon",
+            _epsilon_title(found),
             epsilon_figure(found),
             f"{_EPSILON} {another_training(found)}",
         ),
@@ -185,6 +185,11 @@ def with_code(html: str) -> str:
     return re.sub(r"`([^`<>]+)`", r"<code>\1</code>", html)
 
 
+def _epsilon_title(found: StudyFindings) -> str:
+    radiomics = any(report.get("features") for report in found.quality.values())
+    return f"Dice {'and radiomics ' if radiomics else ''}against epsilon"
+
+
 def _dice_tables(found: StudyFindings) -> str:
     return folded("The same as a table", tables.dice_table(found)) + folded(
         "95% Hausdorff distance in mm", tables.distance_table(found)
@@ -241,10 +246,8 @@ def _sites(sites: Findings | None) -> str:
 
 
 def _sites_lead(sites: Findings | None) -> str:
-    most = None if sites is None else sites.settings.get("cases_per_site")
-    return (
-        "" if most is None else f"Measured on at most {most} cases of each site, one a patient, chosen by name alone."
-    )
+    cases = "" if sites is None else measured_cases(sites)
+    return f"Measured on {cases}, chosen by name alone." if cases else ""
 
 
 def _methods(extras: Extras) -> Html:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.differences.notes import joined
-from nnunet_fedharm.evaluation.words import count, number
+from nnunet_fedharm.evaluation.words import count, number, probability
 from nnunet_fedharm.study.findings import BETTER, UNCLEAR, WORSE, Comparison, StudyFindings
 from nnunet_fedharm.study.report.names import kind_name, only_at, place
 from nnunet_fedharm.study.study_tables import BASELINES, CONTROL
@@ -48,7 +48,7 @@ def changes(found: StudyFindings, items: Sequence[Comparison], raised: str, agai
     if unclear:
         said.append(
             f"{_sentence(arm_names(found, unclear))} {'was' if len(unclear) == 1 else 'were'} not shown to change {against} "
-            f"({_list(found, unclear, signed)})."
+            f"({_untold(found, unclear)})."
         )
     return exploratory(items) + " ".join(said)
 
@@ -106,7 +106,14 @@ def differences(found: StudyFindings, items: Sequence[Comparison], what: str, *,
             if item.equivalence else item.difference  # fmt: skip
         return f"{signed(shown)} {arm_name(found, item)}{only_at(found, item)}"
 
-    return f"{what}, mean Dice {place(found)} with {level}% interval: {joined([of(item) for item in items])}."
+    return (
+        f"{what}, mean Dice{everywhere(found, items)} with {level}% interval: {joined([of(item) for item in items])}."
+    )
+
+
+def everywhere(found: StudyFindings, items: Sequence[Comparison]) -> str:
+    """ " at B and C", where each of the comparisons is over these; else each one names its own."""
+    return "" if any(only_at(found, item) for item in items) else f" {place(found)}"
 
 
 def arm_name(found: StudyFindings, item: Comparison) -> str:
@@ -118,11 +125,21 @@ def arm_names(found: StudyFindings, items: Sequence[Comparison]) -> str:
     return joined([arm_name(found, item) for item in items])
 
 
-def _list(found: StudyFindings, items: Sequence[Comparison], of: Callable[[Estimate], str]) -> str:
-    """Numbers with the names of their arms, where there are several."""
-    if len(items) == 1:
-        return of(items[0].difference)
-    return "; ".join(f"{arm_name(found, item)} {of(item.difference)}" for item in items)
+def _untold(found: StudyFindings, items: Sequence[Comparison]) -> str:
+    """ "+0.020, 95% interval -0.007 to +0.032, p 0.21", with the names of the arms where there are several.
+
+    With p, for an interval that excludes 0 is not enough.
+    """
+
+    def of(item: Comparison) -> str:
+        value, low, high = (
+            "-" if part is None else f"{part:+.3f}"
+            for part in (item.difference.value, item.difference.low, item.difference.high)
+        )
+        ends = "" if item.difference.low is None else f", 95% interval {low} to {high}"
+        return f"{value}{ends}, p {probability(item.adjusted)}"
+
+    return "; ".join(of(item) if len(items) == 1 else f"{arm_name(found, item)} {of(item)}" for item in items)
 
 
 def amounts(found: StudyFindings, items: Sequence[Comparison]) -> str:
