@@ -71,7 +71,8 @@ def clipped_sum(training: LocalTraining, weights: Weights, shared: SharedSteps, 
         trainer.start_private(shared)
         private = trainer.private
         assert private is not None
-        private.check_budget(harmonizer_epochs=0, segmenter_epochs=schedule.segmenter_epochs - round_index)
+        # At least this step: the number of the round is the server's word.
+        private.check_budget(harmonizer_epochs=0, segmenter_epochs=max(1, schedule.segmenter_epochs - round_index))
         trainer.on_train_start()
         trainer.on_train_epoch_start()
         try:

@@ -81,6 +81,8 @@ class PrivateTraining:
         self.run_id = run_id
         self.shared = shared
         self.noise = SecureNoise()
+        self._held: dict[str, int] = {}
+        """Steps that `check_budget` has held against the budget and that are not entered yet."""
         self.phases = sampling_of(trainer, options, None if shared is None else shared.sample_rate)
         for phase in self.phases.values():
             options.check_delta(len(phase.patients))
@@ -114,9 +116,11 @@ class PrivateTraining:
             PrivacyError: it cannot.
         """
         planned: list[Release] = []
+        self._held.clear()
         for what, epochs in ((HARMONIZER, harmonizer_epochs), (SEGMENTER, segmenter_epochs)):
             if what in self.phases and epochs > 0:
-                planned.append(self._release(what, steps=epochs * self.phases[what].steps_per_epoch))
+                self._held[what] = epochs * self.phases[what].steps_per_epoch
+                planned.append(self._release(what, steps=self._held[what]))
         if harmonizer_epochs > 0:
             planned += self._vote_releases
         self.ledger.refuse_beyond(self.options.budget, planned)
@@ -132,7 +136,9 @@ class PrivateTraining:
         phase = self.phases[what]
         release = self._release(what, steps=phase.steps_per_epoch)
         planned = math.ceil((1 + RESERVE) * phase.steps_per_epoch * phase.epochs)
-        if self.ledger.steps_of(self.run_id, what) + release.steps > planned:
+        self._held[what] = self._held.get(what, 0) - release.steps
+        # In a federation the server says how many are ahead: nobody's word counts for more than what was held.
+        if self._held[what] < 0 or self.ledger.steps_of(self.run_id, what) + release.steps > planned:
             self.ledger.refuse_beyond(self.options.budget, [release])
         self.ledger.record(release, within=self.options.budget)
 

@@ -18,6 +18,7 @@ from nnunet_fedharm.errors import CheckpointError, PrivacyError
 from nnunet_fedharm.privacy.accounting import epsilon_of
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
+from nnunet_fedharm.privacy.releases import GAUSSIAN, Release
 from nnunet_fedharm.trainers import private_sampling, private_training
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.harmonizer_phase import trainable
@@ -190,6 +191,21 @@ def test_a_run_that_was_stopped_in_its_harmonizer_phase_goes_on(
     releases = ledger(active).releases()
     assert sum(release.steps for release in releases if release.what == "harmonizer training") == 16
     assert epsilon_of([release.noise for release in releases], 1e-3) <= 5.0
+
+
+def test_more_epochs_than_were_said_to_be_ahead_do_not_pass_the_budget(
+    private: Callable[..., Any], active: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = active.plans["curve"]["configurations"]["2d"]["fedharm"]["schedule"]
+    monkeypatch.setitem(schedule, "harmonizer_epochs", 20)
+    trainer = private("curve")
+    trainer.initialize()
+    trainer.start_private()
+    ledger(active).record(Release(what="earlier", mechanism=GAUSSIAN, noise_multiplier=0.8))
+    trainer.private.check_budget(harmonizer_epochs=1, segmenter_epochs=0)
+    with pytest.raises(PrivacyError, match="budget is epsilon 5"):
+        _ = [trainer.private.record("harmonizer training") for _ in range(20)]
+    assert ledger(active).spent(1e-3).epsilon <= 5.0
 
 
 @pytest.mark.parametrize("phase", ["harmonizer", "segmenter"])
