@@ -111,7 +111,6 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
     results = _write_results(root, config, state, last, trainer_name, _last_checkpoints(state))
     if local:
         _state_what_is_missing(results, config, local, log)
-    write_card(results, privacy_statement(config, state.facts))
     state = loop.finish(state, last)
     save_state(folder, state, weights)
     without = sorted(set(config.site_names) - set(state.finished_sites))
@@ -157,7 +156,7 @@ def _write_results(
     trainer_name: str,
     which: tuple[str, ...],
 ) -> Path:
-    """The standard nnU-Net results folder at the server."""
+    """The standard nnU-Net results folder at the server, with what this run promises: a former one left its word there."""
     from nnunet_fedharm.trainers.results import write_results_folder
 
     rounds = [entry for entry in state.history if entry["phase"] == "segmenter"]
@@ -165,7 +164,7 @@ def _write_results(
     history = {
         key: [float("nan") if entry[name] is None else entry[name] for entry in rounds] for key, name in names.items()
     }
-    return write_results_folder(
+    folder = write_results_folder(
         root,
         state.dataset_name,
         state.plans,
@@ -179,3 +178,5 @@ def _write_results(
         history=history,
         which=which,  # type: ignore[arg-type]  # only the three names that nnU-Net knows
     )
+    write_card(folder, privacy_statement(config, state.facts))
+    return folder

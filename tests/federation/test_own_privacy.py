@@ -142,6 +142,16 @@ def test_cards_at_server_and_sites_say_whose_patients_are_promised_what(root: Pa
     assert not [entry for entry in ledger(root).releases() if "style" in entry.what], "plain nnU-Net reads none"
 
 
+@pytest.mark.slow
+def test_a_run_without_privacy_takes_the_promise_of_a_former_one_away_with_its_first_checkpoint(root: Path) -> None:
+    private = tiny(root, segmenter_rounds=1, epsilon=6.0, delta=DELTA)
+    results = run_server(LocalGrid(real_sites(private, 3)), private)
+    assert (results / PRIVACY_FILE).is_file()
+    stopped(tiny(root))
+    assert (results / "checkpoint_latest.pth").stat().st_mtime > (results / "checkpoint_final.pth").stat().st_mtime
+    assert not (results / PRIVACY_FILE).exists()
+
+
 def stopped(config: FederateConfig) -> tuple[dict[int, Client], RecordDict]:
     """A run whose server ends in round 2: its clients, and what B was asked in round 1."""
     clients, asked = real_sites(config, 3), []
