@@ -10,6 +10,8 @@ import pytest
 
 from nnunet_fedharm.differences.findings import Estimate
 from nnunet_fedharm.study.cell_card import cell_facts
+from nnunet_fedharm.study.estimate import Estimator
+from nnunet_fedharm.study.matrix import Arm, Cell
 from nnunet_fedharm.study.report.answers import answer_all
 from nnunet_fedharm.study.report.build import write_report
 from nnunet_fedharm.study.report.charts import band_chart
@@ -153,3 +155,16 @@ def test_the_figure_against_epsilon_says_what_and_where(tmp_path: Path) -> None:
     text = page(study)
     assert text.count(">mean Dice at B</text>") >= 2
     assert "radiomics against epsilon" not in text
+
+
+def test_a_finished_control_tells_what_steps_take_instead_of_a_few_timed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Estimator, "seconds_of_step", lambda _: 23.0)  # as on a machine that is busy for a while
+    study = Study(tmp_path)
+    cell = Cell(Arm("central", "polarity"), 0)
+    assert Estimator(study.study, study.results(), "cpu").of(cell).seconds == 23.0 * 240 * 250
+    study.arm("central_none", DICE)  # 200 epochs of 250 steps in a minute
+    found = Estimator(study.study, study.results(), "cpu").of(cell)
+    assert found.seconds == pytest.approx(60.0 * 240 / 200)
+    assert found.basis.startswith("by the steps of plain nnU-Net, central")
