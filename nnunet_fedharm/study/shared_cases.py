@@ -30,7 +30,9 @@ def take_cases(store: Path, root: NnunetRoot, dataset_name: str) -> None:
             shutil.rmtree(target / cases.name, ignore_errors=True)  # a cell that was stopped while it took them
             for file in sorted(cases.iterdir()):
                 place(file, target / cases.name / file.name, link=True)
-            shutil.copy2(record, target / record.name)  # last: cases without a record count as none
+            half = target / f".{record.name}.half"
+            shutil.copy2(record, half)
+            half.replace(target / record.name)  # last, and whole: cases without a record count as none
 
 
 def keep_cases(root: NnunetRoot, dataset_name: str, store: Path) -> None:

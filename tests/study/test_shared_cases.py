@@ -89,3 +89,25 @@ def test_what_a_stopped_cell_left_without_its_record_is_taken_again(
     next(second.preprocessed.rglob("*.pkl")).unlink()
     take_cases(store, second, NAME)
     assert times(second) == made
+
+
+def test_a_record_that_a_power_cut_left_half_copied_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, root = tmp_path / "store", NnunetRoot(tmp_path / "site").create()
+    cases = store / "Dataset001_Blobs" / "plans_2d"
+    cases.mkdir(parents=True)
+    (cases / "a.pkl").write_text("a case")
+    record = cases.with_name(f"{cases.name}.fedharm.json")
+    record.write_text('{"plans": "stamp"}')
+
+    def cut(source: Path, target: Path) -> None:
+        Path(target).write_text(Path(source).read_text()[:5])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_fedharm.study.shared_cases.shutil.copy2", cut)
+        with pytest.raises(KeyboardInterrupt):
+            take_cases(store, root, "Dataset001_Blobs")
+    take_cases(store, root, "Dataset001_Blobs")
+    assert (root.preprocessed / "Dataset001_Blobs" / record.name).read_text() == record.read_text()
