@@ -57,8 +57,8 @@ class Estimator:
         control = self.results.control
         of_control = self._finished([arm for arm in self.results.by_arm if arm == control])
         if of_control is not None:  # nearer to the truth than three steps, on a busy machine above all
-            step = of_control / self._steps(control)
-            return Estimate(step * self._steps(cell.arm), f"by the steps of {control.title}, {step:.2g} s each")
+            each = of_control / self._steps(control)
+            return Estimate(each * self._steps(cell.arm), f"by the steps of {control.title}, {each:.2g} s each")
         step = self.seconds_of_step()
         if step is None:
             return Estimate(None, "not known before the data are prepared (`nnunet-fedharm study prepare`)")
