@@ -174,7 +174,7 @@ def main() -> None:
         return
     if arguments.modes == ["shared"] and not any(map(sharable, arguments.recipes)):
         raise SystemExit(
-            "`--patient-noise distributed` refuses harmonizer rounds: no recipe with polarity has the mode shared."
+            "None of the recipes has the mode shared: votes by a judge of public images are in no budget of shared noise."
         )
     os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
     own = PrivateBench(arguments.data, arguments.work.resolve())
@@ -184,8 +184,8 @@ def main() -> None:
 
 
 def sharable(recipe: str) -> bool:
-    """Whether the product takes it: `--patient-noise distributed` refuses harmonizer rounds, without which nobody votes."""
-    return RECIPES[recipe].kind == "none"
+    """Whether its harmonizer, if it has one, learns in rounds of its own, as a federation's does, or nobody votes."""
+    return RECIPES[recipe].kind == "none" or RECIPES[recipe].judge_steps > 0
 
 
 def all_arms(

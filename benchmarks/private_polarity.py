@@ -16,14 +16,18 @@ from private_bench import CONFIGURATION, DELTA, LR_FACTOR, RECIPES, Arm, Private
 
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot
+from nnunet_fedharm.planning.section import reads_styles
 from nnunet_fedharm.planning.style import site_style
 from nnunet_fedharm.privacy.options import PrivacyOptions
+from nnunet_fedharm.privacy.shared_steps import HarmonizerSteps, SharedSteps, shared_steps
 from nnunet_fedharm.trainers.local_training import LocalTraining
 from nnunet_fedharm.trainers.names import trainer_name_for
 from nnunet_fedharm.trainers.results import initial_weights
 
 ROUNDS = 3
 """Of FedAvg, of two local epochs each; with shared noise every step is a round."""
+COLLUDING = 1
+"""The product's own."""
 STYLE_NOISE = 5.0
 """The product's own."""
 
@@ -38,6 +42,7 @@ class Prepared:
         roots: place -> its root with the ledger of its training; centrally one place, whose ledger lacks the styles, though the
         noise of the training leaves room for them.
         trainings: place -> its training.
+        shared: the noise of all sites, where they have one.
         weights: the start behind the harmonizer, gate open.
     """
 
@@ -46,6 +51,7 @@ class Prepared:
     roots: dict[str, NnunetRoot]
     trainings: dict[str, LocalTraining]
     weights: Weights
+    shared: SharedSteps | None
 
 
 def prepared(own: PrivateBench, arm: Arm, *, style_noise: float = STYLE_NOISE) -> Prepared:
@@ -53,7 +59,7 @@ def prepared(own: PrivateBench, arm: Arm, *, style_noise: float = STYLE_NOISE) -
 
     Args:
         own: folders and plans.
-        arm: of `RECIPES`; `shared` has no harmonizer phase.
+        arm: of `RECIPES`.
         style_noise: noise multiplier of a site's style; 0 tells it as it is.
     """
     recipe = RECIPES[arm.recipe]
@@ -81,15 +87,36 @@ def prepared(own: PrivateBench, arm: Arm, *, style_noise: float = STYLE_NOISE) -
         place: own.training(plans, root, recipe.kind, place, f"{arm.name}-{place}", arm.seed)
         for place, root in roots.items()
     }
+    shared = one_noise(own, recipe, privacy, list(sites)) if arm.mode == "shared" else None
     if recipe.judge_steps:
-        weights = judged(own, plans, arm, roots, trainings, weights)
-    return Prepared(plans, own.plans(recipe.kind, planned, None, styles, recipe.judge), roots, trainings, weights)
+        weights = judged(own, plans, arm, Places(roots, trainings, shared), weights)
+    public = own.plans(recipe.kind, planned, None, styles, recipe.judge)
+    return Prepared(plans, public, roots, trainings, weights, shared)
 
 
 def judge_epochs(recipe: Recipe, mode: str) -> int:
     """Epochs of the judge's private training; a quarter of them where four times as many patients are in a step."""
-    steps = recipe.judge_steps // (4 if mode == "central" else 1)
-    return steps // (recipe.steps // (2 * ROUNDS))
+    steps = recipe.judge_steps // (1 if mode == "federated" else 4)
+    return steps // (1 if mode == "shared" else recipe.steps // (2 * ROUNDS))
+
+
+def cases_of(own: PrivateBench, site: str) -> int:
+    """Labelled cases, which are as many patients."""
+    return len(list((own.bench.own_root(site).raw / NAME / "labelsTr").glob("*.nii.gz")))
+
+
+def one_noise(own: PrivateBench, recipe: Recipe, options: PrivacyOptions, sites: list[str]) -> SharedSteps:
+    """Of all sites together, as `--patient-noise distributed` plans it."""
+    steps = judge_epochs(recipe, "shared")
+    return shared_steps(
+        options,
+        styled=reads_styles(recipe.kind),
+        patients=sum(cases_of(own, site) for site in sites),
+        rounds=recipe.steps,
+        least=len(sites),
+        colluding=COLLUDING,
+        harmonizer=HarmonizerSteps(patients=cases_of(own, "A"), steps=steps, voted=True) if steps else None,
+    )
 
 
 def private_styles(own: PrivateBench, places: Mapping[str, NnunetRoot], privacy: PrivacyOptions) -> dict[str, Style]:
@@ -98,30 +125,45 @@ def private_styles(own: PrivateBench, places: Mapping[str, NnunetRoot], privacy:
     return {site: site_style(root, NAME, plans, CONFIGURATION, noise_multiplier=noise) for site, root in places.items()}
 
 
-def judged(
+@dataclass(frozen=True)
+class Places:
+    """Where the harmonizer's phase runs, as `Prepared` has it."""
+
+    roots: Mapping[str, NnunetRoot]
+    trainings: Mapping[str, LocalTraining]
+    shared: SharedSteps | None
+
+
+def judged(own: PrivateBench, plans: Any, arm: Arm, places: Places, weights: Weights) -> Weights:
+    """With the judge that A's private patients taught, and the other sites' votes."""
+    teacher = next(iter(places.trainings.values()))  # A, or the place that has all
+    epochs = judge_epochs(RECIPES[arm.recipe], arm.mode)
+    reply = teacher.run(
+        phase="harmonizer", round_index=0, first_epoch=0, epochs=epochs, weights=weights, shared=places.shared
+    )
+    if len(places.roots) == 1:
+        return opened(reply.weights)  # its last epoch has the votes of all
+    others = {site: root for site, root in places.roots.items() if site != "A"}
+    return vote(own, plans, arm, others, reply.weights, places.shared)
+
+
+def vote(
     own: PrivateBench,
     plans: Any,
     arm: Arm,
-    roots: Mapping[str, NnunetRoot],
-    trainings: Mapping[str, LocalTraining],
+    places: Mapping[str, NnunetRoot],
     weights: Weights,
+    shared: SharedSteps | None = None,
 ) -> Weights:
-    """With the judge that A's private patients taught, and the other sites' votes."""
-    teacher = next(iter(trainings.values()))  # A, or the place that has all
-    epochs = judge_epochs(RECIPES[arm.recipe], arm.mode)
-    reply = teacher.run(phase="harmonizer", round_index=0, first_epoch=0, epochs=epochs, weights=weights)
-    if len(roots) == 1:
-        return opened(reply.weights)  # its last epoch has the votes of all
-    return vote(own, plans, arm, {site: root for site, root in roots.items() if site != "A"}, reply.weights)
-
-
-def vote(own: PrivateBench, plans: Any, arm: Arm, places: Mapping[str, NnunetRoot], weights: Weights) -> Weights:
     """Each private site's own vote on its polarity, with noise, by the judge that the weights hold."""
     polarity = weights["harmonizer.bank_polarity"].copy()
     for site, root in places.items():
         training = own.training(plans, root, "polarity", site, f"{arm.name}-vote-{site}", arm.seed)
         last = training.section.schedule.harmonizer_epochs - 1
-        voted = training.run(phase="harmonizer", round_index=0, first_epoch=last, epochs=1, weights=weights).weights
+        reply = training.run(
+            phase="harmonizer", round_index=0, first_epoch=last, epochs=1, weights=weights, shared=shared
+        )
+        voted = reply.weights
         row = SITES.index(site)
         polarity[row] = voted["harmonizer.bank_polarity"][row]
     return opened({**weights, "harmonizer.bank_polarity": polarity})

@@ -10,24 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hippocampus_sites import NAME
 from learned_training import Weights
 from private_bench import CONFIGURATION, DELTA, RECIPES, Arm, PrivateBench
-from private_polarity import Prepared
+from private_polarity import Prepared, cases_of, votes_of
 
 from nnunet_fedharm.federation.secure.patient_noise import StepSum, step_offer
 from nnunet_fedharm.federation.server_steps import momentum_step
-from nnunet_fedharm.planning.section import reads_styles
 from nnunet_fedharm.privacy.fixed_point import Share
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.noise import SecureNoise
-from nnunet_fedharm.privacy.shared_steps import shared_steps
 from nnunet_fedharm.trainers.clipped_sum import WEIGHT_DECAY, clipped_sum, learning_rate
 from nnunet_fedharm.trainers.groups import trained_names
 from nnunet_fedharm.trainers.names import trainer_name_for
 
-COLLUDING = 1
-"""The product's own."""
 WIDTH = 5
 """Bytes of an entry; the product's own."""
 
@@ -39,15 +34,8 @@ def train_shared(own: PrivateBench, arm: Arm, ready: Prepared) -> tuple[Weights,
     section = next(iter(sites.values())).section
     options = section.privacy
     assert options is not None
-    cases = {site: len(list((own.bench.own_root(site).raw / NAME / "labelsTr").glob("*.nii.gz"))) for site in sites}
-    shared = shared_steps(
-        options,
-        styled=reads_styles(recipe.kind),
-        patients=sum(cases.values()),
-        rounds=recipe.steps,
-        least=len(sites),
-        colluding=COLLUDING,
-    )
+    cases, shared = {site: cases_of(own, site) for site in sites}, ready.shared
+    assert shared is not None
     with next(iter(ready.roots.values())).activate():
         names = trained_names(ready.plans, own.bench.description(), CONFIGURATION, trainer)
     velocity: Weights = {}
@@ -75,4 +63,10 @@ def train_shared(own: PrivateBench, arm: Arm, ready: Prepared) -> tuple[Weights,
         moved, velocity = momentum_step(former, mean.weights, velocity, lr=1.0, momentum=recipe.momentum)
         weights = {**weights, **moved}
     alone = max(Ledger(root.path / "fedharm").spent(DELTA).alone for root in ready.roots.values())
-    return weights, {"epsilon_alone": alone, "noise_multiplier": shared.noise}
+    spent = max(Ledger(root.path / "fedharm").spent(DELTA).epsilon for root in ready.roots.values())
+    return weights, {
+        "epsilon_spent": spent,
+        "epsilon_alone": alone,
+        "noise_multiplier": shared.noise,
+        **votes_of(weights),
+    }

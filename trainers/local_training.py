@@ -19,6 +19,7 @@ from nnunet_fedharm.errors import FederationError, PlanError
 from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.section import read_section
+from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_gain
 from nnunet_fedharm.trainers.groups import copies, load_with_own, planned_tensors_of, shared_weights, with_own
@@ -123,6 +124,7 @@ class LocalTraining:
         epochs: int,
         weights: Weights,
         objective: Objective = PLAIN,
+        shared: SharedSteps | None = None,
     ) -> LocalResult:
         """Train `epochs` local epochs from the given weights.
 
@@ -133,6 +135,7 @@ class LocalTraining:
             epochs: local epochs.
             weights: the global weights; of the tensors that this site keeps for itself the start of the run.
             objective: what the federation adds to the site's loss.
+            shared: of a harmonizer round whose segmenter's noise all sites will share: noise and sample rate are settled by it.
 
         Raises:
             FederationError: unknown phase, or SCAFFOLD in the harmonizer phase.
@@ -147,7 +150,8 @@ class LocalTraining:
             )
             trainer.run_id = self.states.folder.name
             if phase == "harmonizer":
-                result = self._harmonizer_round(trainer, seed, round_index, first_epoch, epochs, weights, objective)
+                clock = (round_index, first_epoch, epochs)
+                result = self._harmonizer_round(trainer, seed, clock, weights, objective, shared)
             elif phase == "segmenter":
                 result = self._segmenter_round(trainer, round_index, first_epoch, epochs, weights, objective)
             else:
@@ -215,12 +219,12 @@ class LocalTraining:
         self,
         trainer: nnUNetTrainerFedHarm,
         seed: int,
-        round_index: int,
-        first_epoch: int,
-        epochs: int,
+        clock: tuple[int, int, int],
         weights: Weights,
         objective: Objective,
+        shared: SharedSteps | None,
     ) -> LocalResult:
+        round_index, first_epoch, epochs = clock
         if objective.control is not None:
             raise FederationError("SCAFFOLD corrects segmenter rounds only; the harmonizer's optimizers are adaptive.")
         trainer.assemble()
@@ -236,7 +240,7 @@ class LocalTraining:
         stream = (self.site, "harmonizer", str(round_index))
         sampler = trainer.harmonizer_sampler(np.random.default_rng(derive_seed(seed, *stream, "patches")))
         generator = torch_generator(seed, *stream, "styles")
-        self._start_private(trainer, harmonizer=first_epoch, segmenter=0)
+        self._start_private(trainer, harmonizer=first_epoch, segmenter=0, shared=shared)
         losses = []
         added = extended(training.optimizers.values(), trainer.network, local, proximal_mu=objective.proximal_mu)
         with trainable(trainer.harmonizer), added:
@@ -307,9 +311,11 @@ class LocalTraining:
             private=trainer.private is not None,
         )
 
-    def _start_private(self, trainer: nnUNetTrainerFedHarm, *, harmonizer: int, segmenter: int) -> None:
+    def _start_private(
+        self, trainer: nnUNetTrainerFedHarm, *, harmonizer: int, segmenter: int, shared: SharedSteps | None = None
+    ) -> None:
         """Differential privacy, if the plans ask for it, for what is left after these epochs."""
-        trainer.start_private()
+        trainer.start_private(shared)
         if trainer.private is not None:
             schedule = self.section.schedule
             trainer.private.check_budget(

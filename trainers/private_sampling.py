@@ -43,26 +43,26 @@ class Sampling:
 
 
 def sampling_of(
-    trainer: nnUNetTrainerFedHarm, options: PrivacyOptions, segmenter_rate: float | None
+    trainer: nnUNetTrainerFedHarm, options: PrivacyOptions, rates: Mapping[str, float]
 ) -> dict[str, Sampling]:
     """Phase -> its sampling, of the phases in which somebody here takes part.
 
     Args:
-        segmenter_rate: chance of a patient in a step of the segmenter; None: by the options.
+        rates: phase -> chance of a patient in a step; where none is given: by the options.
     """
     schedule = trainer.section.schedule
     found: dict[str, Sampling] = {}
 
-    def add(what: str, cases: Sequence[str], epochs: int, rate: float | None) -> None:
+    def add(what: str, cases: Sequence[str], epochs: int) -> None:
         patients = by_patient(cases, _patient_of(trainer))
         if patients:
-            rate = options.sample_rate(len(patients)) if rate is None else rate
+            rate = rates.get(what) or options.sample_rate(len(patients))
             found[what] = Sampling(tuple(patients), rate, schedule.iterations_per_epoch, epochs)
 
     if trainer.harmonizer.learned and schedule.harmonizer_epochs:
-        add(HARMONIZER, _harmonizer_cases(trainer), schedule.harmonizer_epochs, None)
+        add(HARMONIZER, _harmonizer_cases(trainer), schedule.harmonizer_epochs)
     if Path(trainer.preprocessed_dataset_folder).is_dir():
-        add(SEGMENTER, trainer.do_split()[0], schedule.segmenter_epochs, segmenter_rate)
+        add(SEGMENTER, trainer.do_split()[0], schedule.segmenter_epochs)
     return found
 
 

@@ -25,7 +25,7 @@ from nnunet_fedharm.planning.section import reads_styles
 from nnunet_fedharm.privacy.accounting import Noise
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.noise import SecureNoise
-from nnunet_fedharm.privacy.options import RESERVE, PrivacyOptions, common_noise
+from nnunet_fedharm.privacy.options import RESERVE, VOTE_NOISE, PrivacyOptions, common_noise
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients, draw_patients, refuse_mixing_layers
 from nnunet_fedharm.privacy.releases import GAUSSIAN, SUBSAMPLED, Release
 from nnunet_fedharm.privacy.shared_steps import SharedSteps
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 
 VOTES = "votes on polarity"
-VOTE_NOISE = 8.0
-"""Least noise multiplier of the votes: one such release costs an epsilon of about 0.5 at delta 1e-5."""
 VOTE_ERROR = 0.25
 """Standard deviation of the noise on a mean vote (-1 to 1) that large sites are content with."""
 
@@ -59,7 +57,8 @@ class PrivateTraining:
         options: of the plans.
         ledger: of the site.
         run_id: names the run in the ledger.
-        shared: the segmenter's noise is shared with other sites and not added here, see `clipped_sum`; None adds all of it here.
+        shared: the segmenter's noise is shared with other sites and not added here, see `clipped_sum`, and its size holds for the
+            harmonizer's own; None adds all of it here.
 
     Raises:
         PrivacyError: batch norm, a delta too large for the patients, or a budget that does not last.
@@ -83,7 +82,8 @@ class PrivateTraining:
         self.noise = SecureNoise()
         self._held: dict[str, int] = {}
         """Steps that `check_budget` has held against the budget and that are not entered yet."""
-        self.phases = sampling_of(trainer, options, None if shared is None else shared.sample_rate)
+        rates = {} if shared is None else {SEGMENTER: shared.sample_rate, HARMONIZER: shared.harmonizer_rate}
+        self.phases = sampling_of(trainer, options, rates)
         for phase in self.phases.values():
             options.check_delta(len(phase.patients))
 
@@ -160,7 +160,7 @@ class PrivateTraining:
         return PatientGradients(
             parameters,
             clip=self.options.clip,
-            noise_multiplier=0.0 if self.shared is not None else self.noise_multiplier,
+            noise_multiplier=0.0 if self.shared is not None and what == SEGMENTER else self.noise_multiplier,
             expected_patients=self.phases[what].expected,
             noise=self.noise,
         )
@@ -276,7 +276,7 @@ class PrivateTraining:
         return voting_sites(self.trainer)
 
     def _release(self, what: str, *, steps: int) -> Release:
-        if self.shared is not None:
+        if self.shared is not None and what == SEGMENTER:
             return self.shared.release(what, steps=steps, run_id=self.run_id)
         rate = self.phases[what].sample_rate
         return Release(

@@ -193,7 +193,7 @@ def _train(site: Site, request: Unpacked) -> RecordDict:
 
 def _train_for_sum(site: Site, request: Unpacked) -> RecordDict:
     values = request.values
-    if values["shared_steps"]:
+    if values["shared_steps"] and values["phase"] == "segmenter":
         return train_for_sum(site, request, lambda key, question: _private_step(site, request, key, question))
     return train_for_sum(
         site, request, lambda key, question: offer_of(key, question, values, _local_round(site, request)[0])
@@ -233,6 +233,7 @@ def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
             epochs=values["epochs"],
             weights=whole_weights(received, federation, values),
             objective=objective,
+            shared=_own_part_of_shared(values),
         )
     ownership = ownership_of(federation["plans"], values["configuration"], values["phase"])
     ownership = updates_only(ownership) if values["site_dp"] else ownership
@@ -243,6 +244,12 @@ def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
         metrics = {name: value for name, value in metrics.items() if name == "epsilon"}
     trained = Trained(received, changed, ownership, steps, cases, metrics, result.private)
     return trained, result.control
+
+
+def _own_part_of_shared(values: dict[str, Any]) -> SharedSteps | None:
+    """Noise and sample rate of a harmonizer round before shared steps; the ledger is charged for them, whatever they are."""
+    before = values["phase"] == "harmonizer" and values["shared_steps"]
+    return SharedSteps.from_dict(values["shared_steps"]) if before else None
 
 
 def _finish(site: Site, request: Unpacked) -> RecordDict:

@@ -55,5 +55,5 @@ def train_request(
     }
     promised, shared = promise_of(config, state, phase), shared_steps_of(config, state.facts)
     values["site_dp"] = {} if promised is None else promised.to_dict()
-    values["shared_steps"] = {} if shared is None or phase != "segmenter" else shared.to_dict()
+    values["shared_steps"] = {} if shared is None else shared.to_dict()
     return pack(TRAIN, values, record)

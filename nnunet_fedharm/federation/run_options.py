@@ -18,6 +18,9 @@ class RunOptions(Protocol):
     def harmonizer(self) -> str: ...
 
     @property
+    def reference(self) -> str: ...
+
+    @property
     def harmonizer_rounds(self) -> int: ...
 
     @property

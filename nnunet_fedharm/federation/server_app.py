@@ -96,7 +96,9 @@ def _run(grid: Grid, config: FederateConfig, root: NnunetRoot, log: EventLog) ->
         log.write("site_privacy", **privacy_statement(config, state.facts)["site_level"])
     stepped: frozenset[str] = frozenset()
     if config.patient_noise != LOCAL:
-        ownership = {phase: updates_only(owned) for phase, owned in ownership.items()}
+        ownership["segmenter"] = updates_only(
+            ownership["segmenter"]
+        )  # rounds of the harmonizer are no sums of clipped gradients
         stepped = trained_names(state.plans, state.dataset_json, config.configuration, trainer_name)
         log.write("patient_noise", **privacy_statement(config, state.facts)["patient_level"])
     loop = RoundLoop(roster, config, log, trainer_name, batch_size, ownership, checkpoint, stepped, later)

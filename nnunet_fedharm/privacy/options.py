@@ -21,6 +21,8 @@ RESERVE = 0.05
 FINGERPRINT_PART = 0.1
 """Share of the budget, in 1 / squared noise, that the fingerprint summary takes by itself."""
 AUTOMATIC = -1.0
+VOTE_NOISE = 8.0
+"""Least noise multiplier of a site's votes: one such release costs an epsilon of about 0.5 at delta 1e-5."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,9 @@
 | k, t | `least` sites in every sum; `colluding` sites that may tell others their own share |
 | sigma^2 / (k - t) | variance of a site's share, in squared clips |
 
+A harmonizer in front learns in rounds of its own before these, in which every site that trains it adds all of the noise, sigma
+too, and a site that votes tells its votes once; sigma is such that a patient who pays for all of it stays within the budget.
+
 **What it takes.** What leaves the sites is a function of the sum of the S_i, at weights that all have in common. That holds for
 one step a round whose update is linear in the gradient: after a second local step the sites stand at different weights, which
 hold but a share of the noise, and their sum is no sum of one mechanism; a momentum that a site keeps would bring a gradient into
@@ -38,7 +41,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nnunet_fedharm.errors import PrivacyError
-from nnunet_fedharm.privacy.options import PrivacyOptions, common_noise
+from nnunet_fedharm.privacy.accounting import Noise
+from nnunet_fedharm.privacy.options import VOTE_NOISE, PrivacyOptions, common_noise
 from nnunet_fedharm.privacy.releases import GAUSSIAN, SUBSAMPLED, Release
 from nnunet_fedharm.privacy.site_level import DISTRIBUTED, SitePrivacy
 
@@ -50,6 +54,8 @@ class SharedSteps:
     Attributes:
         noise: sigma, in clips. sample_rate: q. rounds: planned. delta: of the budget.
         least, colluding: k and t.
+        harmonizer_rate: chance of a patient in a step of the harmonizer, whose noise each site adds by itself, sigma too; 0: the
+            run has no such steps.
     """
 
     noise: float
@@ -58,10 +64,13 @@ class SharedSteps:
     delta: float
     least: int
     colluding: int
+    harmonizer_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.sample_rate <= 1:
             raise PrivacyError(f"sample rate must be above 0 and at most 1, got {self.sample_rate}.")
+        if not 0 <= self.harmonizer_rate <= 1:
+            raise PrivacyError(f"sample rate of the harmonizer must be from 0 to 1, got {self.harmonizer_rate}.")
         _ = self.shares  # refuses the rest
 
     @property
@@ -103,13 +112,36 @@ class SharedSteps:
                 delta=float(data["delta"]),
                 least=int(data["least"]),
                 colluding=int(data["colluding"]),
+                harmonizer_rate=float(data["harmonizer_rate"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PrivacyError("What the run says about shared noise cannot be read.") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class HarmonizerSteps:
+    """Rounds of the harmonizer before the shared ones: each site adds the whole noise of its own.
+
+    Attributes:
+        patients: fewest of a site that trains it, who are drawn most often.
+        steps: of a site, over all rounds.
+        voted: whether sites tell votes, with noise, when the rounds are over.
+    """
+
+    patients: int
+    steps: int
+    voted: bool
+
+
 def shared_steps(
-    options: PrivacyOptions, *, styled: bool, patients: int, rounds: int, least: int, colluding: int
+    options: PrivacyOptions,
+    *,
+    styled: bool,
+    patients: int,
+    rounds: int,
+    least: int,
+    colluding: int,
+    harmonizer: HarmonizerSteps | None = None,
 ) -> SharedSteps:
     """The noise with which `rounds` steps and the statistics stay within the budget.
 
@@ -117,15 +149,30 @@ def shared_steps(
         styled: whether the harmonizer reads styles, which then have a part of the budget.
         options: `patients_per_step` counts those of all sites together.
         patients: of all sites; a public number.
+        harmonizer: rounds of the harmonizer before them; None: there are none.
 
     Raises:
         PrivacyError: no noise is enough, or a delta too large for so many patients.
     """
     options.check_delta(patients, who="All sites together")
     rate = options.sample_rate(patients)
-    noise = common_noise(options.epsilon, options.delta, ((rate, rounds),), options.statistics_part(styled=styled))
+    settled = options.statistics_part(styled=styled)
+    noise = common_noise(options.epsilon, options.delta, ((rate, rounds),), settled)
+    before = 0.0
+    if harmonizer is not None:
+        # A patient pays for steps at a site that trains it, for votes at one that votes, or for both where sites do both.
+        before = options.sample_rate(harmonizer.patients)
+        parts = ((rate, rounds), (before, harmonizer.steps))
+        votes = (Noise(VOTE_NOISE),) if harmonizer.voted else ()
+        noise = common_noise(options.epsilon, options.delta, parts, (*settled, *votes))
     return SharedSteps(
-        noise=noise, sample_rate=rate, rounds=rounds, delta=options.delta, least=least, colluding=colluding
+        noise=noise,
+        sample_rate=rate,
+        rounds=rounds,
+        delta=options.delta,
+        least=least,
+        colluding=colluding,
+        harmonizer_rate=before,
     )
 
 

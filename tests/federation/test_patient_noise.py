@@ -127,7 +127,6 @@ def test_a_sum_that_the_others_opened_counts_at_a_site_that_was_not_asked_to(tmp
         ({"secure_aggregation": "off"}, "Use secure-aggregation segmenter or all"),
         ({"local_epochs": 2}, "Use local-epochs 1 and iterations-per-epoch 1"),
         ({"iterations_per_epoch": 4}, "Use local-epochs 1 and iterations-per-epoch 1"),
-        ({"harmonizer": "polarity", "harmonizer_rounds": 1}, "Use harmonizer-rounds 0"),
         ({"phases": "finetune"}, "Use phases frozen"),
         ({"site_dp": "distributed", "secure_aggregation": "all"}, "Use one of both"),
         ({"proximal_mu": 0.1}, "neither proximal-mu nor local-groups"),

@@ -1,8 +1,9 @@
 """Noise of DP-SGD that all sites add together, inside the secure sum of a round (DP-FedSGD); see `privacy.shared_steps`.
 
-A round is one step: every site offers the sum of its drawn patients' clipped gradients and the number of its patients, adds its
-share of the noise in the ring, and the server steps from the opened sum as nnU-Net's optimizer would, without momentum; what
-comes out goes to the strategy, which has momentum or Adam of its own.
+A segmenter round is one step: every site offers the sum of its drawn patients' clipped gradients and the number of its patients,
+adds its share of the noise in the ring, and the server steps from the opened sum as nnU-Net's optimizer would, without momentum;
+what comes out goes to the strategy, which has momentum or Adam of its own. Rounds of a harmonizer come before: its optimizers are
+not linear in the gradient, so there each site adds all of its noise.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from nnunet_fedharm.errors import FederationError
 from nnunet_fedharm.federation.aggregation import as_dtype
 from nnunet_fedharm.federation.codec import Weights
 from nnunet_fedharm.federation.run_options import RunOptions
-from nnunet_fedharm.federation.secure.checks import check_colluding
+from nnunet_fedharm.federation.secure.checks import SUMMED, check_colluding
 from nnunet_fedharm.federation.secure.home import NOISY, ONE, Offer
 from nnunet_fedharm.federation.secure.update import MeanUpdate
 from nnunet_fedharm.federation.updates import quorum_of
 from nnunet_fedharm.planning.section import reads_styles
 from nnunet_fedharm.privacy.fixed_point import Field, Layout, Sum
 from nnunet_fedharm.privacy.secure_aggregation import MIN_SITES
-from nnunet_fedharm.privacy.shared_steps import SharedSteps, shared_steps, surplus
+from nnunet_fedharm.privacy.shared_steps import HarmonizerSteps, SharedSteps, shared_steps, surplus
 from nnunet_fedharm.privacy.site_level import REACH
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ def check_patient_noise(config: RunOptions) -> None:
         (config.secure_aggregation != "off", "the server would see each site's part. Use secure-aggregation segmenter or all"),
         (config.local_epochs * config.iterations_per_epoch == 1, "steps of different sites stand at different weights after the "
          "first one, and their sum is no sum of one mechanism. Use local-epochs 1 and iterations-per-epoch 1"),
-        (config.harmonizer_rounds == 0, "the harmonizer's optimizers are not linear in the gradient. Use harmonizer-rounds 0"),
         (config.phases == "frozen", "the harmonizer is moved at another rate. Use phases frozen"),
         (config.site_dp == "off", "site-dp adds shares of its own. Use one of both"),
         (config.proximal_mu == 0 and not config.own_groups, "it takes neither proximal-mu nor local-groups. Leave them out"),
@@ -82,6 +82,18 @@ def shared_steps_of(config: RunOptions, facts: Mapping[str, Mapping[str, Any]]) 
         rounds=config.segmenter_rounds,
         least=least,
         colluding=config.site_colluding,
+        harmonizer=_harmonizer_steps(config, facts) if config.harmonizer_rounds else None,
+    )
+
+
+def _harmonizer_steps(config: RunOptions, facts: Mapping[str, Mapping[str, Any]]) -> HarmonizerSteps:
+    """Of the site with the fewest patients that trains the harmonizer: the reference alone where it is not averaged."""
+    judged = config.harmonizer not in SUMMED
+    trained = [config.reference] if judged and config.reference in facts else list(facts)
+    return HarmonizerSteps(
+        patients=min(facts[site]["n_labelled"] + facts[site]["n_unlabelled"] for site in trained),
+        steps=config.harmonizer_rounds,
+        voted=judged,
     )
 
 
