@@ -14,7 +14,7 @@ from nnunet_fedharm.harmonizers.training import is_distributed
 from nnunet_fedharm.nnunet_root import environment
 from nnunet_fedharm.planning.private_fingerprint import fingerprint_file
 from nnunet_fedharm.planning.section import FedHarmSection
-from nnunet_fedharm.privacy.options import PRIVACY_FILE
+from nnunet_fedharm.privacy.options import PRIVACY_FILE, RESERVE
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
 from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.sites.files import read_json, write_json
@@ -47,6 +47,8 @@ class PrivateHooks(PlainPatches):
     """Between nnU-Net's trainer and ours. `private` is None without differential privacy."""
 
     private: PrivateTraining | None = None
+    save_every: int
+    """Epochs between two checkpoints, nnU-Net's."""
     run_id: str | None = None
     """Name of the run in the ledger; None makes one of plans, configuration and fold."""
     _gradients: PatientGradients | None = None
@@ -82,6 +84,8 @@ class PrivateHooks(PlainPatches):
         if self.private is not None:
             self._withhold_fingerprint()
             self._withhold_times()
+            # nnU-Net saves every 50 epochs: what a crash repeats is charged again, and the noise is made for that share more.
+            self.save_every = max(1, min(self.save_every, int(RESERVE * self.num_epochs)))
             # nnU-Net's optimizer holds all parameters: noise must not move those that are frozen.
             held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             parameters = [parameter for parameter in held if parameter.requires_grad]

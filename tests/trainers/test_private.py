@@ -129,13 +129,12 @@ def test_a_run_that_the_budget_cannot_hold_is_refused_before_anything_is_trained
 
 
 def stopped(trainer: Any) -> None:
-    """Train two segmenter epochs."""
+    """Train two segmenter epochs; without privacy nnU-Net would save after 50."""
+    trainer.save_every = 1 if trainer.section.privacy is None else 50
 
     def stop() -> None:
         type(trainer).on_epoch_end(trainer)
         if trainer.current_epoch == 2:
-            trainer.current_epoch -= 1  # nnU-Net's checkpoints count the epoch that they are written in as done
-            trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
             raise KeyboardInterrupt
 
     trainer.on_epoch_end = stop
