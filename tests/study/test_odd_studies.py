@@ -18,6 +18,7 @@ from nnunet_fedharm.study.report.charts import band_chart
 from nnunet_fedharm.study.report.methods import methods
 from nnunet_fedharm.study.statistics import analyse
 from tests.study.cells import Study
+from tests.study.test_report import QUALITY
 
 DICE = {"A": 0.8, "B": 0.5}
 
@@ -151,6 +152,7 @@ def test_long_names_have_room_in_figures() -> None:
 def test_the_figure_against_epsilon_says_what_and_where(tmp_path: Path) -> None:
     study = Study(tmp_path)
     study.arm("central_none", DICE)
+    study.arm("central_polarity", DICE, quality=QUALITY)
     study.arm("central_none_epsilon-8", {"A": 0.7, "B": 0.4})
     text = page(study)
     assert text.count(">mean Dice at B</text>") >= 2

@@ -183,7 +183,7 @@ def what_privacy_costs(found: StudyFindings) -> Answer:
         QUESTIONS[3],
         exploratory(found.private) + " ".join(filter(None, said)),
         tuple(
-            filter(None, (another_training(found), *price_at_labels(found), *price_untold(found), *spent(found), *each))
+            filter(None, (another_training(found), *price_untold(found), *price_at_labels(found), *spent(found), *each))
         ),
     )
 

@@ -186,7 +186,8 @@ def with_code(html: str) -> str:
 
 
 def _epsilon_title(found: StudyFindings) -> str:
-    radiomics = any(report.get("features") for report in found.quality.values())
+    private = [report for name, report in found.quality.items() if found.arm(name).epsilon is not None]
+    radiomics = any((report.get("features") or {}).get("icc") for report in private)
     return f"Dice {'and radiomics ' if radiomics else ''}against epsilon"
 
 
@@ -266,7 +267,8 @@ _DICE = (
 )
 _GAP = "0 is plain nnU-Net, 1 is a training on the sites' own labels; 95% intervals. Below 0 an arm is worse than the control."
 _EPSILON = (
-    "Mean over the target sites with 95% intervals; the smaller epsilon, the more private. Each point is trained anew."
+    "Mean over the target sites with 95% intervals, those among them where an arm fails without privacy too; the smaller "
+    "epsilon, the more private. Each point is trained anew."
 )
 _PICTURES = (
     "One test case of each site: the one whose Dice with the control is the median. The slice has most labelled pixels; one "
