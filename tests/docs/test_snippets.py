@@ -5,20 +5,17 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 
-from nnunet_fedharm.cli import COMMANDS, command_parser, main
+from nnunet_fedharm.cli import COMMANDS, command_parser
 from tests.docs.pages import BLOCKS, REPOSITORY, SHELL, Block
 
 LANGUAGES = ("", "json", "toml", "yaml", "python", "text")
@@ -124,24 +121,3 @@ def test_python_lines_name_scripts_that_are_here(snippet: str) -> None:
         assert (REPOSITORY / words[1]).is_file() or (REPOSITORY / "docs" / words[1]).is_file(), snippet
     elif words[1] == "-m":
         assert re.fullmatch(r"[\w.]+", words[2])
-
-
-def short_commands() -> Iterator[str]:
-    """Plans of noise as they stand, job scripts as dry runs."""
-    for line in commands("nnunet-fedharm"):
-        if line.startswith("nnunet-fedharm privacy plan") and "--site-root" not in line:
-            yield line
-        if line.startswith("nnunet-fedharm slurm "):
-            own, *more = line.split(" -- ")
-            yield " -- ".join([f"{own} --dry-run", *more])
-
-
-@pytest.mark.parametrize("snippet", short_commands())
-def test_short_commands_run(
-    snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        monkeypatch.setenv(name, os.fspath(tmp_path / name))
-    assert main(shlex.split(snippet)[1:]) == 0
-    assert capsys.readouterr().out

@@ -1,0 +1,68 @@
+"""Commands of the pages that no test of this folder runs, how many of each there are, and why."""
+
+from __future__ import annotations
+
+import re
+
+STUDY = "nnunet-fedharm study"
+ELSEWHERE = (
+    (
+        r"python3 start.py (demo|test)",
+        2,
+        "makes an environment and runs this suite; tests/packaging/test_start.py has its parts",
+    ),
+    (r"python benchmarks/.*", 13, "hours of computing; results and their date stand on the page"),
+    (f"{STUDY} (prepare|run|report) study3d", 3, "goes with the benchmark above it: hours"),
+    (r"pip install 'nnunet_fedharm\[watch\]'", 1, "installs from an index"),
+    (f"{STUDY} run study1 (--only|--parallel) .*", 2, "certain cells, several GPUs: tests/study/test_study_run.py"),
+    (
+        r"nnunet-fedharm federate .*--harmonizer-rounds 500 .*",
+        1,
+        "hundreds of rounds; tests/federation/test_exact_split.py counts its steps",
+    ),
+    (
+        r"nnunet-fedharm (server (start|sites|run)|site (check|start)) .*",
+        6,
+        "a server under that name: test_real_consortium.py",
+    ),
+    (r"export nnUNet_raw=north/.*|nnUNetv2_predict -i new_patients .*", 2, "on the model of that server's run"),
+    (
+        r"export FLWR_.*(.|\n)*|mkdir -p \$FLWR_HOME|flower-su\w+ .*|flwr run .*",
+        12,
+        "Flower by hand, between processes that stay: tests/federation/deploy; its own parser checks the words",
+    ),
+    (
+        r"nnunet-fedharm federate .*(--epsilon|--secure-aggregation|-d 137|-d 201).*",
+        7,
+        "as the federations that run, with other options or data: tests/federation/test_flower*.py, test_in_process.py",
+    ),
+    (r"nnunet-fedharm privacy show --site-root /data/A", 1, "the same command with other folders runs"),
+    (r"nnunet-fedharm sites report -d \$nnUNet_raw/.*", 2, "the same command with other data runs"),
+    (r"nnunet-fedharm plan .*(--epsilon|-d 137|-d 201).*", 3, "the same command with other data or options runs"),
+    (r"nnUNetv2_train (137|201|910 3d_fullres all) .*", 3, "the same command with other data or another fold runs"),
+    (r"nnUNetv2_predict -d 137 .*", 1, "the same command with other data runs"),
+    (
+        r"MODEL=.*|RAW=.*|for SITE in .*(.|\n)*|nnUNetv2_predict_from_modelfolder .*\$MODEL.*",
+        4,
+        "models and predictions of a download; the same commands with other data run",
+    ),
+    (
+        r"nnunet-fedharm evaluate .*--dataset-json.*",
+        1,
+        "predictions of a download's model; the short form runs",
+    ),
+    (r"nnunet-fedharm (predict|harmonize) .*(-d 201|official/).*", 2, "a model of a download; the same commands run"),
+    (
+        r"export nnUNet_preprocessed=study1/.*|nnUNetv2_(extract_fingerprint|move_plans_\w+|preprocess|train 911) .*",
+        5,
+        "stock nnU-Net at full length; tests/study/test_study_file.py starts from such a folder",
+    ),
+    (f"{STUDY} (prepare|run|report) brats-study.*", 3, "a download"),
+    (r"10 volumes|fold +distance.*|all +0\.117.*", 3, "what a command prints"),
+)
+"""A pattern, the number of commands that it takes, and the reason; the first entry that fits counts."""
+
+
+def listed(command: str) -> str | None:
+    """The entry that a command falls under."""
+    return next((item for item, _, _ in ELSEWHERE if re.fullmatch(item, command)), None)
