@@ -34,6 +34,11 @@ def save_atomically(filename: str, write: Callable[[str], None]) -> None:
         ) from error
 
 
+def has_checkpoint(folder: str) -> bool:
+    """Whether nnU-Net's `--c` finds one in a fold's folder; stopped before its first, a training begins at its start again."""
+    return any(os.path.isfile(os.path.join(folder, f"checkpoint_{name}.pth")) for name in ("final", "latest", "best"))
+
+
 def refuse_other_training(filename: str, trainer_name: str, *, private: bool) -> None:
     """Refuse a checkpoint that a training cannot go on from.
 

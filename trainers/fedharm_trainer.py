@@ -20,7 +20,7 @@ from nnunet_fedharm.errors import PlanError
 from nnunet_fedharm.harmonizers import Harmonizer, build_harmonizer
 from nnunet_fedharm.planning.section import CONFIGURATIONS, FedHarmSection, read_section
 from nnunet_fedharm.sites.registry import SitesFile
-from nnunet_fedharm.trainers.checkpoints import refuse_other_training, save_atomically
+from nnunet_fedharm.trainers.checkpoints import has_checkpoint, refuse_other_training, save_atomically
 from nnunet_fedharm.trainers.gates import close_where_dice_falls, close_without_gain
 from nnunet_fedharm.trainers.groups import train_only
 from nnunet_fedharm.trainers.harmonized_segmenter import HarmonizedSegmenter
@@ -121,7 +121,7 @@ class nnUNetTrainerFedHarm(PrivateHooks):  # noqa: N801 - nnU-Net finds trainers
         """As the base class, from seeded weights or those of `start_from`; then the case -> site map of the folder."""
         self._seed("weights")
         super().initialize()
-        if self.section.start_from and not self.continued:
+        if self.section.start_from and not (self.continued and has_checkpoint(self.output_folder)):
             start = start_from(self.network, self.section.start_from)
             self.print_to_log_file(f"Started from {self.section.start_from}: {start}.")
         self.site_of_case = self._read_sites()

@@ -35,6 +35,7 @@ from nnunet_fedharm.federation.statistics import answer_once
 from nnunet_fedharm.federation.stored_plans import PLANS_FILE, held_hash, trained_configurations
 from nnunet_fedharm.federation.updates import encode_with_control, split_control, travelling
 from nnunet_fedharm.planning.received import check_received
+from nnunet_fedharm.planning.section import read_section
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.privacy.shared_steps import SharedSteps
 from nnunet_fedharm.privacy.site_level import SitePrivacy
@@ -233,7 +234,7 @@ def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
             epochs=values["epochs"],
             weights=whole_weights(received, federation, values),
             objective=objective,
-            shared=_own_part_of_shared(values),
+            shared=_before_shared_steps(values, federation["plans"]),
         )
     ownership = ownership_of(federation["plans"], values["configuration"], values["phase"])
     ownership = updates_only(ownership) if values["site_dp"] else ownership
@@ -246,10 +247,16 @@ def _local_round(site: Site, request: Unpacked) -> tuple[Trained, Weights]:
     return trained, result.control
 
 
-def _own_part_of_shared(values: dict[str, Any]) -> SharedSteps | None:
-    """Noise and sample rate of a harmonizer round before shared steps; the ledger is charged for them, whatever they are."""
-    before = values["phase"] == "harmonizer" and values["shared_steps"]
-    return SharedSteps.from_dict(values["shared_steps"]) if before else None
+def _before_shared_steps(values: dict[str, Any], plans: Mapping[str, Any]) -> SharedSteps | None:
+    """Noise and sample rate of a harmonizer round before shared steps of a private run.
+
+    Privacy by the site's own policy alone follows from its own options: with the server's one step could spend all of it.
+    """
+    if values["phase"] != "harmonizer" or not values["shared_steps"]:
+        return None
+    name = values["configuration"]
+    private = read_section(plans["configurations"][name], configuration_name=name).privacy is not None
+    return SharedSteps.from_dict(values["shared_steps"]) if private else None
 
 
 def _finish(site: Site, request: Unpacked) -> RecordDict:

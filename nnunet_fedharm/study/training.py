@@ -91,13 +91,16 @@ def _run_nnunet(data: StudyData, trainer_name: str, model: Path, device: str) ->
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
+    from nnunet_fedharm.trainers.phases import HARMONIZER_CHECKPOINT
+
     subject = data.study.subject
     fold: Any = subject.fold if subject.fold == "all" else int(subject.fold)
     arguments = (data.dataset_name, subject.configuration, fold, trainer_name, DEFAULT_PLANS)
     output = model / f"fold_{fold}"
     if (output / "checkpoint_final.pth").is_file():
         return
-    resumed = (output / "checkpoint_latest.pth").is_file()
+    # One that was stopped in its harmonizer phase has no checkpoint of the segmenter yet.
+    resumed = any((output / name).is_file() for name in ("checkpoint_latest.pth", HARMONIZER_CHECKPOINT))
     trainer = get_trainer_from_args(*arguments, continue_training=resumed, device=torch.device(device))
     maybe_load_checkpoint(trainer, resumed, validation_only=False)
     trainer.run_training()

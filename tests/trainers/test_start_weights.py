@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,13 +111,22 @@ def test_a_judge_of_another_kind_is_left_behind(make: Make, model: Path) -> None
     assert not same(segmenter_of(fresh.network), segmenter_of(started.network))
 
 
-def test_a_continued_training_does_not_start_again(make: Make, model: Path, active: Planned) -> None:
+@pytest.mark.parametrize("stopped_in_its_harmonizer_phase", [True, False])
+def test_a_continued_training_starts_again_only_where_no_checkpoint_is(
+    make: Make, model: Path, active: Planned, stopped_in_its_harmonizer_phase: bool
+) -> None:
     plans = copy.deepcopy(active.plans["polarity"])
-    plans["configurations"]["2d"]["fedharm"]["start_from"] = str(model)
+    plans["configurations"]["2d"]["fedharm"]["start_from"] = str(shutil.copytree(model, model.parents[1] / "start"))
+    if stopped_in_its_harmonizer_phase:
+        for file in model.glob("checkpoint_*.pth"):
+            file.unlink()
     continued = make_trainer(TRAINERS["polarity"], plans, "2d", "all", active.dataset_json)
+    assert Path(continued.output_folder) == model
     continued.initialize()
-    trained = torch.load(model / "checkpoint_final.pth", map_location="cpu", weights_only=False)["network_weights"]
-    assert not all(torch.equal(trained[name], value) for name, value in segmenter_of(continued.network).items())
+    start = model.parents[1] / "start" / "checkpoint_final.pth"
+    trained = torch.load(start, map_location="cpu", weights_only=False)["network_weights"]
+    same_weights = all(torch.equal(trained[name], value) for name, value in segmenter_of(continued.network).items())
+    assert same_weights is stopped_in_its_harmonizer_phase
 
 
 def test_a_federation_starts_from_it_too(active: Planned, model: Path) -> None:
