@@ -67,7 +67,10 @@ def write_text(text: str, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())  # or a power cut may leave the new name on an empty file
         temporary.replace(path)
     except OSError as error:
         temporary_exists = temporary.parent.is_dir() and temporary.exists()
