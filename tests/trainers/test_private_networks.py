@@ -139,7 +139,7 @@ def test_several_processes_are_refused_before_anything_is_made(
 def test_one_clip_covers_harmonizer_and_segmenter_where_a_step_trains_both(
     fresh: Planned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under finetune; two clips with composed accounting learned less (docs/experiments/private-clip)."""
+    """Under finetune; two clips with composed accounting gained nothing (docs/experiments/private-clip)."""
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     plans = private_plans(fresh, "curve")
     plans["configurations"]["2d"]["fedharm"]["schedule"]["phases"] = "finetune"
