@@ -21,11 +21,10 @@ ELSEWHERE = (
         "hundreds of rounds; tests/federation/test_exact_split.py counts its steps",
     ),
     (
-        r"nnunet-fedharm (server (start|sites|run)|site (check|start)) .*",
-        6,
-        "a server under that name: test_real_consortium.py",
+        r"nnunet-fedharm server run .* --keep",
+        1,
+        "a kept run, in the middle of which everything is killed: tests/federation/deploy/test_killed_consortium.py",
     ),
-    (r"export nnUNet_raw=north/.*|nnUNetv2_predict -i new_patients .*", 2, "on the model of that server's run"),
     (
         r"export FLWR_.*(.|\n)*|mkdir -p \$FLWR_HOME|flower-su\w+ .*|flwr run .*",
         12,

@@ -1,32 +1,50 @@
-"""Two hospitals over the internet: their page up to the start of the server."""
+"""Two hospitals over the internet: the page from top to bottom, on loopback."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from nnunet_fedharm.federation.daemon import free_port
 from nnunet_fedharm.federation.deploy.site_folder import SiteFolder
 from tests.conftest import BENCHMARK
-from tests.docs.reading import follow, lines_with, run, toml_blocks
+from tests.docs.reading import at_hand, finish, follow, lines_with, program, run, shell, terminals, toml_blocks
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children end with their parent by a call of Linux")
 
 PAGE = "docs/how-to/two-hospitals.md"
-INIT, JOIN, POLICY, SHOW = (
-    tuple(lines_with(PAGE, text)) for text in ("server init", "site join", "site policy", "privacy show")
+INIT, JOIN, POLICY, ENTER, SITE, TRAIN, PREDICT, SHOW = (
+    tuple(lines_with(PAGE, text))
+    for text in (
+        "server init",
+        "site join",
+        "site policy",
+        "server register",
+        "site check",
+        "server sites",
+        "nnUNetv2_predict",
+        "privacy show",
+    )
 )
-ENTER = tuple(lines_with(PAGE, "server register")[:2])
-RUN = (*INIT, *JOIN, *POLICY, *ENTER, *SHOW)
+RUN = (*INIT, *JOIN, *POLICY, *ENTER, *SITE, *TRAIN, *PREDICT, *SHOW)
+RESULTS = f"nnUNet_results/{BENCHMARK}/nnUNetTrainerFedHarmCurve__nnUNetFedHarmPlans__3d_fullres/fold_all"
 
 
 def before_the_start(folder: Path, make_raw_dataset: Callable[..., Path]) -> None:
     """Steps 1 to 4 but for the start of the server: the consortium, two hospitals with the policy of the page, let in."""
     for index, site in enumerate(("north", "south")):
         raw = folder / site / "nnUNet_raw"
-        make_raw_dataset(
+        made = make_raw_dataset(
             raw, name=BENCHMARK, n_labelled=20, site=f"{site}_", gain=1.0 + index, seed=index, shape=(16, 16, 16)
         )
+        shutil.copy(made / "imagesTr" / f"{site}_case000_0000.nii.gz", folder)
     said = run(f"{INIT[0].replace('fed.example.org', '127.0.0.1')} --port {free_port()} --bind 127.0.0.1")
     shutil.copy(folder / "study" / "consortium.toml", folder)
     fingerprint = re.search(r"(?:[0-9a-f]{4}-){3,}[0-9a-f]{4}", said)
@@ -41,7 +59,7 @@ def before_the_start(folder: Path, make_raw_dataset: Callable[..., Path]) -> Non
         (folder / site / "fedharm" / "policy.toml").write_text(policy)
         said = follow(line.replace("north", site) for line in POLICY)
         assert "none, curve" in said
-    follow(ENTER)
+    follow(ENTER[:2])
 
 
 def test_they_meet(folder: Path, make_raw_dataset: Callable[..., Path]) -> None:
@@ -52,4 +70,43 @@ def test_they_meet(folder: Path, make_raw_dataset: Callable[..., Path]) -> None:
     assert once == 1
     settings.write_text(text)
     assert SiteFolder(folder / "north").settings()["proxy"] == "http://proxy.north.example:3128"
-    assert "north" in follow(SHOW)
+
+
+@pytest.mark.long
+def test_they_train_from_top_to_bottom(folder: Path, make_raw_dataset: Callable[..., Path]) -> None:
+    before_the_start(folder, make_raw_dataset)
+    with terminals(folder) as open_terminal:
+        server = open_terminal("server", f"exec {ENTER[2]}")
+        server.wait_for("sites may connect")
+        for site in ("north", "south"):
+            check, start = (line.replace("north", site) for line in SITE)
+            assert "The site is ready, and the consortium's server answers." in run(check)
+            open_terminal(site, f"exec {start}")
+        wait_until_connected()
+        train(TRAIN[1])
+        for home in ("north", "south", "study/server"):
+            assert (folder / home / RESULTS / "checkpoint_final.pth").is_file()
+        (folder / "new_patients").mkdir()
+        for path in folder.glob("*_case000_0000.nii.gz"):
+            shutil.copy(path, folder / "new_patients")
+        shell("\n".join(PREDICT))
+        assert len(list((folder / "segmented").glob("*.nii.gz"))) == 2
+        said = follow(SHOW)
+        assert "weights and metrics, segmenter round" in said
+    events = (folder / "study" / "server" / "fedharm" / "events.jsonl").read_text()
+    assert "case0" not in events
+    assert [json.loads(line)["event"] for line in events.splitlines()][-1] == "finished"
+
+
+def wait_until_connected() -> None:
+    """Ask for the sites until both are there."""
+    end = time.monotonic() + 300
+    while (said := run(TRAIN[0])).count("online") < 2:
+        assert time.monotonic() < end, said
+        time.sleep(0.5)
+
+
+def train(command: str) -> None:
+    """`server run` in a terminal of its own."""
+    said = finish([program("bash"), "-c", at_hand(command)])
+    assert "segmenter round 1/1 done" in said

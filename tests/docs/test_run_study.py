@@ -14,14 +14,17 @@ pytestmark = pytest.mark.long
 STUDY = "nnunet-fedharm study"
 WHOLE = (
     f"{STUDY} init study1 -d 910 --reference A --labelled-sites A -c 2d --quick",
-    "nnunet-fedharm sites report -d 910 -o study1/site-report",
-    "nnunet-fedharm sites report -d Dataset910_HippocampusSites -o study1/site-report",
     f"{STUDY} prepare study1",
     f"{STUDY} run study1 --dry-run",
     f"{STUDY} run study1",
     f"{STUDY} report study1",
 )
-RUN = WHOLE
+SITES = (
+    WHOLE[0],
+    "nnunet-fedharm sites report -d 910 -o study1/site-report",
+    "nnunet-fedharm sites report -d Dataset910_HippocampusSites -o study1/site-report",
+)
+RUN = (*WHOLE, *SITES)
 SMALL = {
     "harmonizer_epochs = 10": "harmonizer_epochs = 1",
     "segmenter_epochs = 16": "segmenter_epochs = 1",
@@ -51,3 +54,10 @@ def test_a_study_from_its_file_to_its_four_answers(hospitals: Path, folder: Path
     answers = json.loads((folder / "study1" / "report" / "study.json").read_text())["answers"]
     assert len(answers) == 4
     assert all(answer["measured"] for answer in answers), "all four questions are answered"
+
+
+def test_the_sites_of_a_study_are_compared_by_hand_where_the_study_looks(hospitals: Path, folder: Path) -> None:
+    pytest.importorskip("radiomics", reason="pyradiomics is not installed")
+    follow(SITES)
+    report = folder / "study1" / "site-report"
+    assert {"report.html", "report.json", "features.csv"} <= {path.name for path in report.iterdir()}
