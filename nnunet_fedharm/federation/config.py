@@ -310,11 +310,10 @@ def _check_names(config: FederateConfig) -> None:
 def warnings_of(config: FederateConfig) -> list[str]:
     """What is allowed but probably not meant; one sentence each."""
     found = []
-    if config.harmonizer in LEARNED and config.harmonizer_rounds == 0 and config.phases == "frozen":
-        found.append(
-            f"The harmonizer {config.harmonizer!r} learns, but harmonizer-rounds is 0 and phases is frozen: "
-            "it stays the identity."
-        )
+    resting = config.phases == "frozen" and not config.harmonizer_rounds and not config.start_from
+    if resting and config.harmonizer in LEARNED:
+        stays = "maps quantiles, nobody votes" if config.harmonizer == "polarity" else "stays the identity"
+        found.append(f"{config.harmonizer!r} learns, but harmonizer-rounds is 0 and phases is frozen: it {stays}.")
     steps = config.local_epochs * config.iterations_per_epoch
     if config.harmonizer_settings.get("one_sided") and config.harmonizer_rounds and steps > 1:
         found.append(

@@ -110,6 +110,9 @@ def test_unknown_keys_and_wrong_types_are_refused() -> None:
 def test_a_learned_harmonizer_without_rounds_is_a_warning() -> None:
     assert "stays the identity" in warnings_of(FederateConfig(harmonizer="curve"))[0]
     assert warnings_of(FederateConfig(harmonizer="curve", harmonizer_rounds=1)) == []
+    assert "maps quantiles, nobody votes" in warnings_of(FederateConfig(harmonizer="polarity"))[0]
+    started = FederateConfig(harmonizer="curve", start_from="model")
+    assert not [text for text in warnings_of(started) if "identity" in text], "it brings what a harmonizer has learned"
 
 
 def test_one_sided_discriminators_over_many_steps_are_a_warning() -> None:
