@@ -54,17 +54,24 @@ class Estimator:
         alike = self._finished(like)
         if alike is not None:
             return Estimate(alike, f"as {like[0].title} took")
+        steps, unprepared = (
+            self._steps(cell.arm),
+            "not known before the data are prepared (`nnunet-fedharm study prepare`)",
+        )
+        if steps is None:
+            return Estimate(None, unprepared)
         control = self.results.control
-        of_control = self._finished([arm for arm in self.results.by_arm if arm == control])
-        if of_control is not None:  # nearer to the truth than three steps, on a busy machine above all
-            each = of_control / self._steps(control)
-            return Estimate(each * self._steps(cell.arm), f"by the steps of {control.title}, {each:.2g} s each")
+        of_control, in_control = (
+            self._finished([arm for arm in self.results.by_arm if arm == control]),
+            self._steps(control),
+        )
+        if of_control is not None and in_control:  # nearer to the truth than three steps, on a busy machine above all
+            each = of_control / in_control
+            return Estimate(each * steps, f"by the steps of {control.title}, {each:.2g} s each")
         step = self.seconds_of_step()
         if step is None:
-            return Estimate(None, "not known before the data are prepared (`nnunet-fedharm study prepare`)")
-        return Estimate(
-            step * self._steps(cell.arm), f"{TIMED_STEPS} timed steps of the planned network, {step:.2g} s each"
-        )
+            return Estimate(None, unprepared)
+        return Estimate(step * steps, f"{TIMED_STEPS} timed steps of the planned network, {step:.2g} s each")
 
     def _finished(self, arms: Sequence[Arm]) -> float | None:
         took = [
@@ -72,7 +79,8 @@ class Estimator:
         ]
         return median(took) if took else None
 
-    def _steps(self, arm: Arm) -> float:
+    def _steps(self, arm: Arm) -> float | None:
+        """Plain steps that take as long; None where that depends on plans that are not made."""
         training = self.study.training_at(arm.epsilon)
         harmonizer = training.harmonizer_epochs if arm.harmonizer in LEARNED else 0
         sites = len(self.study.labelled_sites) if arm.mode == "federated" else 1
@@ -81,22 +89,22 @@ class Estimator:
             return steps
         options = self.study.private(arm.epsilon)
         patches = options.patients_per_step * options.patches_per_patient
-        return steps * PRIVATE_FACTOR * patches / self._batch_size()
+        plans = self._plans()
+        if plans is None:
+            return None
+        batch_size = int(plans["configurations"][self.study.subject.configuration]["batch_size"])
+        return steps * PRIVATE_FACTOR * patches / batch_size
 
-    def _batch_size(self) -> int:
-        """As planned."""
+    def _plans(self) -> dict[str, Any] | None:
+        """None before the data are prepared."""
         data = StudyData(self.study)
-        plans = read_json(data.pooled.preprocessed / data.dataset_name / f"{BASE_PLANS}.json", what="The study's plans")
-        return int(plans["configurations"][self.study.subject.configuration]["batch_size"])
+        path = data.pooled.preprocessed / data.dataset_name / f"{BASE_PLANS}.json"
+        return read_json(path, what="The study's plans") if path.is_file() else None
 
     def seconds_of_step(self) -> float | None:
         """Measured once on random patches; None before the data are prepared."""
-        if self._step is None:
-            data = StudyData(self.study)
-            plans = data.pooled.preprocessed / data.dataset_name / f"{BASE_PLANS}.json"
-            if not plans.is_file():
-                return None
-            self._step = _time_step(data, read_json(plans, what="The study's plans"), self.device)
+        if self._step is None and (plans := self._plans()) is not None:
+            self._step = _time_step(StudyData(self.study), plans, self.device)
         return self._step
 
 
