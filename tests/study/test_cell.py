@@ -106,8 +106,8 @@ def test_an_unknown_time_is_not_counted_as_none(
     study.arm("central_none", {"A": 0.85, "B": 0.5}, seeds=[0])
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "hours for the 35 whose time is known, with 1 at once" in shown, "by the steps of the control"
-    assert "How long 6 of them take is not known" in shown, "private steps take as long as the planned batch is small"
+    assert "hours for the 29 whose time is known, with 1 at once" in shown, "by the steps of the control"
+    assert "How long 12 of them take is not known" in shown, "private steps take as long as the planned batch is small"
     monkeypatch.setattr(Estimator, "of", lambda *_: Estimate(3600.0, "guessed"))
     assert main([*command, "--gpus", "0", "1"]) == 0
     shown = capsys.readouterr().out
