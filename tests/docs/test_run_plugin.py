@@ -67,6 +67,7 @@ def test_the_sites_are_compared_before_and_after(model: Path, desk: Path) -> Non
 
 
 def test_an_audit_asks_whether_the_fold_s_cases_were_in_the_training(model: Path, desk: Path) -> None:
+    (desk / "MODEL").symlink_to(model)
     (desk / "DATASET").symlink_to(desk / "nnUNet_raw" / BENCHMARK)
     (desk / "nnUNet_preprocessed" / "DATASET").symlink_to(BENCHMARK)
     assert "AUC" in follow(AUDIT)
