@@ -36,6 +36,9 @@ class Estimate:
     basis: str
 
 
+UNPREPARED = Estimate(None, "not known before the data are prepared (`nnunet-fedharm study prepare`)")
+
+
 class Estimator:
     """Estimates of a study's cells on one device."""
 
@@ -54,23 +57,16 @@ class Estimator:
         alike = self._finished(like)
         if alike is not None:
             return Estimate(alike, f"as {like[0].title} took")
-        steps, unprepared = (
-            self._steps(cell.arm),
-            "not known before the data are prepared (`nnunet-fedharm study prepare`)",
-        )
+        steps, control = self._steps(cell.arm), self.results.control
         if steps is None:
-            return Estimate(None, unprepared)
-        control = self.results.control
-        of_control, in_control = (
-            self._finished([arm for arm in self.results.by_arm if arm == control]),
-            self._steps(control),
-        )
-        if of_control is not None and in_control:  # nearer to the truth than three steps, on a busy machine above all
-            each = of_control / in_control
+            return UNPREPARED
+        took, in_control = self._finished([arm for arm in self.results.by_arm if arm == control]), self._steps(control)
+        if took is not None and in_control:  # nearer to the truth than three steps, on a busy machine above all
+            each = took / in_control
             return Estimate(each * steps, f"by the steps of {control.title}, {each:.2g} s each")
         step = self.seconds_of_step()
         if step is None:
-            return Estimate(None, unprepared)
+            return UNPREPARED
         return Estimate(step * steps, f"{TIMED_STEPS} timed steps of the planned network, {step:.2g} s each")
 
     def _finished(self, arms: Sequence[Arm]) -> float | None:
