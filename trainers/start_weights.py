@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from nnunet_fedharm.errors import CheckpointError, PlanError
 from nnunet_fedharm.harmonizers import AT_REFERENCE, Harmonizer
 from nnunet_fedharm.planning.section import FedHarmSection
+from nnunet_fedharm.planning.start import find_checkpoint, read_checkpoint
 from nnunet_fedharm.trainers.weights import bare_module
 
-CHECKPOINT = "checkpoint_final.pth"
 SEGMENTER, HEADS, JUDGE = "segmenter.", ".seg_layers.", "harmonizer.polarity_judge."
 
 
@@ -42,22 +42,6 @@ class Start:
     def __str__(self) -> str:
         kept = f"; {len(self.fresh)} begin at random: {', '.join(self.fresh[:3])}" if self.fresh else ""
         return f"{self.copied} tensors{kept}"
-
-
-def find_checkpoint(model: str | Path) -> Path:
-    """The checkpoint file of a results folder, of one of its folds, or the file itself.
-
-    Raises:
-        CheckpointError: there is none, or several folds to choose from.
-    """
-    path = Path(model)
-    if path.is_file():
-        return path.resolve()
-    found = [path / CHECKPOINT] if (path / CHECKPOINT).is_file() else sorted(path.glob(f"fold_*/{CHECKPOINT}"))
-    if len(found) != 1:
-        there = f"folds {', '.join(file.parent.name for file in found)}" if found else f"no {CHECKPOINT}"
-        raise CheckpointError(f"{path} holds {there}. Give --start-from one fold's folder, or a checkpoint file.")
-    return found[0].resolve()
 
 
 def start_from(network: nn.Module, model: str | Path) -> Start:
@@ -143,16 +127,6 @@ def _our_name(name: str) -> str:
 
 
 def _read(file: Path) -> Mapping[str, Tensor]:
-    """The weights, without running code that a checkpoint from elsewhere might hold."""
-    # What nnU-Net writes into its log; nothing else is unpickled.
-    numbers: list[Any] = [np.dtype, np.ndarray, np.float64().__reduce__()[0], np.zeros(1).__reduce__()[0]]
-    numbers += [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
-    try:
-        with torch.serialization.safe_globals(numbers):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        weights: dict[str, Tensor] = dict(content["network_weights"])
-    except Exception as error:  # a damaged or foreign pickle raises nearly anything
-        raise CheckpointError(
-            f"{file} cannot be read as an nnU-Net checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:120]})."
-        ) from error
+    """The weights, by the names of a network that is neither compiled nor distributed."""
+    weights = read_checkpoint(file)["network_weights"]
     return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}

@@ -29,10 +29,11 @@ from nnunet_fedharm.planning.explain import explain, explanation_file
 from nnunet_fedharm.planning.planner import PlanOptions
 from nnunet_fedharm.planning.section import CONFIGURATIONS, CONSENSUS, Schedule, private_judge, read_section
 from nnunet_fedharm.planning.situation import Device, find_device
+from nnunet_fedharm.planning.start import find_checkpoint
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
 from nnunet_fedharm.trainers.names import trainer_name_for
-from nnunet_fedharm.trainers.start_weights import find_checkpoint, with_judge_of
+from nnunet_fedharm.trainers.start_weights import with_judge_of
 
 HELP = (
     "Plan a harmonized segmenter for a dataset in nnUNet_raw (all sites' data in one place) and print how to train it."

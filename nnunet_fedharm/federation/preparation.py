@@ -153,6 +153,7 @@ class Preparation:
         from nnunet_fedharm.planning.explain import write_explanation
         from nnunet_fedharm.planning.preprocess import write_descriptions
         from nnunet_fedharm.planning.situation import Device, situation_of
+        from nnunet_fedharm.planning.start import models_behind
         from nnunet_fedharm.trainers.start_weights import with_judge_of
 
         config = self.config
@@ -183,6 +184,7 @@ class Preparation:
             styles=styles,
             schedule=config.schedule,
             privacy=config.privacy,
+            starts=models_behind(config.start_from),
         )
         plans = _plain_json(with_section(state.planned, section, (config.configuration,)))
         write_descriptions(

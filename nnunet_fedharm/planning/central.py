@@ -32,6 +32,7 @@ from nnunet_fedharm.planning.section import (
     with_section,
 )
 from nnunet_fedharm.planning.situation import Device, situation_of
+from nnunet_fedharm.planning.start import models_behind
 from nnunet_fedharm.planning.style import style_by_site
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.checks import check_raw_dataset
@@ -251,6 +252,7 @@ def _section(configuration: Mapping[str, Any], styles: Mapping[str, Style], opti
         schedule=schedule,
         privacy=options.privacy and replace(options.privacy, fingerprint_noise=options.fingerprint_noise),
         start_from=options.start_from,
+        starts=models_behind(options.start_from),
     )
 
 

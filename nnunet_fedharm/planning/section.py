@@ -161,6 +161,24 @@ def private_judge(kind: str, options: Mapping[str, Any], *, private: bool, start
     )
 
 
+@dataclass(frozen=True)
+class StartModel:
+    """A model that a training started from. Its own patients are in the weights too, and no epsilon of the training covers them.
+
+    Attributes:
+        model: DATASET/TRAINER__PLANS__CONFIGURATION, the same on every machine; no path.
+        epsilon, delta: of its own training, by patient; None where it was trained without differential privacy by patient.
+    """
+
+    model: str
+    epsilon: float | None = None
+    delta: float | None = None
+
+    def __str__(self) -> str:
+        bound = "without" if self.epsilon is None else f"at epsilon {self.epsilon:g} and delta {self.delta:g} of"
+        return f"{self.model}, trained {bound} differential privacy by patient"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FedHarmSection:
     """Parsed form of `configurations[*]["fedharm"]`.
@@ -173,6 +191,7 @@ class FedHarmSection:
         schedule: lengths and learning rates of the phases.
         privacy: differential privacy of the training; None trains without.
         start_from: checkpoint file that a training on this machine starts from; "" starts at random.
+        starts: the model of these weights, then the one that it started from itself, and so on; for cards.
     """
 
     kind: str
@@ -182,6 +201,7 @@ class FedHarmSection:
     schedule: Schedule = field(default_factory=Schedule)
     privacy: PrivacyOptions | None = None
     start_from: str = ""
+    starts: tuple[StartModel, ...] = ()
 
     @property
     def reference_style(self) -> Style | None:
@@ -211,6 +231,7 @@ class FedHarmSection:
             "schedule": asdict(self.schedule),
             **({} if self.privacy is None else {"privacy": {**self.privacy.to_dict(), "unit": UNIT}}),
             **({"start_from": self.start_from} if self.start_from else {}),
+            **({"starts": [asdict(start) for start in self.starts]} if self.starts else {}),
         }
 
     @classmethod
@@ -225,7 +246,7 @@ class FedHarmSection:
                 f"The fedharm section has version {data.get('version')!r}; this release reads version {SECTION_VERSION}. "
                 "Make the plans again with `nnunet-fedharm plan`."
             )
-        known = {"version", "kind", "harmonizer", "reference", "styles", "schedule", "privacy", "start_from"}
+        known = {"version", "kind", "harmonizer", "reference", "styles", "schedule", "privacy", "start_from", "starts"}
         _refuse_unknown(set(data) - known, known, "fedharm section")
         if "kind" not in data:
             raise PlanError(
@@ -248,6 +269,10 @@ class FedHarmSection:
                     f"The privacy of these plans is not by {UNIT}; this release knows no other unit. Plan again."
                 )
             _refuse_unknown(set(private) - options, options, "fedharm section's privacy")
+        starts = [dict(start) for start in data.get("starts", [])]
+        for start in starts:
+            names = {item.name for item in fields(StartModel)}
+            _refuse_unknown(set(start) - names, names, "fedharm section's starts")
         return cls(
             kind=str(data["kind"]),
             harmonizer=dict(data.get("harmonizer", {})),
@@ -256,6 +281,7 @@ class FedHarmSection:
             schedule=Schedule(**schedule),
             privacy=None if private is None else PrivacyOptions(**private),
             start_from=str(data.get("start_from", "")),
+            starts=tuple(StartModel(**start) for start in starts),
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from nnunet_fedharm.differences.notes import joined
 from nnunet_fedharm.evaluation.words import count, number, scientific
+from nnunet_fedharm.planning.section import StartModel
 
 NOT_STATED = "not stated"
 CARD = "MODEL_CARD.md"
@@ -78,6 +79,7 @@ class CardFacts:
         sites: of the training. scores: on test cases. score_source: where they come from.
         privacy: promises; empty without differential privacy.
         trained: epochs and steps, in words.
+        starts: the model whose weights it started from, then the one before that, and so on; empty: random weights.
         versions: package -> version of this writing.
         notes: further limits, in sentences.
         license: of the weights, "" where it is not stated.
@@ -100,6 +102,7 @@ class CardFacts:
     score_source: str = ""
     privacy: tuple[CardPrivacy, ...] = ()
     trained: str = ""
+    starts: tuple[StartModel, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     license: str = ""
@@ -172,6 +175,7 @@ def _details(facts: CardFacts) -> str:
         + ("" if facts.harmonizer in ("none", "augment") else f", to the appearance of {facts.reference}"),
         f"Trainer `{facts.trainer}`, plans `{facts.plans}`",
         f"Training: {facts.mode or 'mode ' + NOT_STATED}" + (f", {facts.trained}" if facts.trained else ""),
+        *(f"Started from {start}" for start in facts.starts),
         f"Versions: {', '.join(f'{name} {version}' for name, version in facts.versions.items()) or NOT_STATED}",
         f"License of the weights: {facts.license or NOT_STATED + '; that of the training data binds them too'}",
     ]
@@ -241,6 +245,7 @@ def _privacy(facts: CardFacts) -> str:
         if promise.without_noise:
             line += f"; not covered, for it left without noise: {joined(promise.without_noise)}"
         said.append(line)
+    said += [f"not covered: the patients of {start.model}, which it started from" for start in facts.starts]
     return _bullets(said)
 
 

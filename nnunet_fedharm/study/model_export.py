@@ -10,6 +10,7 @@ adds and a prediction does not need, because it tells about single patients or a
 | dataset_fingerprint.json | shape and spacing of every training case |
 | validation summary, debug.json | names of cases, paths, the machine |
 | the case list `dataset` in dataset.json | names and paths of cases |
+| `start_from` in the plans | a path of the machine; which model that was stays in `starts` |
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 
 from nnunet_fedharm.errors import CheckpointError, DataError, SetupError
+from nnunet_fedharm.planning.section import SECTION
 from nnunet_fedharm.sites.files import read_json
 from nnunet_fedharm.study.model_card import CardFacts, card_files
 
@@ -113,7 +116,7 @@ def export_model(model: Path, target: Path, facts: CardFacts, *, overwrite: bool
 
 
 def _texts(model: Path, facts: CardFacts) -> dict[str, str]:
-    plans = read_json(model / "plans.json", what="The plans")
+    plans = _without_start(read_json(model / "plans.json", what="The plans"))
     dataset = _without_cases(read_json(model / "dataset.json", what="The dataset description"))
     return {
         **card_files(facts),
@@ -137,6 +140,8 @@ def _bare_checkpoint(path: Path) -> bytes:
     arguments = {**content["init_args"]}
     if isinstance(arguments.get("dataset_json"), Mapping):
         arguments["dataset_json"] = _without_cases(arguments["dataset_json"])
+    if isinstance(arguments.get("plans"), Mapping):
+        arguments["plans"] = _without_start(arguments["plans"])
     kept = {name: content[name] for name in NEEDED} | {"init_args": arguments}
     kept |= {name: value for name, value in EMPTIED.items() if name in content}
     buffer = io.BytesIO()
@@ -146,6 +151,14 @@ def _bare_checkpoint(path: Path) -> bytes:
 
 def _without_cases(dataset: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in dataset.items() if name != "dataset"}
+
+
+def _without_start(plans: Mapping[str, Any]) -> dict[str, Any]:
+    bare = deepcopy(dict(plans))
+    for configuration in bare["configurations"].values():
+        if SECTION in configuration:
+            configuration[SECTION].pop("start_from", None)
+    return bare
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes, names: list[str]) -> None:

@@ -67,6 +67,7 @@ def read_card_facts(
         score_source="" if metrics is None else "From `nnunet-fedharm evaluate`; intervals by bootstrap over cases.",
         privacy=promises,
         trained="" if section is None else _trained(section),
+        starts=() if section is None else section.starts,
         versions=versions(),
         license=license,
         created=datetime.now(UTC).date().isoformat(),

@@ -14,6 +14,7 @@ from nnunet_fedharm.differences.notes import APPROXIMATE
 from nnunet_fedharm.errors import CheckpointError, DataError
 from nnunet_fedharm.harmonizers import KINDS, LEARNED
 from nnunet_fedharm.planning.section import CONFIGURATIONS
+from nnunet_fedharm.planning.start import find_checkpoint
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
@@ -27,7 +28,6 @@ from nnunet_fedharm.study.study_tables import (
     Subject,
     Training,
 )
-from nnunet_fedharm.trainers.start_weights import find_checkpoint
 
 STUDY_FILE = "study.toml"
 FEWEST_LABELLED = 3

@@ -61,6 +61,9 @@ def test_noise_of_each_place_starts_from_a_trained_model_and_says_what_it_promis
             entries = [e for e in Ledger(root / "sites" / site / "fedharm").releases() if e.what.startswith("weights")]
             bounded = [e.bounded for e in entries]
             assert bounded == [False, True, True][: len(entries)], "the server's noise is not the site's own"
+        for model in (fold.parent, own.parents[1]):
+            section = json.loads((model / "plans.json").read_text())["configurations"]["2d"]["fedharm"]
+            assert len(section.get("starts", [])) == bool(start), "who has the model can say what it started from"
         if start:
             before, after = weights_of(Path(start) / "fold_all"), weights_of(fold)
             moved = [float((before[name].float() - after[name].float()).abs().max()) for name in before]

@@ -101,6 +101,26 @@ def test_an_installed_zip_predicts_bit_for_bit_what_the_model_predicts(
     assert json.loads((installed / "model_card.json").read_text())["harmonizer"] == "nyul"
 
 
+def test_what_a_model_started_from_is_on_its_card_and_where_that_lay_stays_at_home(model: Path, tmp_path: Path) -> None:
+    own = tmp_path / "nnUNet_results" / NAME / model.name
+    shutil.copytree(model, own)
+    start = {"start_from": "/home/somebody/public.pth", "starts": [{"model": "Dataset009_Public/T__P__2d"}]}
+    file = own / "fold_all" / "checkpoint_final.pth"
+    content = torch.load(file, weights_only=False)
+    for plans in (content["init_args"]["plans"], json.loads((own / "plans.json").read_text())):
+        plans["configurations"]["2d"]["fedharm"] |= start
+    torch.save(content, file)
+    (own / "plans.json").write_text(json.dumps(plans))
+    (file.parent / "privacy.json").write_text(json.dumps({"unit": "patient", "epsilon": 3.0, "delta": 1e-3}))
+    assert main(["export", "-m", str(own), "-o", str(tmp_path / "model.zip")]) == 0
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        base = f"{NAME}/{model.name}"
+        card = archive.read(f"{base}/MODEL_CARD.md").decode()
+        assert "Started from Dataset009_Public/T__P__2d, trained without differential privacy by patient" in card
+        assert "not covered: the patients of Dataset009_Public/T__P__2d" in card
+        assert all(b"somebody" not in archive.read(name) for name in archive.namelist())
+
+
 def test_a_card_alone_is_that_of_the_zip_and_a_federation_leaves_one_at_its_server(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

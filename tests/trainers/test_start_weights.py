@@ -15,11 +15,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_fedharm.errors import CheckpointError, PlanError
+from nnunet_fedharm.planning.section import StartModel
+from nnunet_fedharm.planning.start import find_checkpoint, models_behind
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.groups import group_tensors, tensors_of
 from nnunet_fedharm.trainers.local_training import LocalTraining
 from nnunet_fedharm.trainers.results import initial_weights, make_trainer, trainer_class
-from nnunet_fedharm.trainers.start_weights import find_checkpoint, start_from, with_judge_of
+from nnunet_fedharm.trainers.start_weights import start_from, with_judge_of
 from nnunet_fedharm.trainers.weights import unique_tensors
 from tests.trainers.conftest import NAME, Planned
 from tests.trainers.test_trainer import TRAINERS
@@ -109,6 +111,22 @@ def test_a_judge_of_another_kind_is_left_behind(make: Make, model: Path) -> None
     assert [name for name in own if name.startswith("polarity_judge.network")]
     assert all(torch.equal(own[name], drawn[name]) for name in own), "its features are those that it is whitened for"
     assert not same(segmenter_of(fresh.network), segmenter_of(started.network))
+
+
+def test_a_start_is_named_with_its_epsilon_and_what_it_started_from_itself(
+    active: Planned, model: Path, tmp_path: Path
+) -> None:
+    own = f"{NAME}/nnUNetTrainerFedHarmPolarity__{active.plans['polarity']['plans_name']}__2d"
+    assert models_behind("") == ()
+    assert models_behind(model.parent) == (StartModel(own),)
+    assert "/" not in str(models_behind(model)[0]).removeprefix(own), "no path of this machine"
+    content = torch.load(model / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    section = content["init_args"]["plans"]["configurations"]["2d"]["fedharm"]
+    section |= {"privacy": {"epsilon": 4.0, "delta": 1e-3, "unit": "patient"}, "starts": [{"model": "public"}]}
+    torch.save(content, tmp_path / "private.pth")
+    assert models_behind(tmp_path / "private.pth") == (StartModel(own, 4.0, 1e-3), StartModel("public"))
+    torch.save({"network_weights": content["network_weights"]}, tmp_path / "bare.pth")
+    assert models_behind(tmp_path / "bare.pth") == (StartModel("bare.pth"),)
 
 
 @pytest.mark.parametrize("stopped_in_its_harmonizer_phase", [True, False])
