@@ -46,14 +46,17 @@ Array = npt.NDArray[np.float64]
 
 PREFIX = "canary "
 """Of the names of patients that do not exist."""
+USUAL, LEAST = 1000, 10
+"""Canaries of an audit, and the fewest that it makes sense with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CanaryOptions:
     """Of the audit with gradient canaries."""
 
-    canaries: int = 1000
-    """Patients whose gradients the audit makes up; the more, the larger the epsilon that can be refuted."""
+    canaries: int = 0
+    """Patients whose gradients the audit makes up; the more, the larger the epsilon that can be refuted. 0: 1000, or as many as
+    the trained weights have room for."""
     steps: int = 40
     """Steps that are run and observed; the claim is what the accountant says of so many."""
     norm: float = 100.0
@@ -64,9 +67,9 @@ class CanaryOptions:
     """Of coins, coordinates and signs; the noise is the trainer's own and has no seed."""
 
     def __post_init__(self) -> None:
-        if self.canaries < 10 or self.steps < 1:
+        if 0 < self.canaries < LEAST or self.canaries < 0 or self.steps < 1:
             raise PrivacyError(
-                f"The audit needs 10 canaries and 1 step at least, got {self.canaries} and {self.steps}."
+                f"The audit needs {LEAST} canaries and 1 step at least, got {self.canaries} and {self.steps}."
             )
         if not (self.norm > 0 and 0.5 <= self.confidence < 1):
             raise PrivacyError(
@@ -134,14 +137,18 @@ class Canaries:
 
     def __init__(self, parameters: Sequence[nn.Parameter], clip: float, options: CanaryOptions) -> None:
         generator = np.random.default_rng(options.seed)
-        self.included = generator.random(options.canaries) < 0.5
+        included = generator.random(options.canaries or USUAL) < 0.5
         self.signs: Array = generator.permutation(np.resize([1.0, -1.0], options.steps))
         self.parameters = parameters
-        self.places = _places(parameters, options.canaries, generator)
+        self.places = _places(parameters, len(included), generator)
+        self.count, least = len(self.places), options.canaries or LEAST
+        if self.count < least:
+            raise PrivacyError(f"The trained weights have room for {self.count} canaries, not for {least}. Take fewer.")
+        self.included = included[: self.count]
         self.clip, self.length = clip, options.norm * clip
         self.step = 0
         self.current: int | None = None
-        self.drawn = np.zeros((options.steps, options.canaries), dtype=bool)
+        self.drawn = np.zeros((options.steps, self.count), dtype=bool)
         self.seen: list[Array] = []
 
     @property
@@ -252,7 +259,7 @@ def audit_gradients(
     patients = list(loader.patients)
     everybody = PatientLoader([*patients, *canaries.names], loader.sample_rate, bench.load(loader._load))
     _run(trainer, bench, everybody, options.steps, progress)
-    delta = audited_delta(delta, options.canaries)
+    delta = audited_delta(delta, canaries.count)
     return canaries.found(noise=noise, rate=rate, delta=delta, patients=len(patients), options=options)
 
 
@@ -276,11 +283,7 @@ def _run(trainer: nnUNetTrainerFedHarm, bench: _Bench, loader: PatientLoader[Any
 
 
 def _places(parameters: Sequence[nn.Parameter], count: int, generator: np.random.Generator) -> list[_Place]:
-    """`count` coordinates, those with a twin first; no coordinate is used twice, as a canary's place or as a twin.
-
-    Raises:
-        PrivacyError: there are fewer weights than that.
-    """
+    """`count` coordinates or all there are, those with a twin first; none is used twice, as a canary's place or as a twin."""
     by_size: dict[int, list[int]] = defaultdict(list)
     for position, parameter in enumerate(parameters):
         by_size[parameter.numel()].append(position)
@@ -300,8 +303,6 @@ def _places(parameters: Sequence[nn.Parameter], count: int, generator: np.random
             tensor, index = tensors[row], int(flat - (ends[row] - sizes[row]))
             other = partner[tensor]
             places.append(_Place(tensor, index, None if other is None else (other, index)))
-    if len(places) < count:
-        raise PrivacyError(f"The trained weights have room for {len(places)} canaries, not for {count}. Take fewer.")
     return places
 
 

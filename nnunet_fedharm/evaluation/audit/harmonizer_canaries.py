@@ -89,7 +89,7 @@ def audit_harmonizer(trainer: nnUNetTrainerFedHarm, options: CanaryOptions, *, d
     return canaries.found(
         noise=noise,
         rate=rate,
-        delta=audited_delta(delta, options.canaries),
+        delta=audited_delta(delta, canaries.count),
         patients=len(phase.patients),
         options=options,
     )

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import nn
 
 from nnunet_fedharm.errors import PrivacyError
-from nnunet_fedharm.evaluation.audit.gradient_canaries import CanaryOptions, GradientAudit, audit_gradients
+from nnunet_fedharm.evaluation.audit.gradient_canaries import (
+    Canaries,
+    CanaryOptions,
+    GradientAudit,
+    audit_gradients,
+)
 from nnunet_fedharm.evaluation.audit.patient_canaries import audit_patients
 from nnunet_fedharm.evaluation.audit.site import AuditedSite, audit_trainer
 from nnunet_fedharm.privacy.patient_gradients import PatientGradients
@@ -110,6 +117,15 @@ def test_the_site_s_own_ledger_and_results_stay_as_they_are(site: AuditedSite) -
     audited(site, options=CanaryOptions(canaries=10, steps=1))
     assert not list(site.root.path.glob("fedharm*"))
     assert not list(site.root.results.iterdir())
+
+
+def test_without_a_number_there_are_as_many_as_few_weights_have_room_for() -> None:
+    judge = [nn.Parameter(torch.zeros(size)) for size in (24, 8)]
+    assert Canaries(judge, 1.0, CanaryOptions()).count == 32
+    assert len(Canaries(judge, 1.0, CanaryOptions()).places) == 32
+    assert Canaries([nn.Parameter(torch.zeros(5000))], 1.0, CanaryOptions()).count == 1000
+    with pytest.raises(PrivacyError, match="room for 4 canaries, not for 10"):
+        Canaries([nn.Parameter(torch.zeros(4))], 1.0, CanaryOptions())
 
 
 def test_more_canaries_than_weights_are_refused(site: AuditedSite) -> None:
