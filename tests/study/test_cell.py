@@ -16,7 +16,7 @@ from nnunet_fedharm.study import runner
 from nnunet_fedharm.study.data import StudyData
 from nnunet_fedharm.study.estimate import Estimate, Estimator
 from nnunet_fedharm.study.matrix import Cell, cells_of
-from nnunet_fedharm.study.runner import LOCK, LOCKED, run_missing
+from nnunet_fedharm.study.runner import LOCK, LOCKED, Failed, run_missing
 from tests.study.cells import Study
 
 
@@ -131,6 +131,20 @@ def test_as_many_cells_run_at_once_as_gpus_are_named(
     monkeypatch.setattr(runner, "run_missing", lambda *_, parallel, **__: asked.append(parallel) or [])
     assert main(["study", "run", str(study.folder), "--device", "cpu", *words]) == 0
     assert asked == [parallel]
+
+
+def test_who_has_a_failed_cell_is_told_where_it_lies_and_how_to_begin_it_anew(
+    study: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = cells_of(study.study)
+    open_, private = (next(c for c in cells if (c.arm.epsilon is not None) == wanted) for wanted in (False, True))
+    monkeypatch.setattr(runner, "run_missing", lambda *_, **__: [Failed(cell, "why") for cell in (open_, private)])
+    assert main(["study", "run", str(study.folder), "--device", "cpu"]) == 1
+    first, second = capsys.readouterr().out.split(f"{private.name} failed")
+    assert f"To begin it anew, remove {folder_of(study, open_)}" in first
+    assert "paid twice" not in first
+    assert "paid twice" in second
+    assert f"remove {folder_of(study, private)}" in second
 
 
 def test_init_names_prepare_before_the_dry_run(
