@@ -54,16 +54,24 @@ __all__ = [
 ]
 
 
-def check_options(kind: str, options: Mapping[str, Any]) -> None:
+def check_options(kind: str, options: Mapping[str, Any], *, private: bool = False) -> None:
     """Refuse the options that `build_harmonizer` would refuse, without building anything.
 
+    Args:
+        private: the training is under differential privacy.
+
     Raises:
-        PlanError: unknown option, or a value of another type or out of range.
+        PlanError: unknown option, a value of another type or out of range, or one that does not go with differential privacy.
     """
     config = _CONFIGS.get(kind)
     known = _known(kind, options, config)
     if config is not None:
         config(**known)
+    if private and known.get("train_everywhere"):
+        raise PlanError(
+            "harmonizer.train_everywhere does not go with differential privacy: the reference's patients alone are drawn, and "
+            "the mean with sites that draw nobody would dilute what they teach. Set it to false; the sites then only vote."
+        )
 
 
 def build_harmonizer(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nnunet_fedharm.harmonizers import check_options
 from nnunet_fedharm.harmonizers.polarity import JudgedHarmonizer
 from nnunet_fedharm.harmonizers.training import HarmonizerTraining
 from nnunet_fedharm.planning.section import reads_styles
@@ -61,6 +62,7 @@ class PrivateTraining:
             harmonizer's own; None adds all of it here.
 
     Raises:
+        PlanError: a harmonizer that is not for it.
         PrivacyError: batch norm, a delta too large for the patients, or a budget that does not last.
     """
 
@@ -74,6 +76,7 @@ class PrivateTraining:
         shared: SharedSteps | None = None,
     ) -> None:
         refuse_mixing_layers(trainer.network)
+        check_options(trainer.section.kind, trainer.section.harmonizer, private=True)
         self.trainer = trainer
         self.options = options
         self.ledger = ledger

@@ -304,7 +304,7 @@ def _check_names(config: FederateConfig) -> None:
         settings = config.harmonizer_settings
     except (ValueError, TypeError) as error:
         raise FederationError(f"harmonizer-options is not a JSON object: {config.harmonizer_options!r}.") from error
-    check_options(config.harmonizer, settings)
+    check_options(config.harmonizer, settings, private=config.privacy is not None)
 
 
 def warnings_of(config: FederateConfig) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fedharm.errors import DataError, PlanError
+from nnunet_fedharm.harmonizers import check_options
 from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot, environment_paths, find_dataset
 from nnunet_fedharm.planning.defaults import complete_options, complete_schedule
@@ -155,7 +156,7 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
 
     Raises:
         DataError: the dataset cannot be used.
-        PlanError: an option does not fit the dataset.
+        PlanError: an option does not fit the dataset, or does not exist.
         PrivacyError: a delta that is too large for so many patients.
         SetupError: a folder cannot be written.
     """
@@ -169,6 +170,7 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
             f"The reference site {options.reference!r} is not in {SITES_FILE}; "
             f"choose one of {', '.join(registry.sites)} or {CONSENSUS}."
         )
+    check_options(options.kind, options.harmonizer, private=options.privacy is not None)
     if options.privacy:
         options.privacy.check_delta(_patients(raw, dataset_json, registry), who=name)
     private = options.private_fingerprint

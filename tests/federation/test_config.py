@@ -78,6 +78,10 @@ def test_flower_may_hand_over_an_integer_for_a_float_or_a_dataset_number() -> No
         ({"weighting": "votes"}, "weighting is 'votes'"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"harmonizer": "curve", "harmonizer_options": "[1"}, "not a JSON object"),
+        (
+            {"harmonizer": "cyclegan", "harmonizer_options": '{"train_everywhere": true}', "epsilon": 4.0},
+            "train_everywhere does not go with differential privacy",
+        ),
         ({"harmonizer": "diffusion", "harmonizer_options": '{"widht": 4}'}, "'diffusion' has no option 'widht'"),
         (
             {"harmonizer": "cyclegan", "harmonizer_options": '{"width": "big"}'},

@@ -148,6 +148,10 @@ def test_unknown_dataset_and_reference_are_refused(folders: Path) -> None:
         (["--harmonizer-options", "width=4"], r"is not JSON: .*Write it like '{\"width\": 16}'"),
         (["--harmonizer-options", "[4]"], "must be a JSON object"),
         (["--harmonizer-options", '{"depth": 2}'], "'polarity' has no option 'depth'"),
+        (
+            ["--harmonizer", "cyclegan", "--harmonizer-options", '{"train_everywhere": true}', "--epsilon", "8"],
+            "train_everywhere does not go with differential privacy",
+        ),
         (["--phases", "both"], "choose one of frozen, alternate, finetune"),
         (["--device", "tpu"], "choose auto, cpu or cuda"),
     ],
