@@ -17,11 +17,13 @@ from nnunet_fedharm.study.report import build
 from nnunet_fedharm.study.report.build import write_report
 from nnunet_fedharm.study.report.charts import band_chart, epsilon_chart, paired_chart
 from nnunet_fedharm.study.report.dot_plot import Column, Row, dot_plot
+from nnunet_fedharm.study.report.figures import epsilon_figure
 from nnunet_fedharm.study.report.page import limits
 from nnunet_fedharm.study.report.pdf import BROWSERS, print_pdf
 from nnunet_fedharm.study.report.pictures import label_names
 from nnunet_fedharm.study.report.references import ENTRIES
 from nnunet_fedharm.study.statistics import analyse
+from nnunet_fedharm.study.study_file import STUDY_FILE
 from tests.evaluation.test_site_report_page import Checked
 from tests.study.cells import CASES, Study
 
@@ -115,6 +117,19 @@ def test_dice_and_radiomics_are_drawn_against_epsilon(report: Path) -> None:
     page = (report / "report.html").read_text()
     assert page.count('aria-label="Dice over the target sites against epsilon') == 2
     assert page.count('aria-label="Median ICC of radiomics features against epsilon') == 1
+
+
+def test_two_private_harmonizers_of_one_mode_are_told_apart(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    file = study.folder / STUDY_FILE
+    file.write_text(file.read_text().replace('["none", "polarity"]', '["none", "polarity", "diffusion"]'))
+    study.arm("central_none", {"A": 0.85, "B": 0.5})
+    for name in ("none", "polarity", "diffusion"):
+        study.arm(f"central_{name}_epsilon-8", {"A": 0.8, "B": 0.5})
+    shown = str(epsilon_figure(analyse(study.results(), resamples=50)))
+    styles = {name: set(re.findall(rf'class="([^"]*)"></i>{name}', shown)) for name in ("polarity", "diffusion")}
+    assert styles == {"polarity": {"series-2 dashes-0"}, "diffusion": {"series-2 dashes-1"}}
+    assert 'class="line thin series-2 dashes-1"' in shown
 
 
 def test_every_finished_cell_gets_a_model_card(report: Path) -> None:

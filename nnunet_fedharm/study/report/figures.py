@@ -168,9 +168,11 @@ def _epsilon_chart(
     if not lines:
         return Html("")
     drawn, marks = [], []
+    harmonizers = list(dict.fromkeys(kind for kind, _ in lines if kind != CONTROL))
     for kind, mode in lines:
         plain, harmonized = ("series-1", "series-2") if mode == "central" else ("series-4", "series-3")
-        style = plain if kind == CONTROL else harmonized
+        # The colour says the mode, the dashes which of several harmonizers.
+        style = plain if kind == CONTROL else f"{harmonized} dashes-{harmonizers.index(kind)}"
         drawn.append((f"{kind_name(kind)}, {mode}", style, lines[kind, mode], free.get((kind, mode))))
         marks.append((f'<i class="{style}"></i>', f"{kind_name(kind)}, {mode}"))
     return Html(key(marks) + epsilon_chart(drawn, label=label, y_label=y_label, height=height))

@@ -19,7 +19,11 @@ border-radius:10px;padding:12px 16px}
 .rule{stroke:var(--c1);stroke-width:1.6}.rule.zero{stroke:var(--c1)}.rule.control{stroke:var(--c1);stroke-dasharray:2 3}
 .rule.oracle{stroke:var(--c4);stroke-dasharray:7 3}
 .band{fill:var(--c2);fill-opacity:.12}.line.thin{stroke-width:1.3;fill:none}
-.line.soft{stroke-dasharray:5 4}
+.line.soft{stroke-dasharray:5 4}.line.thin.dashes-1{stroke-dasharray:9 4}.line.thin.dashes-2{stroke-dasharray:2 4}
+.line.thin.dashes-3{stroke-dasharray:9 3 2 3}.key .dashes-1,.key .dashes-2,.key .dashes-3{width:26px}
+.key .dashes-1{mask:repeating-linear-gradient(90deg,#000 0 8px,transparent 8px 11px)}
+.key .dashes-2{mask:repeating-linear-gradient(90deg,#000 0 3px,transparent 3px 7px)}
+.key .dashes-3{mask:repeating-linear-gradient(90deg,#000 0 8px,transparent 8px 10px,#000 10px 12px,transparent 12px 14px)}
 .key .dash{display:inline-block;width:22px;height:0;border:0;border-top:2px dashed var(--c4);
 background:none;border-radius:0;margin-right:6px}
 .key .dash.control{border-top:2px dotted var(--c1)}
