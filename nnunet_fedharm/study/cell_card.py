@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.planning.central import DEFAULT_PLANS
 from nnunet_fedharm.planning.start import models_behind
 from nnunet_fedharm.sites.files import read_dataset_json, read_json
 from nnunet_fedharm.study.card_beside import write_card
 from nnunet_fedharm.study.cell_files import ENVIRONMENT_FILE
 from nnunet_fedharm.study.held_out import ADAPTED_WITH, left_out
-from nnunet_fedharm.study.matrix import Arm, augmented
+from nnunet_fedharm.study.matrix import Arm, augmented, harmonizer_epochs
 from nnunet_fedharm.study.model_card import CardFacts, CardPrivacy
 from nnunet_fedharm.study.model_facts import read_scores, scanner_sites
 from nnunet_fedharm.study.new_site import adapted_sites
@@ -43,7 +42,8 @@ def cell_facts(study: StudyFile, result: CellResult) -> CardFacts:
     labelled = (arm.site,) if arm.site else study.labelled_sites
     trained_on = (arm.site,) if arm.site else study.training_sites
     sites = tuple(site for site in scanner_sites(study.registry, labelled) if site.name in trained_on)
-    learned = f" after {training.harmonizer_epochs} of the harmonizer" if arm.harmonizer in LEARNED else ""
+    before = harmonizer_epochs(study, arm)
+    learned = f" after {before} of the harmonizer" if before else ""
     trained = (
         f"{training.segmenter_epochs} epochs of {training.iterations_per_epoch} steps{learned}, seed {result.cell.seed}"
     )

@@ -9,10 +9,9 @@ from statistics import median
 from typing import Any
 
 from nnunet_fedharm.errors import FedHarmError
-from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.sites.files import read_dataset_json, read_json
 from nnunet_fedharm.study.data import BASE_PLANS, StudyData
-from nnunet_fedharm.study.matrix import Arm, Cell
+from nnunet_fedharm.study.matrix import Arm, Cell, harmonizer_epochs
 from nnunet_fedharm.study.results import StudyResults
 from nnunet_fedharm.study.site_report import seconds_of_site_report
 from nnunet_fedharm.study.study_file import StudyFile
@@ -78,9 +77,8 @@ class Estimator:
     def _steps(self, arm: Arm) -> float | None:
         """Plain steps that take as long; None where that depends on plans that are not made."""
         training = self.study.training_at(arm.epsilon)
-        harmonizer = training.harmonizer_epochs if arm.harmonizer in LEARNED else 0
         sites = len(self.study.labelled_sites) if arm.mode == "federated" else 1
-        steps = (harmonizer + training.segmenter_epochs * sites) * training.iterations_per_epoch
+        steps = (harmonizer_epochs(self.study, arm) + training.segmenter_epochs * sites) * training.iterations_per_epoch
         if arm.epsilon is None:
             return steps
         options = self.study.private(arm.epsilon)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.study.study_file import StudyFile
 from nnunet_fedharm.study.study_tables import CONTROL
 
@@ -61,6 +62,11 @@ class Cell:
 def augmented(study: StudyFile, arm: Arm) -> bool:
     """Whether an arm trains with nnU-Net's augmentation."""
     return arm.augmentation and (arm.epsilon is None or study.private_training.augmentation)
+
+
+def harmonizer_epochs(study: StudyFile, arm: Arm) -> int:
+    """Epochs of an arm's harmonizer phase; 0 where its kind has nothing to learn."""
+    return study.training_at(arm.epsilon).harmonizer_epochs if arm.harmonizer in LEARNED else 0
 
 
 def control_arm(study: StudyFile) -> Arm:

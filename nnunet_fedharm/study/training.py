@@ -14,14 +14,13 @@ from nnunet_fedharm.federation.events import EVENTS_FILE, read_events
 from nnunet_fedharm.federation.launch import federate
 from nnunet_fedharm.federation.server_root import LOCAL_GROUPS_FILE, server_folder
 from nnunet_fedharm.federation.site import training_environment
-from nnunet_fedharm.harmonizers import LEARNED
 from nnunet_fedharm.nnunet_root import NnunetRoot
 from nnunet_fedharm.planning.central import DEFAULT_PLANS, CentralOptions, plan_central
 from nnunet_fedharm.planning.section import CONSENSUS
 from nnunet_fedharm.planning.situation import find_device
 from nnunet_fedharm.privacy.ledger import Ledger
 from nnunet_fedharm.study.data import BASE_PLANS, StudyData, plan_options
-from nnunet_fedharm.study.matrix import Cell, augmented
+from nnunet_fedharm.study.matrix import Cell, augmented, harmonizer_epochs
 from nnunet_fedharm.study.shared_cases import keep_cases, take_cases
 from nnunet_fedharm.study.shared_time import central_seconds, federated_seconds, seconds_before_rounds
 from nnunet_fedharm.study.study_file import StudyFile
@@ -50,7 +49,7 @@ def _central(data: StudyData, cell: Cell, folder: Path, device: str) -> Trained:
     source = data.own(arm.site) if arm.site else data.pooled
     root = linked_root(source, folder, data.dataset_name)
     schedule = study.training_at(arm.epsilon).schedule(
-        cell.seed, harmonizer_epochs=_harmonizer_epochs(data, cell), augmentation=augmented(study, arm)
+        cell.seed, harmonizer_epochs=harmonizer_epochs(study, arm), augmentation=augmented(study, arm)
     )
     options = CentralOptions(
         configurations=(study.subject.configuration,),
@@ -171,7 +170,7 @@ def federate_config(data: StudyData, cell: Cell, folder: Path, *, device: str) -
     """
     study, arm = data.study, cell.arm
     training, subject = study.training_at(arm.epsilon), study.subject
-    lengths = {"harmonizer": _harmonizer_epochs(data, cell), "segmenter": training.segmenter_epochs}
+    lengths = {"harmonizer": harmonizer_epochs(study, arm), "segmenter": training.segmenter_epochs}
     for phase, epochs in lengths.items():
         if epochs % training.local_epochs:
             raise DataError(
@@ -238,10 +237,6 @@ def results_folder(root: NnunetRoot, data: StudyData, trainer_name: str) -> Path
     """TRAINER__PLANS__CONFIGURATION of a root."""
     name = f"{trainer_name}__{DEFAULT_PLANS}__{data.study.subject.configuration}"
     return root.results / data.dataset_name / name
-
-
-def _harmonizer_epochs(data: StudyData, cell: Cell) -> int:
-    return data.study.training_at(cell.arm.epsilon).harmonizer_epochs if cell.arm.harmonizer in LEARNED else 0
 
 
 def _spent(folders: list[Path], cell: Cell, study: StudyFile) -> tuple[float | None, tuple[str, ...]]:
