@@ -13,7 +13,6 @@ ELSEWHERE = (
     ),
     (r"python benchmarks/.*", 13, "hours of computing; results and their date stand on the page"),
     (f"{STUDY} (prepare|run|report) study3d", 3, "goes with the benchmark above it: hours"),
-    (r"pip install 'nnunet_fedharm\[watch\]'", 1, "installs from an index"),
     (f"{STUDY} run study1 (--only|--parallel) .*", 2, "certain cells, several GPUs: tests/study/test_study_run.py"),
     (
         r"nnunet-fedharm federate .*--harmonizer-rounds 500 .*",
@@ -31,24 +30,18 @@ ELSEWHERE = (
         "Flower by hand, between processes that stay: tests/federation/deploy; its own parser checks the words",
     ),
     (
-        r"nnunet-fedharm federate .*(--epsilon|--secure-aggregation|-d 137|-d 201).*",
-        7,
+        r"nnunet-fedharm federate .*(--epsilon|--secure-aggregation|-d 201).*",
+        6,
         "as the federations that run, with other options or data: tests/federation/test_flower*.py, test_in_process.py",
     ),
     (r"nnunet-fedharm privacy show --site-root /data/A", 1, "the same command with other folders runs"),
-    (r"nnunet-fedharm sites report -d \$nnUNet_raw/.*", 2, "the same command with other data runs"),
-    (r"nnunet-fedharm plan .*(--epsilon|-d 137|-d 201).*", 3, "the same command with other data or options runs"),
-    (r"nnUNetv2_train (137|201|910 3d_fullres all) .*", 3, "the same command with other data or another fold runs"),
-    (r"nnUNetv2_predict -d 137 .*", 1, "the same command with other data runs"),
+    (r"nnunet-fedharm sites report -d \$nnUNet_raw/.*", 1, "the same command with other data runs"),
+    (r"nnunet-fedharm plan .*(--epsilon|-d 201).*", 2, "the same command with other data or options runs"),
+    (r"nnUNetv2_train (201|910 3d_fullres all) .*", 2, "the same command with other data or another fold runs"),
     (
-        r"MODEL=.*|RAW=.*|for SITE in .*(.|\n)*|nnUNetv2_predict_from_modelfolder .*\$MODEL.*",
-        4,
+        r"for SITE in .*(.|\n)*",
+        2,
         "models and predictions of a download; the same commands with other data run",
-    ),
-    (
-        r"nnunet-fedharm evaluate .*--dataset-json.*",
-        1,
-        "predictions of a download's model; the short form runs",
     ),
     (r"nnunet-fedharm (predict|harmonize) .*(-d 201|official/).*", 2, "a model of a download; the same commands run"),
     (
@@ -56,7 +49,6 @@ ELSEWHERE = (
         5,
         "stock nnU-Net at full length; tests/study/test_study_file.py starts from such a folder",
     ),
-    (f"{STUDY} (prepare|run|report) brats-study.*", 3, "a download"),
     (r"10 volumes|fold +distance.*|all +0\.117.*", 3, "what a command prints"),
 )
 """A pattern, the number of commands that it takes, and the reason; the first entry that fits counts."""

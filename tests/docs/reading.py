@@ -48,11 +48,17 @@ MORE = {
     r"nnUNetv2_predict ": f" -device cpu{ONE_PROCESS}",
     r"nnUNetv2_predict_from_modelfolder ": " -device cpu -npp 1 -nps 1",
     r"nnUNetv2_train ": " -device cpu",
+    r"nnUNetv2_train .*-p nnUNetStudyPlans": " -tr nnUNetTrainer_1epoch",
     r"nnUNetv2_(extract_fingerprint|preprocess) ": " -np 1",
     r"nnunet-fedharm (study )?slurm ": " --dry-run",
     r"nnunet-fedharm sites check ": " -np 1",
     r"nnunet-fedharm site join ": " --device cpu",
     r"nnunet-fedharm study run ": " --device cpu",
+    r"pip install ": " --dry-run --no-index --no-deps",
+    r"flwr run .*segmenter-rounds": ' -c "segmenter-rounds=1 iterations-per-epoch=1 val-iterations=1 base-features=4'
+    ' max-features=8 batch-size=2"',
+    r"flwr run .*harmonizer-rounds": ' -c "harmonizer-rounds=1"',
+    r"flwr run .*site-report": ' -c "report-simulations=3 report-bootstrap=20 report-min-patients=2"',
 }
 """Beginning of a command -> what is put behind it, of all that fit; the last option counts."""
 
@@ -195,6 +201,28 @@ def toml_blocks(page: str) -> list[str]:
 def images(folder: Path) -> dict[str, np.ndarray]:
     """Voxels of the volumes in a folder, by file name."""
     return {path.name: np.asanyarray(nibabel.load(path).dataobj) for path in sorted(folder.glob("*.nii.gz"))}
+
+
+TINY_STUDY = {
+    "harmonizer_epochs": "1",
+    "segmenter_epochs": "1",
+    "iterations_per_epoch": "2",
+    "val_iterations_per_epoch": "1",
+    "base_features": "4",
+    "max_features": "8",
+    "num_processes": "1",
+}
+"""Key of a study's file -> value, for `edit_study`."""
+
+
+def edit_study(folder: str | Path, values: Mapping[str, str]) -> None:
+    """Set values in a study's file, as a reader with an editor does."""
+    file = Path(folder, "study.toml")
+    text = file.read_text()
+    for key, value in values.items():
+        text, found = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.M)
+        assert found == 1, f"{key} stands {found} times in {file}"
+    file.write_text(text)
 
 
 def same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:

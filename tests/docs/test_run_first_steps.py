@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,8 @@ CONVERTED = tuple(lines_with("docs/how-to/convert.md", "convert bids"))
 JOBS = tuple(lines_with("docs/how-to/slurm.md", "slurm simulate"))
 REPORT = tuple(lines_with("docs/how-to/site-report.md", "-o report -np 2"))
 NOISE = tuple(lines_with("docs/how-to/privacy.md", "privacy plan"))
-RUN = (*FIRST_LOOK, *LABELS_OF_A, *NOISE, *SIMULATED, *CONVERTED, *JOBS, *REPORT)
+EXTRA = tuple(line for line in lines_with("docs/how-to/watch.md", "pip install") if line.startswith("pip "))
+RUN = (*FIRST_LOOK, *LABELS_OF_A, *NOISE, *SIMULATED, *CONVERTED, *JOBS, *REPORT, *EXTRA)
 
 
 @pytest.mark.parametrize("commands", [FIRST_LOOK, LABELS_OF_A], ids=["tutorial", "labels of one site"])
@@ -133,3 +136,10 @@ def test_sites_are_compared(hospitals: Path, folder: Path) -> None:
             path.name for path in report.iterdir()
         }
     assert json.loads((folder / "report" / "report.json").read_text())["mode"] == "pooled"
+
+
+@pytest.mark.skipif(not Path(sys.executable).with_name("pip").exists(), reason="this environment has no pip")
+def test_the_extra_for_tensorboard_is_one_that_the_installed_package_has() -> None:
+    """pip takes the words without an index; it passes over an extra that it does not know, so the metadata are asked for it."""
+    assert "already satisfied: nnunet_fedharm[watch]" in follow(EXTRA)
+    assert any(need.startswith("tensorboard") and '"watch"' in need for need in requires("nnunet_fedharm") or [])
