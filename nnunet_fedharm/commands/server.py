@@ -181,9 +181,11 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _config(args: argparse.Namespace) -> Any:
     from nnunet_fedharm.federation.report.config import SiteReportConfig
+    from nnunet_fedharm.federation.server_root import with_start
 
     kind: Any = FederateConfig if args.action == "run" else SiteReportConfig
-    return kind(**{item.name: getattr(args, item.name) for item in fields(kind) if hasattr(args, item.name)})
+    config = kind(**{item.name: getattr(args, item.name) for item in fields(kind) if hasattr(args, item.name)})
+    return with_start(config)
 
 
 def _print(line: str) -> None:

@@ -28,7 +28,7 @@ from nnunet_fedharm.federation.daemon import (
 from nnunet_fedharm.federation.events import EVENTS_FILE, GOOD_ENDS, ends_run, is_turned_away, read_events
 from nnunet_fedharm.federation.progress import describe
 from nnunet_fedharm.federation.report.config import SiteReportConfig
-from nnunet_fedharm.federation.server_root import resolve_sites, server_folder
+from nnunet_fedharm.federation.server_root import resolve_sites, server_folder, with_start
 from nnunet_fedharm.federation.site import SITE_LOG
 from nnunet_fedharm.nnunet_root import NnunetRoot
 
@@ -121,6 +121,7 @@ def _checked(config: RunConfig) -> RunConfig:
     for site in config.site_names:
         if not (Path(config.root) / "sites" / site).is_dir():
             raise FederationError(f"The site {site} has no folder {Path(config.root) / 'sites' / site}.")
+    config = with_start(config)
     NnunetRoot(server_folder(config)).create()
     return config
 

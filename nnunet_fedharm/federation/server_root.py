@@ -56,6 +56,23 @@ def resolve_sites(config: Config) -> Config:
     return replace(config, sites=",".join(site_folders(Path(config.root).expanduser())))
 
 
+def with_start(config: Config) -> Config:
+    """The configuration with the whole path of the model that it starts from: the server's process has another working folder.
+
+    Raises:
+        CheckpointError: no checkpoint is there.
+    """
+    if not isinstance(config, FederateConfig) or not config.start_from:
+        return config
+    from nnunet_fedharm.planning.start import find_checkpoint
+
+    path = (
+        Path(config.start_from).expanduser().absolute()
+    )  # a link stays one: the path is part of what makes a run the same
+    find_checkpoint(path)
+    return replace(config, start_from=str(path))
+
+
 def is_at_work(fedharm: Path) -> bool:
     """Whether the process of a run's server is there: it holds the lock of this folder as long as it lives."""
     with file_lock(fedharm / _LOCK, wait_s=0.0) as free:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from nnunet_fedharm.commands import federate as command
+from nnunet_fedharm.commands import server as server_command
+from nnunet_fedharm.errors import CheckpointError
 from nnunet_fedharm.federation import launch
 from nnunet_fedharm.federation.config import FederateConfig
 from nnunet_fedharm.federation.events import EventLog
@@ -113,3 +115,23 @@ def test_a_round_on_one_machine_waits_for_all_turns_of_its_sites(
     (config,) = started
     assert config.deadline_s == seconds
     assert config.device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_start_is_found_from_where_the_command_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's processes work in other folders, and would look for it after the images were read."""
+    (tmp_path / "MODEL" / "fold_all").mkdir(parents=True)
+    (tmp_path / "MODEL" / "fold_all" / "checkpoint_final.pth").touch()
+    (tmp_path / "ROOT" / "sites" / "A").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = FederateConfig(root="ROOT", dataset="1", start_from="MODEL")
+    assert launch._checked(config).to_run_config()["start-from"] == str(tmp_path / "MODEL")
+    parser = argparse.ArgumentParser()
+    server_command.add_arguments(parser)
+    given = ["run", "study", "-d", "1", "--start-from"]
+    assert server_command._config(parser.parse_args([*given, "MODEL"])).start_from == str(tmp_path / "MODEL")
+    for refused in (
+        lambda: launch._checked(FederateConfig(root="ROOT", dataset="1", start_from="ROOT")),
+        lambda: server_command._config(parser.parse_args([*given, "ROOT"])),
+    ):
+        with pytest.raises(CheckpointError, match=r"ROOT holds no checkpoint_final\.pth"):
+            refused()
