@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -11,12 +13,18 @@ import pytest
 from tests.datasets.test_convert_mamamia import HEADER
 from tests.datasets.volumes import write_volume
 from tests.docs.pages import BLOCKS
-from tests.docs.reading import follow, lines_with
+from tests.docs.reading import follow, images, lines_with, same, shell
 
 MAMAMIA = "docs/how-to/mama-mia.md"
 DATA = tuple(lines_with(MAMAMIA, "convert mamamia"))
-SPLIT = lines_with(MAMAMIA, "sites split")[0]
-RUN = (*DATA, SPLIT)
+SITES = tuple(lines_with(MAMAMIA, "sites report"))
+CENTRAL = tuple(lines_with(MAMAMIA, "nnUNetv2_train"))
+SPLIT, FEDERATION = lines_with(MAMAMIA, "sites split")
+(HELD_OUT,) = lines_with(MAMAMIA, "labelsTs -o")
+(OFFICIAL,) = lines_with(MAMAMIA, "RAW=")
+(VOLUME,) = lines_with(MAMAMIA, "predictions-central")
+(HARMONIZED,) = lines_with(MAMAMIA, "-o harmonized")
+RUN = (*DATA, *SITES, *CENTRAL, SPLIT, FEDERATION, HELD_OUT, OFFICIAL, VOLUME, HARMONIZED)
 SHAPE = (16, 16, 16)
 TUMOR = np.zeros(SHAPE, np.uint8)
 TUMOR[4:12, 4:12, 4:12] = 1
@@ -55,3 +63,40 @@ def test_mama_mia_in_its_published_form_and_the_script_that_gathers_its_official
     sites = folder / "consortium" / "sites"
     assert list((sites / "DUKE" / "nnUNet_raw" / mamamia.name / "labelsTr").iterdir())
     assert not list((sites / "NACT" / "nnUNet_raw").rglob("labelsTr/*")), "labels of DUKE alone"
+
+
+@pytest.mark.long
+def test_mama_mia_s_sites_are_compared_phase_by_phase(mamamia: Path, folder: Path) -> None:
+    pytest.importorskip("radiomics", reason="pyradiomics is not installed")
+    follow(SITES)
+    with (folder / "mamamia-sites" / "differences.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    assert {row["channel"] for row in rows} == {"pre-contrast", "post-contrast 1", "post-contrast 2"}
+    assert {"median DUKE", "median NACT"} <= rows[0].keys()
+
+
+@pytest.mark.long
+def test_mama_mia_in_one_place_predicts_the_official_test_set(
+    mamamia: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAW", str(mamamia))  # as the block above it on the page does
+    follow([*CENTRAL, VOLUME])
+    assert {*images(folder / "predictions-central")} == {path.name for path in (mamamia / "labelsTs").iterdir()}
+
+
+@pytest.mark.long
+def test_mama_mia_across_sites_scores_held_out_and_official_patients(mamamia: Path, folder: Path) -> None:
+    """Labels of DUKE alone; the blocks of the page one after another in one shell, whose last site is NACT."""
+    follow([SPLIT, FEDERATION])
+    shell("\n".join([HELD_OUT, OFFICIAL, HARMONIZED]))
+    for site in ("DUKE", "NACT"):
+        scored = json.loads((folder / f"metrics-{site}.json").read_text())["cases"]
+        held_out = folder / "consortium" / "sites" / site / "nnUNet_raw" / mamamia.name / "labelsTs"
+        assert {f"{case}.nii.gz" for case in scored} == {path.name for path in held_out.glob("*.nii.gz")}
+    cases = json.loads((folder / "metrics-official.json").read_text())["cases"]
+    assert {case: item["site"] for case, item in cases.items()} == {
+        f"{site}_00{number}": site for site in ("DUKE", "NACT") for number in range(2)
+    }
+    scans, harmonized = images(folder / "official" / "NACT"), images(folder / "harmonized")
+    assert scans.keys() == harmonized.keys()
+    assert not same(scans, harmonized), "NACT is not the reference"
