@@ -17,6 +17,7 @@ from nnunet_fedharm.federation.aggregation import finite
 from nnunet_fedharm.federation.codec import Weights, decode
 from nnunet_fedharm.federation.durable import file_lock, write_json
 from nnunet_fedharm.federation.entries import begin_ledger, enter_release
+from nnunet_fedharm.federation.kept_reply import KEPT_FILE, KeptReply
 from nnunet_fedharm.federation.messages import Unpacked, error_reply, json_hash, reply, unpack
 from nnunet_fedharm.federation.own_privacy import kept_privacy, own_statistics, told_facts
 from nnunet_fedharm.federation.ownership import ownership_of
@@ -69,6 +70,10 @@ def _answer(
     check_received(request.values, source="the server")
     # The lock, because after a server crash this site may still be busy with the former round.
     with file_lock(site.folder / "site.lock"), site.root.create().activate():
+        kept = KeptReply.to(site, request) if work is _train else None
+        again = kept.read() if kept else None
+        if again is not None:
+            return again
         plans = site.folder / request.values.get("run_id", "-") / PLANS_FILE
         enforce(site, schema.name, request.values, run_config, plans)
         if schema in (messages.SUMMARIZE, messages.PREPARE):
@@ -77,6 +82,8 @@ def _answer(
         # Those three enter what they release themselves, with its noise.
         if schema not in (messages.SUMMARIZE, messages.PREPARE, messages.TRAIN):
             enter_release(site.folder, schema.name, request.values, answered)
+        if kept:
+            kept.write(answered)
     return answered
 
 
@@ -268,6 +275,7 @@ def _finish(site: Site, request: Unpacked) -> RecordDict:
     facts = {} if privacy is None else {"clip": privacy.clip, "patients_per_step": privacy.patients_per_step}
     own = kept_privacy(site, request.values["run_id"])
     write_card(folder, statement_at(site, request.values["privacy"], facts, own))
+    (site.folder / request.values["run_id"] / KEPT_FILE).unlink(missing_ok=True)  # there is no further round
     return reply(messages.FINISH_REPLY, {"site": site.name})
 
 

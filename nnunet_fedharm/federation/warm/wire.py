@@ -7,10 +7,9 @@ the bytes of every array as they came. Arrays are not put into the protobuf, whi
 from __future__ import annotations
 
 import json
-import socket
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
@@ -29,7 +28,14 @@ class Closed(FederationError):
     """The other end is gone."""
 
 
-def send(stream: socket.socket, head: Mapping[str, Any], content: RecordDict) -> None:
+class Stream(Protocol):
+    """What parcels go over: a socket."""
+
+    def sendall(self, data: Any, /) -> None: ...
+    def recv_into(self, buffer: Any, /) -> int: ...
+
+
+def send(stream: Stream, head: Mapping[str, Any], content: RecordDict) -> None:
     """Send one parcel.
 
     Raises:
@@ -62,7 +68,7 @@ def send(stream: socket.socket, head: Mapping[str, Any], content: RecordDict) ->
         raise Closed("The worker's socket was closed while a message was sent.") from error
 
 
-def receive(stream: socket.socket) -> tuple[dict[str, Any], RecordDict]:
+def receive(stream: Stream) -> tuple[dict[str, Any], RecordDict]:
     """Receive one parcel.
 
     Raises:
@@ -87,7 +93,7 @@ def receive(stream: socket.socket) -> tuple[dict[str, Any], RecordDict]:
     return parcel["head"], content
 
 
-def _read(stream: socket.socket, length: int) -> bytearray:
+def _read(stream: Stream, length: int) -> bytearray:
     data = bytearray(length)
     view, done = memoryview(data), 0
     while done < length:
