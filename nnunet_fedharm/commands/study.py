@@ -140,13 +140,7 @@ def _run(args: argparse.Namespace) -> int:
     count_waiting_lesions(study, device=device, show=_say)
     for item in failed:
         print(f"\n{item.cell.name} failed; the end of its log.txt:\n{item.reason}")
-        hint = "Run it again when the reason is mended; it goes on. To begin it anew, remove"
-        if item.cell.arm.epsilon is not None:
-            hint = (
-                "Run it again when the reason is mended. What was stopped within a round is paid twice by then: where the budget "
-                "does not hold that, begin the cell anew and remove"
-            )
-        print(f"{hint} {cell_folder(study, item.cell)}")
+        print(f"Run it again when that is mended; it goes on. To begin it anew, remove {cell_folder(study, item.cell)}")
     return 1 if failed else 0
 
 
