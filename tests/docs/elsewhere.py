@@ -30,14 +30,6 @@ ELSEWHERE = (
         "Flower by hand, between processes that stay: tests/federation/deploy; its own parser checks the words",
     ),
     (
-        r"nnunet-fedharm federate .*(--epsilon|--secure-aggregation).*",
-        5,
-        "as the federations that run, with other options or data: tests/federation/test_flower*.py, test_in_process.py",
-    ),
-    (r"nnunet-fedharm privacy show --site-root /data/A", 1, "the same command with other folders runs"),
-    (r"nnunet-fedharm plan .*--epsilon.*", 1, "the same command with other options runs"),
-    (r"nnUNetv2_train 910 3d_fullres all .*", 1, "the same command with another fold runs"),
-    (
         r"export nnUNet_preprocessed=study1/.*|nnUNetv2_(extract_fingerprint|move_plans_\w+|preprocess|train 911) .*",
         5,
         "stock nnU-Net at full length; tests/study/test_study_file.py starts from such a folder",

@@ -35,6 +35,9 @@ MORE = {
     r"nnunet-fedharm (federate|server run) .*--segmenter-rounds 0": " --segmenter-rounds 0",
     r"nnunet-fedharm (federate|server run) .*--harmonizer-rounds [1-9]": " --harmonizer-rounds 1",
     r"nnunet-fedharm (federate|plan) .*--patients-per-step": " --patients-per-step 2",
+    # A noisy fingerprint of a dozen patients plans any patch, and other networks than those of a start.
+    r"nnunet-fedharm federate .*--epsilon": " --patch-size 16x16x16",
+    r"nnunet-fedharm federate .*--start-from .*--epsilon": " --fingerprint-noise 0",
     r"nnunet-fedharm sites report (?!--findings)": " --permutations 3 --bootstrap 20 -np 1",
     r"nnunet-fedharm sites report --root": " --min-patients 2",
     r"nnunet-fedharm audit canaries ": " --canaries 200 --steps 5",
