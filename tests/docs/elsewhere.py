@@ -13,12 +13,6 @@ ELSEWHERE = (
     ),
     (r"python benchmarks/.*", 13, "hours of computing; results and their date stand on the page"),
     (f"{STUDY} (prepare|run|report) study3d", 3, "goes with the benchmark above it: hours"),
-    (f"{STUDY} run study1 (--only|--parallel) .*", 2, "certain cells, several GPUs: tests/study/test_study_run.py"),
-    (
-        r"nnunet-fedharm federate .*--harmonizer-rounds 500 .*",
-        1,
-        "hundreds of rounds; tests/federation/test_exact_split.py counts its steps",
-    ),
     (
         r"nnunet-fedharm server run .* --keep",
         1,
@@ -28,11 +22,6 @@ ELSEWHERE = (
         r"export FLWR_.*(.|\n)*|mkdir -p \$FLWR_HOME|flower-su\w+ .*|flwr run .*",
         12,
         "Flower by hand, between processes that stay: tests/federation/deploy; its own parser checks the words",
-    ),
-    (
-        r"export nnUNet_preprocessed=study1/.*|nnUNetv2_(extract_fingerprint|move_plans_\w+|preprocess|train 911) .*",
-        5,
-        "stock nnU-Net at full length; tests/study/test_study_file.py starts from such a folder",
     ),
     (r"10 volumes|fold +distance.*|all +0\.117.*", 3, "what a command prints"),
 )
