@@ -18,11 +18,6 @@ ELSEWHERE = (
         1,
         "a kept run, in the middle of which everything is killed: tests/federation/deploy/test_killed_consortium.py",
     ),
-    (
-        r"export FLWR_.*(.|\n)*|mkdir -p \$FLWR_HOME|flower-su\w+ .*|flwr run .*",
-        12,
-        "Flower by hand, between processes that stay: tests/federation/deploy; its own parser checks the words",
-    ),
     (r"10 volumes|fold +distance.*|all +0\.117.*", 3, "what a command prints"),
 )
 """A pattern, the number of commands that it takes, and the reason; the first entry that fits counts."""

@@ -61,7 +61,7 @@ MORE = {
     r"flwr run .*segmenter-rounds": ' -c "segmenter-rounds=1 iterations-per-epoch=1 val-iterations=1 base-features=4'
     ' max-features=8 batch-size=2"',
     r"flwr run .*harmonizer-rounds": ' -c "harmonizer-rounds=1"',
-    r"flwr run .*site-report": ' -c "report-simulations=3 report-bootstrap=20 report-min-patients=2"',
+    r"flwr run .*site-report": ' -c "report-simulations=3 report-bootstrap=20"',
 }
 """Beginning of a command -> what is put behind it, of all that fit; the last option counts."""
 
