@@ -13,11 +13,6 @@ ELSEWHERE = (
     ),
     (r"python benchmarks/.*", 13, "hours of computing; results and their date stand on the page"),
     (f"{STUDY} (prepare|run|report) study3d", 3, "goes with the benchmark above it: hours"),
-    (
-        r"nnunet-fedharm server run .* --keep",
-        1,
-        "a kept run, in the middle of which everything is killed: tests/federation/deploy/test_killed_consortium.py",
-    ),
     (r"10 volumes|fold +distance.*|all +0\.117.*", 3, "what a command prints"),
 )
 """A pattern, the number of commands that it takes, and the reason; the first entry that fits counts."""

@@ -20,7 +20,7 @@ from tests.docs.reading import at_hand, finish, follow, lines_with, program, run
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children end with their parent by a call of Linux")
 
 PAGE = "docs/how-to/two-hospitals.md"
-INIT, JOIN, POLICY, ENTER, SITE, TRAIN, PREDICT, SHOW = (
+INIT, JOIN, POLICY, ENTER, SITE, TRAIN, KEPT, PREDICT, SHOW = (
     tuple(lines_with(PAGE, text))
     for text in (
         "server init",
@@ -29,11 +29,12 @@ INIT, JOIN, POLICY, ENTER, SITE, TRAIN, PREDICT, SHOW = (
         "server register",
         "site check",
         "server sites",
+        "--keep",
         "nnUNetv2_predict",
         "privacy show",
     )
 )
-RUN = (*INIT, *JOIN, *POLICY, *ENTER, *SITE, *TRAIN, *PREDICT, *SHOW)
+RUN = (*INIT, *JOIN, *POLICY, *ENTER, *SITE, *TRAIN, *KEPT, *PREDICT, *SHOW)
 RESULTS = f"nnUNet_results/{BENCHMARK}/nnUNetTrainerFedHarmCurve__nnUNetFedHarmPlans__3d_fullres/fold_all"
 
 
@@ -74,6 +75,7 @@ def test_they_meet(folder: Path, make_raw_dataset: Callable[..., Path]) -> None:
 
 @pytest.mark.long
 def test_they_train_from_top_to_bottom(folder: Path, make_raw_dataset: Callable[..., Path]) -> None:
+    """The run of the page is stopped when it has plans; with `--keep` it goes on, and is let go at its end."""
     before_the_start(folder, make_raw_dataset)
     with terminals(folder) as open_terminal:
         server = open_terminal("server", f"exec {ENTER[2]}")
@@ -83,7 +85,14 @@ def test_they_train_from_top_to_bottom(folder: Path, make_raw_dataset: Callable[
             assert "The site is ready, and the consortium's server answers." in run(check)
             open_terminal(site, f"exec {start}")
         wait_until_connected()
-        train(TRAIN[1])
+        first = open_terminal("run", f"exec {at_hand(TRAIN[1])}")
+        first.wait_for("planned")
+        run("nnunet-fedharm server stop study")
+        assert first.process.wait(120) != 0, "who watched it is told"
+        said = finish([program("bash"), "-c", at_hand(KEPT[0])])
+        assert "segmenter round 1/1 done" in said
+        server.wait_for("The kept run has ended")
+        assert not (folder / "study" / "kept-run.json").exists()
         for home in ("north", "south", "study/server"):
             assert (folder / home / RESULTS / "checkpoint_final.pth").is_file()
         (folder / "new_patients").mkdir()
@@ -95,7 +104,10 @@ def test_they_train_from_top_to_bottom(folder: Path, make_raw_dataset: Callable[
         assert "weights and metrics, segmenter round" in said
     events = (folder / "study" / "server" / "fedharm" / "events.jsonl").read_text()
     assert "case0" not in events
-    assert [json.loads(line)["event"] for line in events.splitlines()][-1] == "finished"
+    told = [json.loads(line) for line in events.splitlines()]
+    assert [event["resumed"] for event in told if event["event"] == "started"] == [False, True]
+    assert len([event for event in told if event["event"] == "planned"]) == 1, "what was done is not done again"
+    assert told[-1]["event"] == "finished"
 
 
 def wait_until_connected() -> None:
@@ -104,9 +116,3 @@ def wait_until_connected() -> None:
     while (said := run(TRAIN[0])).count("online") < 2:
         assert time.monotonic() < end, said
         time.sleep(0.5)
-
-
-def train(command: str) -> None:
-    """`server run` in a terminal of its own."""
-    said = finish([program("bash"), "-c", at_hand(command)])
-    assert "segmenter round 1/1 done" in said
