@@ -80,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--start-from",
         default="",
         metavar="MODEL",
-        help="results folder, fold or checkpoint whose weights the training starts from, for example of public data",
+        help="results folder, fold or checkpoint whose weights the training starts from, for example of public data; its network "
+        "and patch are taken too, unless options size them",
     )
     parser.add_argument("--skip-check", action="store_true", help="do not read and check every image first")
     schedule = parser.add_argument_group("schedule", "what is not given is chosen for the data and the device")
@@ -131,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  site {site}: style of {style.n_cases} training cases")
     print_explained(plans, device)
     print(f"The same explanations: {explanation_file(root, plans)}")
+    if options.start_from and not options.plan.sizes_network:
+        print(f"Network, patch, spacing and normalization are those of {options.start_from}.")
     if against := private_judge(
         section.kind, section.harmonizer, private=section.privacy is not None, start_from=section.start_from
     ):

@@ -73,7 +73,7 @@ class FederateConfig:
         "groups of the segmenter's tensors that are trained, comma separated, of: norm, encoder, decoder, heads; empty = all",
     )
     augmentation: bool = _option(True, "nnU-Net's augmentation of the segmenter's patches")
-    start_from: str = _option("", "results folder or checkpoint, at the server, whose weights the run starts from")
+    start_from: str = _option("", "results folder or checkpoint at the server: weights and network of the start")
     fold: str = _option("all", "fold of each site's own split: all, 0, 1, 2, 3 or 4")
     plans_name: str = _option("nnUNetFedHarmPlans", "name of the plans; stock nnUNetPlans are never overwritten")
     gpu_memory_gb: float = _option(8.0, "GPU memory that the planner plans for")

@@ -116,6 +116,7 @@ class Preparation:
 
     def _plan(self, state: ServerState) -> ServerState:
         from nnunet_fedharm.planning.planner import PlanOptions, plan_federation, require_configuration
+        from nnunet_fedharm.planning.start import with_networks_of
 
         config = self.config
         noise = config.privacy.fingerprint_multiplier if config.privacy else 0.0
@@ -142,6 +143,7 @@ class Preparation:
             options=options,
         )
         require_configuration(plans, config.configuration)
+        plans = with_networks_of(config.start_from, plans, (config.configuration,), options)
         chosen = plans["configurations"][config.configuration]
         self.log.write(
             "planned", patch_size=chosen["patch_size"], batch_size=chosen["batch_size"], spacing=chosen["spacing"]

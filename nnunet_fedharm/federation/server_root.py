@@ -66,9 +66,8 @@ def with_start(config: Config) -> Config:
         return config
     from nnunet_fedharm.planning.start import find_checkpoint
 
-    path = (
-        Path(config.start_from).expanduser().absolute()
-    )  # a link stays one: the path is part of what makes a run the same
+    # A link stays one: the path is part of what makes a run the same.
+    path = Path(config.start_from).expanduser().absolute()
     find_checkpoint(path)
     return replace(config, start_from=str(path))
 

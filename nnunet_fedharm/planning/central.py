@@ -13,10 +13,10 @@ from nnunet_fedharm.harmonizers.style import Style
 from nnunet_fedharm.nnunet_root import NnunetRoot, environment_paths, find_dataset
 from nnunet_fedharm.planning.defaults import complete_options, complete_schedule
 from nnunet_fedharm.planning.drawn_once import ledger_of
-from nnunet_fedharm.planning.earlier_plans import known_sections, read_if_there, renamed
+from nnunet_fedharm.planning.earlier_plans import known_sections, renamed
 from nnunet_fedharm.planning.explain import write_explanation
 from nnunet_fedharm.planning.planner import PlanOptions, require_configuration
-from nnunet_fedharm.planning.pooled import HERE, plan_pooled
+from nnunet_fedharm.planning.pooled import HERE, base_plans
 from nnunet_fedharm.planning.preprocess import preprocess_site
 from nnunet_fedharm.planning.private_bank import private_bank
 from nnunet_fedharm.planning.private_fingerprint import private_fingerprint, private_plans
@@ -24,7 +24,6 @@ from nnunet_fedharm.planning.private_summary import exact_release
 from nnunet_fedharm.planning.section import (
     CONFIGURATIONS,
     CONSENSUS,
-    STOCK_PLANS,
     FedHarmSection,
     Schedule,
     check_plans_name,
@@ -33,7 +32,7 @@ from nnunet_fedharm.planning.section import (
     with_section,
 )
 from nnunet_fedharm.planning.situation import Device, situation_of
-from nnunet_fedharm.planning.start import models_behind
+from nnunet_fedharm.planning.start import models_behind, with_networks_of
 from nnunet_fedharm.planning.style import style_by_site
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.checks import check_raw_dataset
@@ -103,7 +102,7 @@ class CentralOptions:
         check: read and check every image first, where no fingerprint exists yet.
         privacy: differential privacy of the training; None trains without.
         noisy_fingerprint: plan from a fingerprint with the noise that `privacy` says; off, from nnU-Net's own.
-        start_from: checkpoint that the training starts from; "" starts at random.
+        start_from: checkpoint that the training starts from, with its networks unless `plan` sizes them; "" starts at random.
         base_plans: name of plans whose networks and preprocessed cases are taken as they are, `plan`'s sizes unread; "" plans.
     """
 
@@ -184,7 +183,9 @@ def plan_central(root: NnunetRoot, dataset: str, options: CentralOptions) -> dic
         plans = renamed(existing_plans(root, name, options.base_plans), options.plan.plans_name)
     else:
         assert fingerprint is not None
-        plans = _base_plans(root, name, fingerprint, options.plan)
+        plans = base_plans(root, name, fingerprint, options.plan)
+    if not options.base_plans:
+        plans = with_networks_of(options.start_from, plans, options.configurations, options.plan)
     sections = known_sections(preprocessed / f"{options.plan.plans_name}.json", plans)
     for configuration in options.configurations:
         require_configuration(plans, configuration)
@@ -306,27 +307,3 @@ def _stock_fingerprint(root: NnunetRoot, name: str, options: CentralOptions) -> 
         with root.activate():
             DatasetFingerprintExtractor(name, max(1, options.num_processes)).run()
     return read_json(file, what="The fingerprint")
-
-
-def _base_plans(
-    root: NnunetRoot,
-    name: str,
-    fingerprint: Mapping[str, Any],
-    options: PlanOptions,
-) -> dict[str, Any]:
-    """Stock plans under our name (sharing stock nnU-Net's preprocessed folders), or new ones where another size is asked."""
-    stock = root.preprocessed / name / f"{STOCK_PLANS}.json"
-    planned = options if options.resizes else replace(options, plans_name=STOCK_PLANS)
-    if not options.resizes and stock.is_file():
-        plans = read_json(stock, what="nnU-Net's plans")
-    else:
-        before = read_if_there(root.preprocessed / name / f"{planned.plans_name}.json")
-        plans = plan_pooled(root.raw / name, fingerprint, planned, root=root)
-        if before is not None:
-            write_json(before, root.preprocessed / name / f"{planned.plans_name}.json")
-        # As stock nnU-Net leaves it; the planner's copy lacks the key that lists single files.
-        write_json(
-            read_json(root.raw / name / "dataset.json", what="The dataset description"),
-            root.preprocessed / name / "dataset.json",
-        )
-    return renamed(plans, options.plans_name)

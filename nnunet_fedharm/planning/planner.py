@@ -53,6 +53,13 @@ class PlanOptions:
             raise PlanError(f"patch_size needs 2 or 3 values >= 1, got {self.patch_size}.")
 
     @property
+    def sizes_network(self) -> bool:
+        """Whether these options ask for a network or a patch of another size than would be planned."""
+        usual = PlanOptions()
+        names = ("base_features", "max_features", "patch_size")
+        return any(getattr(self, name) != getattr(usual, name) for name in names)
+
+    @property
     def resizes(self) -> bool:
         """Whether these options plan another network than stock nnU-Net does."""
         return self != PlanOptions(plans_name=self.plans_name)

@@ -36,7 +36,7 @@ RECORD_SUFFIX = ".fedharm.json"
 """Appended to the folder's name: beside it, because nnU-Net allows no other file among the cases."""
 _SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
 # A change of any of these changes the preprocessed voxels (patch_size only how the files are chunked: left out).
-_CONFIGURATION_KEYS = (
+CONFIGURATION_KEYS = (
     "preprocessor_name",
     "spacing",
     "normalization_schemes",
@@ -117,7 +117,7 @@ def write_descriptions(
 
 def plans_stamp(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> str:
     """Hash of everything in the plans that decides the preprocessed voxels and the sampled class locations."""
-    chosen = {key: plans["configurations"][configuration].get(key) for key in _CONFIGURATION_KEYS}
+    chosen = {key: plans["configurations"][configuration].get(key) for key in CONFIGURATION_KEYS}
     chosen |= {key: plans.get(key) for key in _PLANS_KEYS}
     chosen["labels"] = dataset_json["labels"]
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,14 @@ import numpy as np
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_fedharm.errors import CheckpointError
+from nnunet_fedharm.errors import CheckpointError, PlanError
+from nnunet_fedharm.planning.planner import PlanOptions
+from nnunet_fedharm.planning.preprocess import CONFIGURATION_KEYS
 from nnunet_fedharm.planning.section import SECTION, FedHarmSection, StartModel
 
 CHECKPOINT = "checkpoint_final.pth"
+_OF_THE_DATA = ("data_identifier", "median_image_size_in_voxels", "batch_dice", SECTION)
+"""Keys of a configuration that describe the data; the others say what network it trains, on what patches of what spacing."""
 
 
 def find_checkpoint(model: str | Path) -> Path:
@@ -75,3 +81,54 @@ def models_behind(start: str | Path) -> tuple[StartModel, ...]:
     private = section.privacy
     own = StartModel(model) if private is None else StartModel(model, private.epsilon, private.delta)
     return (own, *section.starts)
+
+
+def with_networks_of(
+    start: str | Path, plans: Mapping[str, Any], configurations: Sequence[str], options: PlanOptions
+) -> dict[str, Any]:
+    """Plans with the start's network, patch, spacing and normalization; compare nnU-Net's `move_plans_between_datasets`.
+
+    A start fits no other network, and the fingerprint of other data, of few patients with noise above all, may lead to one.
+
+    Args:
+        start: as for `find_checkpoint`; with "", or one that holds bare weights, the plans stay as they are.
+        plans: of the data.
+        configurations: that are to be trained; the start is a model of one of them.
+        options: that the plans were made with. Where they size the network, they are followed and the start has to fit.
+
+    Raises:
+        CheckpointError: no readable checkpoint.
+        PlanError: a start of another configuration, or for another number of channels.
+    """
+    if not start or options.sizes_network:
+        return dict(plans)
+    file = find_checkpoint(start)
+    arguments = read_checkpoint(file).get("init_args")
+    if arguments is None:
+        return dict(plans)
+    known, name = PlansManager(arguments["plans"]), str(arguments["configuration"])
+    if name not in configurations:
+        raise PlanError(f"{file} is a model of the configuration {name}, not of {' or '.join(configurations)}.")
+    made, own = deepcopy(dict(plans)), plans["configurations"].get(name)
+    if own is None:
+        return made  # whoever trains it says what is missing
+    theirs = {
+        key: value for key, value in known.get_configuration(name).configuration.items() if key not in _OF_THE_DATA
+    }
+    there, here = (len(each["normalization_schemes"]) for each in (theirs, own))
+    if there != here:
+        raise PlanError(
+            f"{file} is a model of images with {there} channels, here they have {here}. Give another start."
+        )
+    made["configurations"][name] = {**own, **deepcopy(theirs)}
+    if options.batch_size is not None:
+        made["configurations"][name]["batch_size"] = options.batch_size
+    axes = {key: known.plans[key] for key in ("transpose_forward", "transpose_backward")}
+    if any(list(plans[key]) != list(axes[key]) for key in axes):
+        made |= axes
+        made["configurations"] = {name: made["configurations"][name]}  # the others were planned for other axes
+    changed = any(own.get(key) != made["configurations"][name].get(key) for key in CONFIGURATION_KEYS)
+    if changed or list(made["transpose_forward"]) != list(plans["transpose_forward"]):
+        # Other cases than those that plans without a start have: stock nnU-Net's among them.
+        made["configurations"][name]["data_identifier"] = f"{made['plans_name']}_{name}"
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -260,3 +261,23 @@ def test_a_missing_site_is_named_before_training(consortium: Path) -> None:
     config = tiny(consortium)
     with pytest.raises(FederationError, match="did not connect within 2 s: C"):
         run_server(LocalGrid(real_sites(config, 2)), config)
+
+
+def test_a_private_run_has_the_network_of_its_start_whatever_its_noisy_fingerprint_would_lead_to(
+    consortium: Path,
+) -> None:
+    small = tiny(consortium, segmenter_rounds=1)
+    fold = run_server(LocalGrid(real_sites(small, 3)), small)
+    start = shutil.copytree(fold.parent, consortium / "start")
+    usual = {"base_features": 32, "max_features": 0, "patch_size": "", "plans_name": "Started"}
+    config = tiny(
+        consortium, segmenter_rounds=1, epsilon=8.0, delta=1e-3, patients_per_step=1.0, start_from=str(start), **usual
+    )
+    later = run_server(LocalGrid(real_sites(config, 3)), config)
+    before, after = (
+        json.loads((folder / "plans.json").read_text())["configurations"]["2d"] for folder in (start, later.parent)
+    )
+    for key in ("architecture", "patch_size", "spacing"):
+        assert after[key] == before[key]
+    model = "/".join(fold.parent.parts[-2:])
+    assert after["fedharm"]["starts"] == [{"model": model, "epsilon": None, "delta": None}]

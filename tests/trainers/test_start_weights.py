@@ -15,8 +15,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_fedharm.errors import CheckpointError, PlanError
-from nnunet_fedharm.planning.section import StartModel
-from nnunet_fedharm.planning.start import find_checkpoint, models_behind
+from nnunet_fedharm.planning.central import CentralOptions, plan_central
+from nnunet_fedharm.planning.planner import PlanOptions
+from nnunet_fedharm.planning.section import Schedule, StartModel
+from nnunet_fedharm.planning.start import find_checkpoint, models_behind, with_networks_of
 from nnunet_fedharm.trainers.fedharm_trainer import nnUNetTrainerFedHarm
 from nnunet_fedharm.trainers.groups import group_tensors, tensors_of
 from nnunet_fedharm.trainers.local_training import LocalTraining
@@ -127,6 +129,58 @@ def test_a_start_is_named_with_its_epsilon_and_what_it_started_from_itself(
     assert models_behind(tmp_path / "private.pth") == (StartModel(own, 4.0, 1e-3), StartModel("public"))
     torch.save({"network_weights": content["network_weights"]}, tmp_path / "bare.pth")
     assert models_behind(tmp_path / "bare.pth") == (StartModel("bare.pth"),)
+
+
+def test_plans_have_the_network_of_their_start_and_are_ready_to_train(active: Planned, model: Path) -> None:
+    sizes = PlanOptions(plans_name="Started", batch_size=3)
+    plans = plan_central(
+        active.root,
+        NAME,
+        CentralOptions(
+            configurations=("2d",),
+            kind="polarity",
+            reference="A",
+            schedule=Schedule(segmenter_epochs=1),
+            plan=sizes,
+            start_from=str(model),
+        ),
+    )
+    small, own = active.plans["polarity"]["configurations"]["2d"], plans["configurations"]["2d"]
+    for key in ("architecture", "patch_size", "spacing"):
+        assert own[key] == small[key]
+    assert own["batch_size"] == 3, "asked for"
+    trainer = make_trainer(TRAINERS["polarity"], plans, "2d", "all", active.dataset_json)
+    trainer.initialize()
+    trained = torch.load(model / "checkpoint_final.pth", map_location="cpu", weights_only=False)["network_weights"]
+    assert all(torch.equal(trained[name], value) for name, value in segmenter_of(trainer.network).items())
+
+
+def test_other_axes_and_spacing_of_a_start_are_taken_with_cases_of_their_own(
+    active: Planned, model: Path, tmp_path: Path
+) -> None:
+    plans, file = active.plans["none"], tmp_path / "start.pth"
+    content = torch.load(model / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+
+    def taken(options: PlanOptions) -> dict[str, Any]:
+        torch.save(content, file)
+        return with_networks_of(file, plans, ("2d",), options)
+
+    assert taken(PlanOptions()) == plans, "it has the same networks, and brings no section"
+    given = content["init_args"]["plans"]
+    given["configurations"]["2d"]["spacing"] = [2.0, 2.0]
+    other = taken(PlanOptions())
+    assert other["configurations"]["2d"]["spacing"] == [2.0, 2.0]
+    assert other["configurations"]["2d"]["data_identifier"] == f"{plans['plans_name']}_2d"
+    given["transpose_forward"], given["transpose_backward"] = [1, 0, 2], [1, 0, 2]
+    turned = taken(PlanOptions())
+    assert turned["transpose_forward"] == [1, 0, 2]
+    assert list(turned["configurations"]) == ["2d"]
+    assert taken(PlanOptions(base_features=4)) == plans, "who sizes the network plans it"
+    with pytest.raises(PlanError, match="a model of the configuration 2d, not of 3d_fullres"):
+        with_networks_of(file, plans, ("3d_fullres",), PlanOptions())
+    given["configurations"]["2d"]["normalization_schemes"] = ["ZScoreNormalization"] * 2
+    with pytest.raises(PlanError, match="images with 2 channels, here they have 1"):
+        taken(PlanOptions())
 
 
 @pytest.mark.parametrize("stopped_in_its_harmonizer_phase", [True, False])
