@@ -29,15 +29,15 @@ NETWORK = " --base-features 4 --max-features 8 --batch-size 2"
 MORE = {
     r"nnunet-fedharm plan ": f"{NETWORK} --harmonizer-epochs 1 --segmenter-epochs 1"
     " --iterations-per-epoch 2 --val-iterations-per-epoch 1 -np 1 --skip-check",
-    r"nnunet-fedharm (federate|server run) ": f"{NETWORK} --segmenter-rounds 1 --local-epochs 1"
+    r"nnunet-fedharm (federate|server run) (?!.*--start-from)": NETWORK,  # a start brings its own
+    r"nnunet-fedharm (federate|server run) ": " --segmenter-rounds 1 --local-epochs 1"
     " --iterations-per-epoch 1 --val-iterations 1 --device cpu --num-processes 1",
     r"nnunet-fedharm federate .*--quorum 8": " --quorum 4",
     r"nnunet-fedharm (federate|server run) .*--segmenter-rounds 0": " --segmenter-rounds 0",
     r"nnunet-fedharm (federate|server run) .*--harmonizer-rounds [1-9]": " --harmonizer-rounds 1",
     r"nnunet-fedharm (federate|plan) .*--patients-per-step": " --patients-per-step 2",
-    # A noisy fingerprint of a dozen patients plans any patch, and other networks than those of a start.
-    r"nnunet-fedharm federate .*--epsilon": " --patch-size 16x16x16",
-    r"nnunet-fedharm federate .*--start-from .*--epsilon": " --fingerprint-noise 0",
+    # The noisy fingerprint of a dozen patients plans any patch.
+    r"nnunet-fedharm federate (?!.*--start-from).*--epsilon": " --patch-size 16x16x16",
     r"nnunet-fedharm sites report (?!--findings)": " --permutations 3 --bootstrap 20 -np 1",
     r"nnunet-fedharm sites report --root": " --min-patients 2",
     r"nnunet-fedharm audit canaries ": " --canaries 200 --steps 5",
