@@ -29,6 +29,9 @@ from learned_training import (
     trained_weights,
 )
 
+from nnunet_fedharm.harmonizers import AT_REFERENCE
+from nnunet_fedharm.harmonizers.judges import JUDGES
+
 SEEDS = (0, 1, 2)
 
 
@@ -208,6 +211,12 @@ def main() -> None:
         "--modes", nargs="*", default=[], choices=("central", "federated"), help="only these; default all"
     )
     parser.add_argument("--kinds", nargs="*", default=[], help="only arms of these harmonizers; default all")
+    parser.add_argument(
+        "--judge",
+        choices=JUDGES,
+        default="network",
+        help="of contrast; the page's tables have the network's, new plans take linear",
+    )
     parser.add_argument("--n4", type=Path, help="report: WORK of the group n4, shown beside")
     arguments = parser.parse_args()
     os.environ.update(nnUNet_compile="f", nnUNet_n_proc_DA="0")
@@ -219,7 +228,7 @@ def main() -> None:
 
         report(work, arguments.n4)
         return
-    bench = Bench(arguments.data, work)
+    bench = Bench(arguments.data, work, {kind: {"judge": arguments.judge} for kind in AT_REFERENCE})
     if arguments.action == "quality":
         from learned_quality import measure_quality
 

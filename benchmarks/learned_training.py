@@ -312,10 +312,8 @@ def federated_weights(bench: Bench, harmonizer: Harmonizer, scenario: str = "A",
     command += ["--base-features", 8, "--max-features", 64, "--batch-size", size.batch, "--patch-size", patch]
     command += ["--harmonizer-lr", 2e-3, "--initial-lr", 0.1, "--momentum", 0.9, "--fold", "all"]
     command += ["--plans-name", f"fed_{name}", "--parallel-sites", 1, "--weighting", "sites"]
-    command += [
-        "--harmonizer-options",
-        json.dumps(SIZES_OF.get(harmonizer.built, {})),
-    ]  # as centralized, not by the rules
+    sizes = {**SIZES_OF.get(harmonizer.built, {}), **bench.options.get(harmonizer.built, {})}
+    command += ["--harmonizer-options", json.dumps(sizes)]  # as centralized, not by the rules
     log = bench.work / "logs" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
     began = time.monotonic()
