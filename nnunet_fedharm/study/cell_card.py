@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from nnunet_fedharm.planning.central import DEFAULT_PLANS
-from nnunet_fedharm.planning.start import models_behind
 from nnunet_fedharm.sites.files import read_dataset_json, read_json
 from nnunet_fedharm.study.card_beside import write_card
 from nnunet_fedharm.study.cell_files import ENVIRONMENT_FILE
@@ -65,7 +64,7 @@ def cell_facts(study: StudyFile, result: CellResult) -> CardFacts:
         score_source="Test cases held out by the study; intervals by bootstrap over cases.",
         privacy=_privacy(result),
         trained=trained + ("" if augmented(study, arm) else ", without nnU-Net's augmentation"),
-        starts=models_behind(study.start),
+        starts=study.starts,
         versions=recorded.get("versions") or {},
         notes=(
             "It was trained for a comparison, at the size and length that the study has for its arm: it may not be the best "

@@ -13,8 +13,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from nnunet_fedharm.differences.notes import APPROXIMATE
 from nnunet_fedharm.errors import CheckpointError, DataError
 from nnunet_fedharm.harmonizers import KINDS, LEARNED
-from nnunet_fedharm.planning.section import CONFIGURATIONS
-from nnunet_fedharm.planning.start import find_checkpoint
+from nnunet_fedharm.planning.section import CONFIGURATIONS, StartModel
+from nnunet_fedharm.planning.start import find_checkpoint, models_behind
 from nnunet_fedharm.privacy.options import PrivacyOptions
 from nnunet_fedharm.sites.files import labelled_cases, read_dataset_json
 from nnunet_fedharm.sites.registry import SITES_FILE, SitesFile
@@ -112,6 +112,14 @@ class StudyFile:
             return str(find_checkpoint(self.folder / Path(given).expanduser())) if given else ""
         except CheckpointError as error:
             raise DataError(f"start_from in {self.folder / STUDY_FILE}: {error}") from error
+
+    @cached_property
+    def starts(self) -> tuple[StartModel, ...]:
+        """The models behind `start`, for cards; of one that is gone since the trainings, its name."""
+        try:
+            return models_behind(self.start)
+        except (CheckpointError, DataError):
+            return (StartModel(Path(self.training.start_from).name),)
 
     def private(self, epsilon: float) -> PrivacyOptions:
         """Options of a private training."""

@@ -13,6 +13,7 @@ from nnunet_fedharm.cli import main
 from nnunet_fedharm.commands import study as study_command
 from nnunet_fedharm.errors import DataError, SetupError
 from nnunet_fedharm.federation.config import FederateConfig
+from nnunet_fedharm.planning.section import StartModel
 from nnunet_fedharm.sites.registry import SiteInfo, SitesFile
 from nnunet_fedharm.study.data import StudyData, _recipe
 from nnunet_fedharm.study.estimate import Estimate, Estimator
@@ -180,6 +181,7 @@ def test_every_training_starts_from_the_given_weights_and_a_wrong_path_is_refuse
     with pytest.raises(DataError, match=r"start_from in .*study.toml: .* holds no checkpoint_final.pth"):
         StudyData(study).prepare()
     assert not StudyData(study).folder.exists()
+    assert study.starts == (StartModel("public"),), "a report is made where the start is gone"
     fold.mkdir(parents=True)
     (fold / "checkpoint_final.pth").touch()
     assert study.start == str(fold / "checkpoint_final.pth")
