@@ -19,7 +19,7 @@ from nnunet_fedharm.federation.durable import write_bytes
 from nnunet_fedharm.federation.entries import digest_of
 from nnunet_fedharm.federation.messages import Unpacked, json_hash
 from nnunet_fedharm.federation.site import Site, describe_error
-from nnunet_fedharm.federation.warm.wire import receive, send
+from nnunet_fedharm.federation.warm.wire import receive, receive_head, send
 
 KEPT_FILE = "last-reply.bin"
 """In the run's folder at the site; as large as what it sends."""
@@ -58,13 +58,17 @@ class KeptReply:
         if not self.path.is_file():
             return None
         try:
-            head, content = receive(_Bytes(self.path.read_bytes()))
+            with _File(self.path) as stream:
+                if receive_head(stream).get("question") != self.question:
+                    return None  # nearly always, and as large as a model: the rest is not read
+                stream.seek(0)
+                head, content = receive(stream)
             if head.get("sha256") != digest_of(content):
                 raise CheckpointError(f"{self.path} is damaged; the round is trained again.")
         except (FedHarmError, ValueError, OSError) as error:
             describe_error(self.site, error)  # into the site's log
             return None
-        return content if head.get("question") == self.question else None
+        return content
 
     def write(self, content: RecordDict) -> None:
         """Keep a reply in place of the former one; it is in the ledger by now. Without room for it the round goes on without."""
@@ -77,10 +81,14 @@ class KeptReply:
 
 
 class _Bytes(io.BytesIO):
-    """Memory that the parcels of the warm workers are written to and read from, as if it were a socket."""
+    """Memory that a parcel of the warm workers is written to, as if it were a socket."""
 
     def sendall(self, data: Any, /) -> None:
         self.write(data)
+
+
+class _File(io.FileIO):
+    """A file that a parcel is read from, likewise."""
 
     def recv_into(self, buffer: Any, /) -> int:
         return self.readinto(buffer)

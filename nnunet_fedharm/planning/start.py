@@ -69,13 +69,13 @@ def models_behind(start: str | Path) -> tuple[StartModel, ...]:
     if not start:
         return ()
     file = find_checkpoint(start)
-    content = read_checkpoint(file)
-    if "init_args" not in content:  # bare weights, of which nothing more is known
+    trained = _trained(file)
+    if trained is None:
         return (StartModel(file.name),)
-    plans, name = PlansManager(content["init_args"]["plans"]), content["init_args"]["configuration"]
-    trained = plans.get_configuration(name).configuration.get(SECTION)
-    section = None if trained is None else FedHarmSection.from_dict(trained)
-    model = f"{plans.dataset_name}/{content['trainer_name']}__{plans.plans_name}__{name}"
+    plans, name, trainer = trained
+    planned = plans.get_configuration(name).configuration.get(SECTION)
+    section = None if planned is None else FedHarmSection.from_dict(planned)
+    model = f"{plans.dataset_name}/{trainer}__{plans.plans_name}__{name}"
     if section is None:
         return (StartModel(model),)
     private = section.privacy
@@ -103,10 +103,10 @@ def with_networks_of(
     if not start or options.sizes_network:
         return dict(plans)
     file = find_checkpoint(start)
-    arguments = read_checkpoint(file).get("init_args")
-    if arguments is None:
+    trained = _trained(file)
+    if trained is None:
         return dict(plans)
-    known, name = PlansManager(arguments["plans"]), str(arguments["configuration"])
+    known, name, _ = trained
     if name not in configurations:
         raise PlanError(f"{file} is a model of the configuration {name}, not of {' or '.join(configurations)}.")
     made, own = deepcopy(dict(plans)), plans["configurations"].get(name)
@@ -120,15 +120,22 @@ def with_networks_of(
         raise PlanError(
             f"{file} is a model of images with {there} channels, here they have {here}. Give another start."
         )
-    made["configurations"][name] = {**own, **deepcopy(theirs)}
+    taken = {**own, **deepcopy(theirs)}
     if options.batch_size is not None:
-        made["configurations"][name]["batch_size"] = options.batch_size
+        taken["batch_size"] = options.batch_size
     axes = {key: known.plans[key] for key in ("transpose_forward", "transpose_backward")}
-    if any(list(plans[key]) != list(axes[key]) for key in axes):
-        made |= axes
-        made["configurations"] = {name: made["configurations"][name]}  # the others were planned for other axes
-    changed = any(own.get(key) != made["configurations"][name].get(key) for key in CONFIGURATION_KEYS)
-    if changed or list(made["transpose_forward"]) != list(plans["transpose_forward"]):
+    turned = any(list(plans[key]) != list(axes[key]) for key in axes)
+    if turned or any(own.get(key) != taken.get(key) for key in CONFIGURATION_KEYS):
         # Other cases than those that plans without a start have: stock nnU-Net's among them.
-        made["configurations"][name]["data_identifier"] = f"{made['plans_name']}_{name}"
-    return made
+        taken["data_identifier"] = f"{made['plans_name']}_{name}"
+    others = {} if turned else made["configurations"]  # which were planned for other axes
+    return {**made, **axes, "configurations": {**others, name: taken}}
+
+
+def _trained(file: Path) -> tuple[PlansManager, str, str] | None:
+    """Plans, configuration and trainer of a checkpoint; None of bare weights, of which nothing more is known."""
+    content = read_checkpoint(file)
+    if "init_args" not in content:
+        return None
+    arguments = content["init_args"]
+    return PlansManager(arguments["plans"]), str(arguments["configuration"]), str(content["trainer_name"])

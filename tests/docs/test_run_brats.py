@@ -1,4 +1,4 @@
-"""The pages on BraTS 2021 and MAMA-MIA up to the split into sites, on small copies of the published layouts."""
+"""The page on BraTS 2021, from the download to scores and a study, on a small copy of the published layout."""
 
 from __future__ import annotations
 

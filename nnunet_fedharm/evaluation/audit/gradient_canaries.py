@@ -67,7 +67,7 @@ class CanaryOptions:
     """Of coins, coordinates and signs; the noise is the trainer's own and has no seed."""
 
     def __post_init__(self) -> None:
-        if 0 < self.canaries < LEAST or self.canaries < 0 or self.steps < 1:
+        if (self.canaries != 0 and self.canaries < LEAST) or self.steps < 1:
             raise PrivacyError(
                 f"The audit needs {LEAST} canaries and 1 step at least, got {self.canaries} and {self.steps}."
             )

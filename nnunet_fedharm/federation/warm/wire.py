@@ -28,14 +28,19 @@ class Closed(FederationError):
     """The other end is gone."""
 
 
-class Stream(Protocol):
-    """What parcels go over: a socket."""
+class Sink(Protocol):
+    """What parcels are sent into: a socket."""
 
     def sendall(self, data: Any, /) -> None: ...
+
+
+class Source(Protocol):
+    """What parcels are received from: a socket."""
+
     def recv_into(self, buffer: Any, /) -> int: ...
 
 
-def send(stream: Stream, head: Mapping[str, Any], content: RecordDict) -> None:
+def send(stream: Sink, head: Mapping[str, Any], content: RecordDict) -> None:
     """Send one parcel.
 
     Raises:
@@ -68,17 +73,14 @@ def send(stream: Stream, head: Mapping[str, Any], content: RecordDict) -> None:
         raise Closed("The worker's socket was closed while a message was sent.") from error
 
 
-def receive(stream: Stream) -> tuple[dict[str, Any], RecordDict]:
+def receive(stream: Source) -> tuple[dict[str, Any], RecordDict]:
     """Receive one parcel.
 
     Raises:
         Closed: the other end is gone.
         FederationError: this is no parcel.
     """
-    magic, length = _PREFIX.unpack(_read(stream, _PREFIX.size))
-    if magic != _MAGIC or length > _MOST_HEAD:
-        raise FederationError("What came over the worker's socket is not a message of this release.")
-    parcel = json.loads(_read(stream, length))
+    parcel = _parcel(stream)
     proto = RecordDictProto.FromString(bytes(_read(stream, parcel["records"])))
     content = recorddict_from_proto(proto)
     if sum(item["bytes"] for item in parcel["arrays"]) > _MOST_BYTES:
@@ -93,7 +95,23 @@ def receive(stream: Stream) -> tuple[dict[str, Any], RecordDict]:
     return parcel["head"], content
 
 
-def _read(stream: Stream, length: int) -> bytearray:
+def receive_head(stream: Source) -> dict[str, Any]:
+    """The head alone of the parcel that comes next; its records stay in the stream.
+
+    Raises:
+        Closed, FederationError: as `receive`.
+    """
+    return dict(_parcel(stream)["head"])
+
+
+def _parcel(stream: Source) -> dict[str, Any]:
+    magic, length = _PREFIX.unpack(_read(stream, _PREFIX.size))
+    if magic != _MAGIC or length > _MOST_HEAD:
+        raise FederationError("What came over the worker's socket is not a message of this release.")
+    return dict(json.loads(_read(stream, length)))
+
+
+def _read(stream: Source, length: int) -> bytearray:
     data = bytearray(length)
     view, done = memoryview(data), 0
     while done < length:
